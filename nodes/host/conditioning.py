@@ -1,0 +1,132 @@
+"""How a CLIP's encoder is run on prompts, and what of its output the denoiser reads: found from the CLIP itself.
+
+ComfyUI wraps each encoder (SDClipModel) in a model that picks and cuts its outputs (SD1ClipModel, FluxClipModel, ...).
+The wrapper is asked, on a fork of it whose encoders only play back what they gave for the empty prompt: what is
+poisoned with NaN and shows up in the conditioning is read.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ...skrr_engine.discrepancy import Batch
+from ...skrr_engine.rewire import fork
+from ...skrr_engine.trace import Reading
+from .encoders import TRANSFORMER, View, dense_model, views
+
+
+class Wanted(Exception):
+    """Carries an encoder's tokens out of its wrapper."""
+
+
+class Conditioning:
+    """One encoder of a CLIP, ready to be run on prompts.
+
+    encoder: a fork of its SDClipModel with the CLIP's options set, on the device that the CLIP is loaded to; what the
+    engine's tracer and runs are given. Loads the CLIP. Never changes it.
+    """
+
+    def __init__(self, clip, view: View):
+        clip.load_model()
+        self.clip, self.view = clip, view
+        all_views = views(clip)
+        self.wrapper = fork(dense_model(clip), [f"{v.path}.{TRANSFORMER}x" for v in all_views.values()])
+        self.wrapper.reset_clip_options()
+        if clip.layer_idx is not None:
+            self.wrapper.set_clip_options({"layer": clip.layer_idx})
+        self.wrapper.set_clip_options({"execution_device": clip.patcher.load_device})
+        self.encoder = self.wrapper.get_submodule(view.path)
+        self._children = {v.name: self.wrapper.get_submodule(v.path) for v in all_views.values()}
+        self._outputs = self._record_empty_prompt()
+        self.hidden, self.pooled, self.mask = self._used()
+        if not (self.hidden or self.pooled):
+            raise ValueError(f"the conditioning of this CLIP reads nothing of {view.name}: there is nothing to search for")
+
+    def _record_empty_prompt(self) -> dict[str, tuple]:
+        """Encoder name -> what its encode_token_weights returns for the empty prompt."""
+        outputs = {}
+        for name, child in self._children.items():
+            original = child.encode_token_weights
+
+            def recording(tokens, *args, name=name, original=original, **kwargs):
+                outputs[name] = original(tokens, *args, **kwargs)
+                return outputs[name]
+
+            child.encode_token_weights = recording
+        self._encode("")
+        for child in self._children.values():
+            del child.encode_token_weights
+        return outputs
+
+    def _encode(self, prompt: str) -> tuple:
+        return self.wrapper.encode_token_weights(self.clip.tokenize(prompt))
+
+    def _play(self, prompt: str, name: str, act: Callable) -> tuple:
+        """Run the wrapper with every encoder's output played back, but `act(tokens)` for the encoder `name`."""
+        for other, child in self._children.items():
+            child.encode_token_weights = act if other == name else lambda tokens, out=self._outputs.get(other): out
+        try:
+            return self._encode(prompt)
+        finally:
+            for child in self._children.values():
+                child.__dict__.pop("encode_token_weights", None)
+
+    def _used(self) -> tuple[bool, bool, bool]:
+        """Whether the conditioning reads the hidden states, the pooled vector and the attention mask."""
+        hidden, pooled, *extra = self._outputs[self.view.name]
+
+        def shows(poisoned: tuple) -> bool:
+            out = self._play("", self.view.name, lambda tokens: poisoned)
+            return any(torch.is_tensor(t) and bool(t.isnan().any()) for t in out[:2])
+
+        reads_hidden = shows((torch.full_like(hidden, float("nan")), pooled, *extra))
+        reads_pooled = pooled is not None and shows((hidden, torch.full_like(pooled, float("nan")), *extra))
+        out = self._play("", self.view.name, lambda tokens: self._outputs[self.view.name])
+        reads_mask = bool(extra) and "attention_mask" in extra[0] and len(out) > 2 and "attention_mask" in out[2]
+        return reads_hidden, reads_pooled, reads_mask
+
+    def sections(self, prompt: str) -> list[list]:
+        """The encoder's tokens of a prompt, as the wrapper hands them over: one list a section, prompt weights left out."""
+
+        def tell(tokens):
+            raise Wanted(tokens)
+
+        try:
+            self._play(prompt, self.view.name, tell)
+        except Wanted as found:
+            return [[token[0] for token in section] for section in found.args[0]]
+        return []
+
+    def batches(self, prompts: Sequence[str], tokens: int = 2048) -> list[Batch]:
+        """Prompts as batches of sections of one length, at most about `tokens` tokens each."""
+        by_length: dict[int, list[tuple[list, bool]]] = {}
+        for prompt in prompts:
+            for number, section in enumerate(self.sections(prompt)):
+                by_length.setdefault(len(section), []).append((section, number == 0))
+        batches = []
+        for length, group in sorted(by_length.items()):
+            step = max(1, tokens // max(1, length))
+            batches += [self._batch(group[i : i + step]) for i in range(0, len(group), step)]
+        return batches
+
+    def null(self) -> Batch:
+        """The empty prompt."""
+        return self._batch([(section, number == 0) for number, section in enumerate(self.sections(""))])
+
+    def _batch(self, sections: list[tuple[list, bool]]) -> Batch:
+        tokens = [section for section, _ in sections]
+        first = torch.tensor([[is_first] for _, is_first in sections])
+
+        def run(encoder: nn.Module) -> Reading:
+            hidden, pooled, *extra = encoder.encode(tokens)
+            reading: Reading = []
+            if self.hidden:
+                # Layer taps [batch, taps, tokens, width] are joined on the feature axis, as the wrappers do.
+                hidden = hidden.movedim(1, 2).flatten(2) if hidden.ndim == 4 else hidden
+                reading.append((hidden, extra[0]["attention_mask"] if self.mask else None))
+            if self.pooled:
+                reading.append((pooled.unsqueeze(1), first.to(pooled.device)))
+            return reading
+
+        return Batch(run, len(tokens))

@@ -1,0 +1,108 @@
+"""Where plans live: `models/skrr_plans/`, those that ship with the pack, and searches that were interrupted."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import folder_paths
+
+from ...skrr_engine import plan as plans
+from ...skrr_engine.plan import Plan, PlanError
+from ...skrr_engine.skip import Path as SkipList
+
+FOLDER = "skrr_plans"
+SHIPPED = " (shipped)"
+"""Behind the names of plans that come with the pack."""
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
+SEARCH_KEY = "search_key"
+"""In an encoder's `extensions`: which inputs the plan was searched with (see search.fingerprint)."""
+
+
+def register() -> None:
+    """Make `models/skrr_plans` known to ComfyUI; folders from extra_model_paths.yaml stay."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.folder_names_and_paths[FOLDER][0], {".json"})
+
+
+def names() -> list[str]:
+    """All plans by the names that nodes offer: the artist's own, then the shipped ones."""
+    return [*folder_paths.get_filename_list(FOLDER), *(name + SHIPPED for name in plans.shipped())]
+
+
+def path_of(name: str) -> str:
+    """File of a plan by its name. Raises PlanError where there is none."""
+    shipped = plans.shipped()
+    if name.removesuffix(SHIPPED) in shipped and name.endswith(SHIPPED):
+        return str(shipped[name.removesuffix(SHIPPED)])
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise PlanError(f'there is no plan "{name[:100]}": put its .json into models/{FOLDER}, or paste it as text')
+    return path
+
+
+def file_name(name: str) -> str:
+    """The file name of a new plan. Raises PlanError where the name could be a path."""
+    stem = name.strip().removesuffix(".json")
+    if not NAME.fullmatch(stem):
+        raise PlanError(
+            f'"{name[:40]}" can\'t name a plan: use up to 100 letters, digits, spaces, dots, hyphens and underscores'
+        )
+    return stem + ".json"
+
+
+def save(plan: Plan, name: str) -> str:
+    """Write a plan as `name`, under a numbered name where another plan has it already; returns the file's name."""
+    folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = file_name(name)
+    stem, number = wanted.removesuffix(".json"), 1
+    while (folder / wanted).exists():
+        number += 1
+        wanted = f"{stem}_{number}.json"
+    plan.write(folder / wanted)
+    return wanted
+
+
+def searched(key: str) -> tuple[str, Plan] | None:
+    """The saved plan that a search with this key gave, and its name."""
+    for name in folder_paths.get_filename_list(FOLDER):
+        try:
+            plan = Plan.read(path_of(name))
+        except PlanError:
+            continue  # told to whoever loads it
+        if any((entry.extensions or {}).get(SEARCH_KEY) == key for entry in plan.encoders.values()):
+            return name, plan
+    return None
+
+
+def state_path(key: str) -> Path:
+    """Where an interrupted search with this key is kept."""
+    return Path(folder_paths.get_user_directory()) / "skrr_searches" / f"{key}.json"
+
+
+def save_state(key: str, beam: Sequence[SkipList]) -> None:
+    """Keep the beam after a step: whole or not at all."""
+    path = state_path(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps([{"order": p.order, "discrepancy": p.discrepancy} for p in beam]))
+    os.replace(partial, path)
+
+
+def load_state(key: str, length: int) -> list[SkipList]:
+    """The beam of an interrupted search over `length` sub-blocks; empty where there is none that makes sense."""
+    try:
+        entries = json.loads(state_path(key).read_text())
+        beam = [SkipList(tuple(map(int, e["order"])), float(e["discrepancy"])) for e in entries]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    whole = all(len(set(p.order)) == len(p.order) and all(0 <= i < length for i in p.order) for p in beam)
+    return beam if whole else []
+
+
+def forget_state(key: str) -> None:
+    """The search has ended."""
+    state_path(key).unlink(missing_ok=True)

@@ -1,0 +1,43 @@
+"""Memory Report: what the text encoders weigh, and what Skrr has saved."""
+
+from comfy_api.latest import io, ui
+
+from .host import memory
+from .report import as_image, as_text
+from .types import CATEGORY
+
+
+class SkrrMemoryReport(io.ComfyNode):
+    """Shows how much memory the text encoders take, how much Skrr saves, and which of their parts are left."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkrrMemoryReport",
+            display_name="Memory Report",
+            category=CATEGORY,
+            description=" ".join(cls.__doc__.split()),
+            inputs=[
+                io.Clip.Input("clip", tooltip="Text encoders, pruned or not."),
+                io.Model.Input("model", optional=True, tooltip="The diffusion model, to show its share of the pipeline."),
+                io.Vae.Input("vae", optional=True, tooltip="The VAE, to show its share of the pipeline."),
+            ],
+            outputs=[
+                io.String.Output(display_name="report"),
+                io.Image.Output(display_name="map"),
+                io.Int.Output(display_name="saved_bytes"),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, clip, model=None, vae=None) -> io.NodeOutput:
+        encoders = memory.encoders(clip)
+        others = {
+            "model": memory.model_bytes(model) if model is not None else 0,
+            "VAE": memory.vae_bytes(vae) if vae is not None else 0,
+        }
+        text = as_text(encoders, others)
+        saved = sum(encoder.saved for encoder in encoders)
+        image = as_image(encoders, others)
+        return io.NodeOutput(text, image, saved, ui=ui.PreviewText(text))

@@ -1,0 +1,81 @@
+"""Skrr Prune: search a plan for a text encoder and put it to use."""
+
+from comfy_api.latest import io
+
+from ..skrr_engine.prompts import from_text, generate
+from ..skrr_engine.search import Settings
+from .host.apply import Pruned, derive
+from .host.encoders import choose
+from .host.progress import say
+from .host.search import find_plan
+from .types import CATEGORY, SkrrPlan
+
+
+class SkrrPrune(io.ComfyNode):
+    """Finds out which parts of a text encoder your pictures can do without, and leaves them out.
+
+    The search takes a while, can be interrupted, and goes on where it stopped. Its plan is saved in
+    models/skrr_plans; a second run with the same inputs uses that at once.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkrrPrune",
+            display_name="Skrr Prune",
+            category=CATEGORY,
+            description=" ".join(cls.__doc__.split()),
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoders. They stay as they are; the output is a smaller copy."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The diffusion model that will read the prompts. Its text projection makes the plan better.",
+                ),
+                io.String.Input(
+                    "encoder",
+                    default="auto",
+                    tooltip="Which text encoder to prune: auto takes the largest; or its name, such as t5xxl, clip_l, clip_g.",
+                ),
+                io.Float.Input(
+                    "sparsity",
+                    default=0.42,
+                    min=0.01,
+                    max=0.95,
+                    step=0.01,
+                    tooltip="How much of the encoder to remove. Up to 0.42 keeps pictures good; past 0.5 they break.",
+                ),
+                io.Int.Input(
+                    "beam", default=3, min=1, max=16, tooltip="How many plans the search follows side by side. 3 is best."
+                ),
+                io.Boolean.Input(
+                    "reuse", default=True, tooltip="Let kept parts stand in for removed ones where that helps. Costs no memory."
+                ),
+                io.Int.Input(
+                    "prompts", default=128, min=1, max=10000, tooltip="How many built-in prompts to compare on. More is slower."
+                ),
+                io.String.Input("plan_name", default="my_plan", tooltip="Name of the plan file in models/skrr_plans."),
+                io.String.Input(
+                    "own_prompts",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Your own prompts, one a line, in place of the built-in ones.",
+                ),
+            ],
+            outputs=[io.Clip.Output(display_name="CLIP"), SkrrPlan.Output(display_name="plan")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, clip, encoder, sparsity, beam, reuse, prompts, plan_name, model=None, own_prompts=""
+    ) -> io.NodeOutput:
+        texts = from_text(own_prompts) if own_prompts.strip() else generate(prompts)
+        view = choose(clip, encoder.strip())
+        node = cls.hidden.unique_id
+        plan = find_plan(clip, model, view, Settings(sparsity, (), beam, reuse), texts, plan_name, node)
+        entry = plan.encoder(view.name)
+        level = entry.levels[-1]
+        say(f"{view.name}: {level.skipped} of {len(view.row)} sub-blocks skipped, {level.sparsity:.1%} of it gone", node)
+        return io.NodeOutput(derive(clip, {view.name: Pruned(entry, level)}), plan)

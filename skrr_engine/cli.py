@@ -1,0 +1,252 @@
+"""The command line: `python -m skrr_engine search | show | discrepancy`, for machines without ComfyUI.
+
+Exit code 0; 1 for a user's error, told in one line; 130 for Ctrl-C.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+
+from . import __version__
+from .errors import SkrrError
+from .plan import Plan, Provenance
+from .prompts import from_file as read_prompts
+from .prompts import generate as generate_prompts
+from .prompts import sha256 as prompts_sha256
+
+BARE = "no --projection: the search runs on the bare embeddings, and quality suffers (paper: GenEval .381 instead of .442)"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        options.command(options)
+        return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (SkrrError, OSError) as error:
+        print(f"skrr: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+
+
+class UsageError(SkrrError):
+    """An option that makes no sense; one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line and exit code 1, as for every other user's error."""
+        self.exit(1, f"skrr: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    top = Parser(prog="python -m skrr_engine", description="Skip and re-use sub-blocks of text encoders.")
+    top.add_argument("--version", action="version", version=f"skrr {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+    encoder = argparse.ArgumentParser(add_help=False)
+    encoder.add_argument("--encoder", required=True, metavar="PATH", help="transformers folder, or T5/CLIP .safetensors")
+    encoder.add_argument("--tokenizer", metavar="FOLDER", help="its tokenizer, where that is not beside the encoder")
+    encoder.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line (default: generated)")
+    encoder.add_argument("--count", type=int, default=128, metavar="N", help="how many to generate (default 128)")
+    encoder.add_argument("--projection", metavar="FILE", help="the denoiser's .safetensors, for its text projection")
+    encoder.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    encoder.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    encoder.add_argument("--name", help="the encoder's name in the plan (default: t5xxl, clip_l, ... by its shape)")
+
+    search = commands.add_parser("search", parents=[encoder], help="search a plan", description=run_search.__doc__)
+    search.add_argument("--out", required=True, metavar="PLAN", help="file to write the plan to")
+    search.add_argument("--sparsity", type=float, default=0.42, help="fraction of parameters to remove (default 0.42)")
+    search.add_argument("--levels", default="", metavar="A,B", help="further sparsities to find re-use for, e.g. 0.2,0.3")
+    search.add_argument("--beam", type=int, default=3, help="width of the beam search (default 3)")
+    search.add_argument("--no-reuse", action="store_true", help="skip only")
+    search.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    search.set_defaults(command=run_search)
+
+    show = commands.add_parser("show", help="print a plan", description=run_show.__doc__)
+    show.add_argument("plan", metavar="PLAN")
+    show.set_defaults(command=run_show)
+
+    measure = commands.add_parser(
+        "discrepancy", parents=[encoder], help="measure a plan", description=run_discrepancy.__doc__
+    )
+    measure.add_argument("--plan", required=True, metavar="PLAN")
+    measure.add_argument("--sparsity", type=float, help="the level at or below it (default: the plan's strongest)")
+    measure.add_argument("--json", action="store_true", help="print one JSON object")
+    measure.set_defaults(command=run_discrepancy)
+    return top
+
+
+def run_search(options) -> None:
+    """Search a plan for an encoder and write it."""
+    from .search import Settings, search
+
+    settings = Settings(options.sparsity, parsed_levels(options.levels), options.beam, not options.no_reuse)
+    check_writable(options.out)
+    encoder, meter, prompts, projection = prepare(options)
+    if projection is None:
+        print(f"skrr: {BARE}", file=sys.stderr)
+    entry = search(meter, settings, (lambda progress: None) if options.quiet else Reporter())
+    provenance = Provenance(
+        source="search",
+        projection=projection and projection.name,
+        denoiser=projection and projection.denoiser,
+        prompts=len(prompts),
+        prompts_sha256=prompts_sha256(prompts),
+        beam=options.beam,
+        created_with=f"skrr {__version__}",
+    )
+    name = options.name or encoder.name
+    plan = Plan(format="skrr-plan", version=1, encoders={name: entry}, provenance=provenance)
+    plan.write(options.out)
+    if not options.quiet:
+        print("", file=sys.stderr)
+    print(describe_plan(plan))
+    print(f"written to {options.out}")
+
+
+def run_show(options) -> None:
+    """Print a plan: its encoders, levels and a map of the strongest level."""
+    print(describe_plan(Plan.read(options.plan)))
+
+
+def run_discrepancy(options) -> None:
+    """Measure a plan's level on prompts: D_cond and D_null (mean squared errors of the projected conditional and null
+    embeddings), null_norm (mean L2 norm of the projected null embedding's tokens), dense and pruned."""
+    from .search import measure_level
+
+    plan = Plan.read(options.plan)
+    encoder, meter, _, _ = prepare(options)
+    name = options.name or (encoder.name if encoder.name in plan.encoders else next(iter(plan.encoders)))
+    entry = plan.encoder(name)
+    row = encoder.row
+    entry.check(row.family, row.blocks, row.width, name)
+    level = entry.levels[-1] if options.sparsity is None else entry.choose(options.sparsity)
+    found = measure_level(meter, entry, level)
+    result = {
+        "encoder": name,
+        "skipped": level.skipped,
+        "sparsity": row.sparsity(entry.order[: level.skipped]),
+        "D": found.total,
+        "D_cond": found.conditional,
+        "D_null": found.null,
+        "null_norm": {"dense": meter.null_norm(), "pruned": found.null_norm},
+    }
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(f"{name}: {level.skipped} of {len(row)} sub-blocks skipped, {len(level.reuse)} of them re-used,"
+          f" sparsity {result['sparsity']:.1%}")  # fmt: skip
+    print(f"D_cond    {found.conditional:.6g}")
+    print(f"D_null    {found.null:.6g}")
+    print(f"null_norm {result['null_norm']['dense']:.6g} dense, {found.null_norm:.6g} pruned")
+
+
+def prepare(options):
+    """Encoder, meter, prompts and projection from the options."""
+    import torch
+
+    from .discrepancy import Meter
+    from .encoders import load
+    from .projection import from_file
+    from .trace import Tracer
+
+    if options.count < 1:
+        raise UsageError(f"--count {options.count}: give at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no such device here; use --device cpu")
+    prompts = read_prompts(options.prompts) if options.prompts else generate_prompts(options.count)
+    projection = from_file(options.projection).to(options.device) if options.projection else None
+    encoder = load(options.encoder, getattr(torch, options.dtype), options.device, options.tokenizer)
+    if projection is not None and projection.width != encoder.row.width:
+        raise UsageError(
+            f"--projection takes embeddings {projection.width} wide, but this encoder's are {encoder.row.width} wide:"
+            " give the denoiser that this encoder belongs to"
+        )
+    torch.set_grad_enabled(False)
+    null = encoder.batch([encoder.tokenize("")])
+    meter = Meter(encoder.module, Tracer(encoder.module, encoder.row), encoder.batches(prompts), null, projection)
+    return encoder, meter, prompts, projection
+
+
+def parsed_levels(text: str) -> tuple[float, ...]:
+    """"0.2,0.3" as numbers."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UsageError(f"--levels {text}: give numbers separated by commas, like 0.2,0.3") from None
+
+
+def check_writable(path: str) -> None:
+    """Refuse an output that can't be written before hours are spent on it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise UsageError(f"--out {path}: its folder does not exist; make it first")
+    if os.path.isdir(path):
+        raise UsageError(f"--out {path}: is a folder; name a file")
+
+
+class Reporter:
+    """Progress on stderr: a line that moves on a terminal, a line each step elsewhere."""
+
+    def __init__(self):
+        self.shown, self.line = 0.0, ""
+
+    def __call__(self, progress) -> None:
+        now = time.monotonic()
+        moving = sys.stderr.isatty()
+        if now - self.shown < 0.5 if moving else progress.line == self.line:
+            return
+        self.shown, self.line = now, progress.line
+        left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
+        text = f"{progress.line} [candidate {progress.candidate} of {progress.candidates}, {progress.done:.0%}{left}]"
+        print(f"\r{text:<110.110}" if moving else text, end="" if moving else "\n", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "40 s", "12 min", "3 h 10 min"."""
+    minutes = round(seconds / 60)
+    return f"{round(seconds)} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def describe_plan(plan: Plan) -> str:
+    """A plan in words, with a map of each encoder's strongest level."""
+    lines = [f"plan from {plan.provenance.source}" + "".join(
+        f", {label} {value}" for label, value in (
+            ("denoiser", plan.provenance.denoiser), ("projection", plan.provenance.projection),
+            ("prompts", plan.provenance.prompts), ("beam", plan.provenance.beam)) if value is not None)]  # fmt: skip
+    for name, entry in plan.encoders.items():
+        lines.append(f"{name}: {entry.family}, {entry.blocks} blocks, {entry.width} wide; order {','.join(map(str, entry.order))}")
+        for level in entry.levels:
+            reuse = " ".join(f"{i}>{j}" for i, j in level.reuse.items())
+            measured = "" if level.discrepancy is None else f", D {level.discrepancy:.4g}"
+            lines.append(f"  {level.skipped:3} skipped: sparsity {level.sparsity:.1%}{measured}{', re-use ' + reuse if reuse else ''}")
+        lines += ["", *plan_map(entry, entry.levels[-1])]
+    return "\n".join(lines)
+
+
+def plan_map(entry, level) -> list[str]:
+    """Two rows of cells, attention above feed-forward: a block's number where kept, `.` skipped, `>j` re-uses block j."""
+    skipped = set(entry.order[: level.skipped])
+    width = max(4, len(str(entry.blocks)) + 2)
+
+    def cell(index: int) -> str:
+        if index not in skipped:
+            return str(index // 2)
+        return f">{level.reuse[index] // 2}" if index in level.reuse else "."
+
+    rows = []
+    for kind, label in enumerate(("attention", "feed-forward")):
+        cells = [cell(2 * block + kind).rjust(width) for block in range(entry.blocks)]
+        rows += [
+            f"  {label if start == 0 else '':<13}{''.join(cells[start : start + 24])}" for start in range(0, len(cells), 24)
+        ]
+    return rows

@@ -1,0 +1,227 @@
+"""Encoders for the command line: a transformers folder, or a single text-encoder `.safetensors` as ComfyUI users have.
+
+`transformers` is imported only here, inside functions. Nothing is fetched from a network.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import families
+from .discrepancy import Batch
+from .errors import first_line
+from .projection import dequantised
+from .row import EncoderError, Row
+from .trace import Reading
+
+MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A loaded encoder. name: the one that ComfyUI has for it where there is one (`t5xxl`, `clip_l`), else the
+    family's; tokenize: prompt -> token ids, at least one."""
+
+    name: str
+    module: nn.Module
+    row: Row
+    tokenize: Callable[[str], list[int]]
+
+    def batches(self, prompts: Sequence[str], tokens: int = 4096) -> list[Batch]:
+        """Prompts grouped by length, so that no padding is computed; at most about `tokens` tokens in a batch."""
+        by_length: dict[int, list[list[int]]] = {}
+        for prompt in prompts:
+            ids = self.tokenize(prompt)
+            by_length.setdefault(len(ids), []).append(ids)
+        batches = []
+        for length, group in sorted(by_length.items()):
+            size = max(1, tokens // length)
+            batches += [self.batch(group[i : i + size]) for i in range(0, len(group), size)]
+        return batches
+
+    def batch(self, ids: list[list[int]]) -> Batch:
+        """Token ids of equal length as a batch; the conditioning is the last hidden state after the final norm."""
+        device = next(self.module.parameters()).device
+        options = {"use_cache": False} if self.row.family in ("llama", "gemma") else {}
+
+        def run(module: nn.Module) -> Reading:
+            out = module(input_ids=torch.tensor(ids, device=device), **options)
+            return [(out.last_hidden_state, None)]
+
+        return Batch(run, len(ids))
+
+
+def load(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", tokenizer: str | None = None) -> Encoder:
+    """Load an encoder from a transformers folder or a `.safetensors` file. Raises EncoderError in one line.
+
+    tokenizer: folder of its tokenizer, where that is not the encoder's own folder.
+    """
+    source = Path(path)
+    if source.is_dir():
+        module, folder = from_folder(source, dtype), source
+    elif source.is_file():
+        module, folder = from_file(source, dtype), source.parent
+    else:
+        raise EncoderError(f"{path}: no such file or folder; give a transformers folder or a .safetensors file")
+    module = module.eval().requires_grad_(False).to(device)
+    row = families.find(module)
+    return Encoder(usual_name(row), module, row, tokenizer_of(Path(tokenizer) if tokenizer else folder, row))
+
+
+def usual_name(row: Row) -> str:
+    """ComfyUI's attribute name for the encoder of this shape where there is one, else the family's name."""
+    names = {("t5", 24, 4096): "t5xxl", ("clip", 12, 768): "clip_l", ("clip", 24, 1024): "clip_h", ("clip", 32, 1280): "clip_g"}
+    return names.get((row.family, row.blocks, row.width), row.family)
+
+
+def import_transformers():
+    """transformers, which must not fail on a torchvision that doesn't fit this torch: text needs none."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import transformers
+    from transformers.utils import import_utils
+
+    try:
+        import torchvision  # noqa: F401
+    except Exception:  # whatever a mismatched build raises
+        import_utils._torchvision_available = False
+    return transformers
+
+
+def from_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The text encoder of a transformers folder."""
+    transformers = import_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        classes = {
+            "t5": transformers.T5EncoderModel,
+            "umt5": transformers.UMT5EncoderModel,
+            "mt5": transformers.MT5EncoderModel,
+            "clip": transformers.CLIPTextModel,
+            "clip_text_model": transformers.CLIPTextModel,
+        }
+        chosen = classes.get(config.model_type, transformers.AutoModel)
+        return chosen.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise EncoderError(f"{folder}: transformers can't load an encoder from it ({first_line(error)})") from None
+
+
+def from_file(path: Path, dtype: torch.dtype) -> nn.Module:
+    """A T5 or CLIP text encoder from one safetensors file; its configuration is read from its tensors' shapes."""
+    from safetensors import SafetensorError, safe_open
+
+    transformers = import_transformers()
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            prefix, shapes = stripped({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+            make = t5 if "encoder.final_layer_norm.weight" in shapes else clip
+            module = make(transformers, shapes, path)
+            names = set(file.keys())
+            state = {}
+            for key in module.state_dict():
+                stored = prefix + ("shared.weight" if key == "encoder.embed_tokens.weight" else key)
+                if stored in names:
+                    state[key] = dequantised(stored, file.get_tensor, names, str(path)).to(dtype)
+        missing, _ = module.load_state_dict(state, strict=False, assign=True)
+    except (SafetensorError, OSError) as error:
+        raise EncoderError(f"{path}: can't be read as safetensors ({first_line(error)}); get the file again") from None
+    except RuntimeError as error:
+        raise EncoderError(f"{path}: its tensors don't fit together ({first_line(error)}); get the file again") from None
+    if missing:
+        raise EncoderError(f"{path}: {len(missing)} tensors are missing, {missing[0]} first; get the whole file")
+    return module
+
+
+def stripped(shapes: dict[str, tuple[int, ...]]) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """Shapes without what stands before the architecture's own names, and that prefix."""
+    for anchor in ("encoder.final_layer_norm.weight", "text_model.final_layer_norm.weight"):
+        prefix = next((key.removesuffix(anchor) for key in shapes if key.endswith(anchor)), None)
+        if prefix is not None:
+            return prefix, {key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)}
+    return "", shapes
+
+
+def block_count(shapes, before: str) -> int:
+    """Number of blocks, from the indices that stand behind `before` in the tensors' names."""
+    indices = {key[len(before) :].split(".")[0] for key in shapes if key.startswith(before)}
+    return max((int(i) for i in indices if i.isdecimal()), default=-1) + 1
+
+
+def t5(transformers, shapes: dict[str, tuple[int, ...]], path: Path) -> nn.Module:
+    """An uninitialised T5 or UMT5 encoder of these shapes."""
+    attention, ffn = "encoder.block.{}.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
+    gated = ffn + "wi_0.weight" in shapes
+    try:
+        heads = shapes[attention.format(0) + "relative_attention_bias.weight"]
+        inner, width = shapes[attention.format(0) + "q.weight"]
+        settings = {
+            "vocab_size": shapes["shared.weight"][0],
+            "d_model": width,
+            "d_kv": inner // heads[1],
+            "num_heads": heads[1],
+            "relative_attention_num_buckets": heads[0],
+            "d_ff": shapes[ffn + ("wi_0.weight" if gated else "wi.weight")][0],
+            "num_layers": block_count(shapes, "encoder.block."),
+            "feed_forward_proj": "gated-gelu" if gated else "relu",
+        }
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise EncoderError(f"{path}: not a whole T5 text encoder ({first_line(error)} is missing or misshapen)") from None
+    if attention.format(1) + "relative_attention_bias.weight" in shapes:
+        return uninitialised(transformers, transformers.UMT5EncoderModel, transformers.UMT5Config(**settings))
+    return uninitialised(transformers, transformers.T5EncoderModel, transformers.T5Config(**settings))
+
+
+def clip(transformers, shapes: dict[str, tuple[int, ...]], path: Path) -> nn.Module:
+    """An uninitialised CLIP text encoder of these shapes. Heads are 64 wide, and only CLIP-L (768 wide) has quick GELU:
+    shapes do not tell these."""
+    layer = "text_model.encoder.layers.0."
+    try:
+        width = shapes[layer + "layer_norm1.weight"][0]
+        settings = {
+            "vocab_size": shapes["text_model.embeddings.token_embedding.weight"][0],
+            "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
+            "hidden_size": width,
+            "intermediate_size": shapes[layer + "mlp.fc1.weight"][0],
+            "num_hidden_layers": block_count(shapes, "text_model.encoder.layers."),
+            "num_attention_heads": max(1, width // 64),
+            "hidden_act": "quick_gelu" if width == 768 else "gelu",
+        }
+    except (KeyError, IndexError) as error:
+        raise EncoderError(
+            f"{path}: neither a T5 nor a CLIP text encoder ({first_line(error)} is missing); give such a file,"
+            " or a transformers folder"
+        ) from None
+    return uninitialised(transformers, transformers.CLIPTextModel, transformers.CLIPTextConfig(**settings))
+
+
+def uninitialised(transformers, model_class, config) -> nn.Module:
+    """A model whose weights are still to be assigned."""
+    with transformers.modeling_utils.no_init_weights():
+        return model_class(config)
+
+
+def tokenizer_of(folder: Path, row: Row) -> Callable[[str], list[int]]:
+    """The tokenizer in a folder as prompt -> ids: with its special tokens, cut at 256 (at what CLIP's positions allow).
+
+    Where the empty prompt gives no token, it is the BOS token (else EOS, else PAD).
+    """
+    transformers = import_transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # its loaders raise anything from TypeError to their own
+        raise EncoderError(
+            f"{folder}: no tokenizer that transformers can load ({first_line(error)}); name its folder with --tokenizer"
+        ) from None
+    limit = min(MAX_TOKENS, 77 if row.family == "clip" else MAX_TOKENS)
+    null = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None), None)
+
+    def tokenize(prompt: str) -> list[int]:
+        ids = tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
+        if not ids and null is None:
+            raise EncoderError(f"{folder}: its tokenizer has no BOS, EOS or PAD token to stand for the empty prompt")
+        return ids or [null]
+
+    return tokenize

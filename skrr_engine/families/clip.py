@@ -1,0 +1,21 @@
+"""CLIP's text encoder (L, H, G): pre-norm blocks with the residual in the block."""
+
+from torch import nn
+
+from .residual import from_transformers, module_at, pairs
+
+NAME = "clip"
+
+
+def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    found = module_at(encoder, "text_model.encoder.layers")
+    return found if found and hasattr(found[1][0], "layer_norm1") else None
+
+
+def width(block: nn.Module) -> int:
+    return block.layer_norm1.weight.shape[0]
+
+
+def sub_blocks(blocks: nn.ModuleList, path: str):
+    # transformers' attention returns (output, weights), ComfyUI's the output alone.
+    return pairs(blocks, path, ("layer_norm1", "self_attn"), ("layer_norm2", "mlp"), from_transformers(blocks[0]))

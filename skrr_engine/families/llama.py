@@ -1,0 +1,23 @@
+"""Llama-type decoders read as encoders: Llama, Mistral, Qwen2.5, Qwen3. Norms stand in the block."""
+
+from torch import nn
+
+from .residual import module_at, pairs
+
+NAME = "llama"
+
+
+def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    found = module_at(encoder, "model.layers", "layers")
+    parts = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+    if not found or hasattr(found[1][0], "pre_feedforward_layernorm"):
+        return None
+    return found if all(hasattr(block, part) for block in found[1] for part in parts) else None
+
+
+def width(block: nn.Module) -> int:
+    return block.input_layernorm.weight.shape[0]
+
+
+def sub_blocks(blocks: nn.ModuleList, path: str):
+    return pairs(blocks, path, ("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"), True)

@@ -1,0 +1,85 @@
+"""What CLIP, Llama and Gemma share: the residual addition stands in the block, `x + post(body(norm(x)))`."""
+
+import torch
+from torch import nn
+
+from ..row import Call, Placeholder, SubBlock
+
+
+class ResidualSubBlock(SubBlock):
+    """A sub-block whose norm, body and optional second norm are attributes of the block.
+
+    norm, body, post: modules (post may be None); paths: theirs below the encoder, in that order;
+    tuple_out: whether the body returns `(output, something)` rather than its output.
+    """
+
+    def __init__(self, index: int, norm, body, post, paths: tuple[str, ...], tuple_out: bool):
+        modules = [m for m in (norm, body, post) if m is not None]
+        super().__init__(index, dict(zip(paths, modules, strict=True)))
+        self.norm, self.body, self.post, self.paths, self.tuple_out = norm, body, post, paths, tuple_out
+
+    def branch(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        """`post(body(norm(x)))`, what the block adds to its residual stream."""
+        out = call.again(self.body, self.norm(x))
+        out = out[0] if self.tuple_out else out
+        return out if self.post is None else self.post(out)
+
+    def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        return x + self.branch(x, call)
+
+    def placeholders(self, stand_in: "ResidualSubBlock | None") -> dict[str, nn.Module]:
+        norm, body, *post = self.paths
+        place = Body(stand_in, self.tuple_out)
+        if hasattr(self.body, "is_sliding"):  # read by transformers' Gemma 3 blocks
+            place.is_sliding = self.body.is_sliding
+        return {norm: nn.Identity(), body: place, **{p: nn.Identity() for p in post}}
+
+
+class Body(Placeholder):
+    """In place of an attention or feed-forward module: adds nothing, or a stand-in's branch. Its block's norms are
+    identities, so it sees the residual stream itself."""
+
+    def __init__(self, stand_in: ResidualSubBlock | None, tuple_out: bool):
+        super().__init__(stand_in)
+        self.tuple_out = tuple_out
+
+    def forward(self, *args, **kwargs):
+        x, call = Call.split(args, kwargs)
+        if self.record is not None:
+            self.record(x, call)
+        out = x.new_zeros(()) if self.stand_in is None else self.stand_in.branch(x, call)
+        return (out, advanced(call.kwargs.get("past_key_value"), x.shape[1])) if self.tuple_out else out
+
+
+def advanced(past_key_value, tokens: int):
+    """ComfyUI's key-value cache after a skipped attention: nothing stored, but its position moves on with the text."""
+    if isinstance(past_key_value, tuple) and len(past_key_value) == 3:
+        keys, values, position = past_key_value
+        return keys, values, position + tokens
+    return past_key_value
+
+
+def pairs(blocks: nn.ModuleList, path: str, attention: tuple[str, ...], feed_forward: tuple[str, ...], tuple_out: bool):
+    """Both sub-blocks of each block in turn, from the attribute names (norm, body[, second norm]) in the block;
+    tuple_out: whether the attention returns a tuple."""
+    for i, block in enumerate(blocks):
+        for kind, names in enumerate((attention, feed_forward)):
+            modules = [getattr(block, name) for name in names] + [None] * (3 - len(names))
+            paths = tuple(f"{path}.{i}.{name}" for name in names)
+            yield ResidualSubBlock(2 * i + kind, *modules, paths, tuple_out and kind == 0)
+
+
+def module_at(encoder: nn.Module, *paths: str) -> tuple[str, nn.ModuleList] | None:
+    """The first of the paths at which the encoder has a non-empty list of blocks."""
+    for path in paths:
+        found = encoder
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if isinstance(found, nn.ModuleList) and len(found) > 0:
+            return path, found
+    return None
+
+
+def from_transformers(module: nn.Module) -> bool:
+    """Whether a module is transformers' rather than ComfyUI's: the two return differently shaped results."""
+    return type(module).__module__.startswith("transformers.")

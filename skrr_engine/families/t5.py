@@ -1,0 +1,124 @@
+"""T5 and UMT5: norm and residual stand inside the sub-block.
+
+T5's block 0 owns the position bias of the whole encoder and hands it on; its placeholder keeps it. UMT5 has one bias
+per block, which goes with its attention.
+"""
+
+import torch
+from torch import nn
+
+from ..row import Call, Placeholder, SubBlock, parameter_count
+from .residual import from_transformers, module_at
+
+NAME = "t5"
+
+
+def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    found = module_at(encoder, "encoder.block", "block")
+    return found if found and hasattr(found[1][0], "layer") else None
+
+
+def width(block: nn.Module) -> int:
+    return block.layer[0].layer_norm.weight.shape[0]
+
+
+def sub_blocks(blocks: nn.ModuleList, path: str):
+    # One bias for all where block 1 has none of its own (an encoder of a single block loses nothing by keeping it).
+    shared = getattr(blocks[-1].layer[0].SelfAttention, "relative_attention_bias", None) is None or len(blocks) == 1
+    for i, block in enumerate(blocks):
+        yield T5Attention(2 * i, f"{path}.{i}.layer.0", block.layer[0], shared and i == 0)
+        yield T5FeedForward(2 * i + 1, {f"{path}.{i}.layer.1": block.layer[-1]})
+
+
+class T5FeedForward(SubBlock):
+    """`x + DenseReluDense(layer_norm(x))`."""
+
+    def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        (body,) = self.parts.values()
+        return body(x.clone())  # ComfyUI's adds into its input
+
+    def placeholders(self, stand_in: "T5FeedForward | None") -> dict[str, nn.Module]:
+        return {path: FeedForwardPlaceholder(stand_in) for path in self.parts}
+
+
+class FeedForwardPlaceholder(Placeholder):
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return x if self.stand_in is None else self.stand_in.apply(x, Call())
+
+
+class T5Attention(SubBlock):
+    """`x + SelfAttention(layer_norm(x))`; `shared_bias`: it owns the position bias of the whole encoder."""
+
+    def __init__(self, index: int, path: str, body: nn.Module, shared_bias: bool):
+        super().__init__(index, {path: body})
+        self.path, self.body, self.shared_bias = path, body, shared_bias
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        kept = f"{self.path}.SelfAttention.relative_attention_bias."
+        return {k: v for k, v in super().tensors().items() if not (self.shared_bias and k.startswith(kept))}
+
+    def parameter_count(self) -> int:
+        bias = self.body.SelfAttention.relative_attention_bias if self.shared_bias else None
+        return super().parameter_count() - (parameter_count(bias.weight) if bias is not None else 0)
+
+    def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        return call.again(self.body, x.clone())[0]  # ComfyUI's adds into its input
+
+    def placeholders(self, stand_in: "T5Attention | None") -> dict[str, nn.Module]:
+        kept = BiasKeeper(self.body.SelfAttention) if self.shared_bias else None
+        return {self.path: AttentionPlaceholder(stand_in, kept)}
+
+
+class BiasKeeper(nn.Module):
+    """What is left of block 0's attention: its table of relative position biases, under its old name."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        plain = {k: v for k, v in vars(attention).items() if not k.startswith("_") and k != "training"}
+        self.__dict__.update(plain)  # bucket count and distance, which compute_bias reads
+        self.relative_attention_bias = attention.relative_attention_bias
+        self.__dict__["source"] = type(attention)
+        self.hf = from_transformers(attention)
+
+    def _relative_position_bucket(self, *args, **kwargs):
+        return self.source._relative_position_bucket(*args, **kwargs)
+
+    def bias(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The position bias `[1, heads, tokens, tokens]` as block 0's attention would hand it on."""
+        tokens = x.shape[1]
+        if not self.hf:
+            return self.source.compute_bias(self, tokens, tokens, x.device, x.dtype)
+        bias = self.source.compute_bias(self, tokens, tokens, device=x.device)
+        return bias if mask is None else bias + mask[:, :, :, :tokens]
+
+
+class AttentionPlaceholder(Placeholder):
+    """In place of a T5 attention layer. `SelfAttention` is the kept bias of block 0, None elsewhere."""
+
+    BIAS = ("past_bias", "position_bias")  # ComfyUI's name and transformers'
+
+    def __init__(self, stand_in: T5Attention | None, kept: BiasKeeper | None):
+        super().__init__(stand_in)
+        self.SelfAttention = kept
+
+    def forward(self, *args, **kwargs):
+        x, call = Call.split(args, kwargs)
+        call, bias = self.with_bias(x, call)
+        if self.record is not None:
+            self.record(x, call)
+        out = x if self.stand_in is None else self.stand_in.apply(x, call)
+        return out, bias
+
+    def with_bias(self, x: torch.Tensor, call: Call) -> tuple[Call, torch.Tensor | None]:
+        """The call with the kept bias filled in, and the bias that goes on to the next block."""
+        if call.args:  # ComfyUI: (mask, past_bias, optimized_attention)
+            mask, past, *rest = call.args
+            past = past if self.SelfAttention is None else self.SelfAttention.bias(x, mask)
+            return Call((mask, past, *rest), call.kwargs, call.hidden), past
+        name = next((n for n in self.BIAS if n in call.kwargs), None)
+        past = call.kwargs.get(name)
+        if self.SelfAttention is not None:
+            mask = call.kwargs.get("mask", call.kwargs.get("attention_mask"))
+            past = self.SelfAttention.bias(x, mask)
+        kwargs = call.kwargs if name is None else {**call.kwargs, name: past}
+        return Call((), kwargs, call.hidden), past

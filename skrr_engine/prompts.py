@@ -1,0 +1,386 @@
+"""Calibration prompts: what a search encodes to compare a pruned encoder with the dense one.
+
+The paper calibrates on 1,000 image prompts of 150 to 250 characters (it says tokens, but its printed
+examples have 24 to 37 words). `generate` makes such prompts from a seed, `from_file` reads an artist's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+MIN_LENGTH = 150
+MAX_LENGTH = 250
+MAX_PROMPTS = 100_000
+MAX_LINE = 10_000
+MAX_FILE_BYTES = 64 * 2**20
+
+T = TypeVar("T")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+# fmt: off
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve")
+COLOURS = (
+    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "turquoise", "golden",
+    "silver", "crimson", "olive green", "navy blue", "pale blue", "dark green", "lavender", "ivory", "copper",
+)
+MATERIALS = (
+    "wooden", "ceramic", "glass", "brass", "plastic", "stone", "paper", "leather", "porcelain", "woven", "rusty metal",
+    "polished steel", "marble", "cardboard", "knitted",
+)
+QUALITIES = (
+    "small", "large", "tiny", "oversized", "old", "shiny", "dusty", "cracked", "striped", "spotted", "round", "tall",
+    "antique", "brand-new", "hand-painted", "worn", "transparent", "folded",
+)
+THINGS = (
+    ("cup", "cups"), ("teapot", "teapots"), ("bowl", "bowls"), ("vase", "vases"), ("lamp", "lamps"),
+    ("clock", "clocks"), ("suitcase", "suitcases"), ("umbrella", "umbrellas"), ("book", "books"), ("candle", "candles"),
+    ("chair", "chairs"), ("bottle", "bottles"), ("basket", "baskets"), ("toy robot", "toy robots"), ("cube", "cubes"),
+    ("sphere", "spheres"), ("guitar", "guitars"), ("typewriter", "typewriters"), ("camera", "cameras"),
+    ("backpack", "backpacks"), ("hat", "hats"), ("bicycle helmet", "bicycle helmets"), ("box", "boxes"),
+    ("telephone", "telephones"), ("kite", "kites"), ("skateboard", "skateboards"), ("key", "keys"), ("drum", "drums"),
+    ("wine glass", "wine glasses"), ("picture frame", "picture frames"), ("teddy bear", "teddy bears"),
+    ("alarm clock", "alarm clocks"), ("watering can", "watering cans"), ("hourglass", "hourglasses"),
+)
+SURFACES = (
+    "on a kitchen table", "on a marble counter", "on a checkered tablecloth", "on a weathered bench", "on a windowsill",
+    "on a concrete floor", "on a mossy rock", "on a velvet cushion", "on a workbench", "on a patterned rug",
+    "on the hood of a parked car", "on a stack of old newspapers", "on wet sand", "on a piano", "on a narrow shelf",
+)
+POSITIONS = (
+    "to the left of", "to the right of", "on top of", "behind", "in front of", "next to", "underneath", "above",
+    "leaning against", "half hidden behind", "floating above", "far behind", "just below", "directly opposite",
+)
+ASIDES = ("in the background", "in the foreground", "to the left of them", "to the right of them", "in the far corner")
+AGES = ("young", "elderly", "middle-aged", "tall", "smiling", "freckled", "tired", "cheerful", "serious", "bearded")
+PEOPLE = (
+    ("fisherman", "fishermen"), ("dancer", "dancers"), ("chef", "chefs"), ("astronaut", "astronauts"),
+    ("nurse", "nurses"), ("farmer", "farmers"), ("violinist", "violinists"), ("firefighter", "firefighters"),
+    ("student", "students"), ("mechanic", "mechanics"), ("gardener", "gardeners"), ("teacher", "teachers"),
+    ("cyclist", "cyclists"), ("painter", "painters"), ("scientist", "scientists"), ("busker", "buskers"),
+    ("knight", "knights"), ("woman", "women"), ("man", "men"), ("sailor", "sailors"), ("baker", "bakers"),
+    ("carpenter", "carpenters"), ("traveler", "travelers"), ("shepherd", "shepherds"),
+)
+GARMENTS = (
+    ("coat", "coats"), ("sweater", "sweaters"), ("apron", "aprons"), ("raincoat", "raincoats"), ("scarf", "scarves"),
+    ("dress", "dresses"), ("jacket", "jackets"), ("hat", "hats"), ("uniform", "uniforms"), ("shirt", "shirts"),
+    ("robe", "robes"), ("pair of overalls", "pairs of overalls"), ("cape", "capes"), ("vest", "vests"),
+)
+ACTIVITIES = (
+    "repairing an old radio", "reading a newspaper", "carrying a ladder", "feeding pigeons", "drinking tea",
+    "playing chess", "painting a wall", "waiting for a train", "looking at a map", "laughing at a joke",
+    "holding a lantern", "watching the rain", "sorting fresh vegetables", "tuning a guitar", "pushing a wooden cart",
+    "writing in a notebook", "kneading bread dough", "taking a photograph", "crossing a rope bridge", "flying a kite",
+    "sweeping the floor", "peeling apples", "pointing at the sky", "dancing barefoot",
+)
+ANIMALS = (
+    ("red fox", "red foxes"), ("tabby cat", "tabby cats"), ("border collie", "border collies"), ("horse", "horses"),
+    ("owl", "owls"), ("elephant", "elephants"), ("sea turtle", "sea turtles"), ("rabbit", "rabbits"),
+    ("penguin", "penguins"), ("tiger", "tigers"), ("parrot", "parrots"), ("brown bear", "brown bears"),
+    ("giraffe", "giraffes"), ("hedgehog", "hedgehogs"), ("goldfish", "goldfish"), ("swan", "swans"),
+    ("goat", "goats"), ("frog", "frogs"), ("octopus", "octopuses"), ("crow", "crows"), ("squirrel", "squirrels"),
+    ("dachshund", "dachshunds"), ("highland cow", "highland cows"), ("chameleon", "chameleons"),
+)
+BEHAVIOURS = (
+    "sleeping", "playing", "staring into the camera", "looking up", "hiding", "standing very still", "resting",
+    "searching for food", "yawning", "moving slowly", "shaking off water", "looking over one shoulder",
+)
+WEARABLES = (
+    "collar", "ribbon", "bow tie", "knitted hat", "bandana", "tiny backpack", "flower crown", "saddle cloth", "scarf",
+)
+SETTINGS = (
+    "in a crowded market", "on a quiet beach", "in an empty theater", "beside a frozen lake", "in a sunlit kitchen",
+    "under a stone bridge", "on a rooftop terrace", "in a bamboo forest", "at a small train station", "in a greenhouse",
+    "in a narrow alley", "on a snowy mountain path", "in a library with high shelves", "in a field of sunflowers",
+    "at the edge of a cliff", "in a workshop full of tools", "on a busy street corner", "in an old subway car",
+    "beside a garden pond", "in a desert canyon", "on the deck of a ship", "in a foggy pine forest", "at a fairground",
+    "in an abandoned factory", "in a laundromat", "on a village square",
+)
+PLACES = (
+    "lighthouse", "mountain village", "harbor town", "bamboo temple", "city skyline", "desert fortress", "waterfall",
+    "railway station", "cathedral", "farmhouse", "glass skyscraper", "windmill", "castle ruin", "floating market",
+    "suspension bridge", "tea house", "observatory", "vineyard", "ski lodge", "botanical garden", "space station",
+    "canal town", "roadside diner", "amphitheater",
+)
+PLACE_QUALITIES = (
+    "remote", "bustling", "abandoned", "tranquil", "futuristic", "medieval", "crumbling", "colorful", "snow-covered",
+    "overgrown", "moonlit", "sleepy", "majestic", "tiny", "sprawling",
+)
+FEATURES = (
+    "laundry hanging between the walls", "a winding stone staircase", "a row of lanterns", "boats tied to a pier",
+    "ivy climbing over every surface", "smoke rising from the chimneys", "a flock of birds overhead",
+    "a single bicycle near the entrance", "puddles that mirror the sky", "a field of wildflowers in front",
+    "distant mountains on the horizon", "a crooked wooden fence", "an old truck parked outside",
+    "a clock over the gate", "tall cypress trees on both sides", "a broken statue in the middle",
+)
+VEHICLES = (
+    ("bus", "buses"), ("vintage car", "vintage cars"), ("bicycle", "bicycles"), ("tram", "trams"), ("truck", "trucks"),
+    ("sailboat", "sailboats"), ("hot air balloon", "hot air balloons"), ("motorcycle", "motorcycles"),
+    ("steam train", "steam trains"), ("scooter", "scooters"), ("taxi", "taxis"), ("canoe", "canoes"),
+    ("tractor", "tractors"), ("spaceship", "spaceships"), ("camper van", "camper vans"), ("airplane", "airplanes"),
+)
+FOODS = (
+    ("strawberry", "strawberries"), ("lemon", "lemons"), ("croissant", "croissants"), ("dumpling", "dumplings"),
+    ("boiled egg", "boiled eggs"), ("pancake", "pancakes"), ("apple", "apples"), ("cupcake", "cupcakes"),
+    ("sushi roll", "sushi rolls"), ("doughnut", "doughnuts"), ("fig", "figs"), ("taco", "tacos"),
+    ("slice of cake", "slices of cake"), ("grilled shrimp", "grilled shrimps"), ("olive", "olives"),
+    ("cherry tomato", "cherry tomatoes"), ("waffle", "waffles"), ("sandwich", "sandwiches"),
+)
+DISHES = ("plate", "bowl", "tray", "platter", "basket", "cutting board", "lunch box", "cake stand")
+CARRIERS = (
+    "sign", "billboard", "neon sign", "book cover", "chalkboard", "T-shirt", "banner", "poster", "coffee mug",
+    "wooden plank", "street sign", "shop window", "cardboard sign", "birthday cake", "brick wall", "postage stamp",
+    "train ticket", "cereal box",
+)
+WORDINGS = (
+    "OPEN ALL NIGHT", "FRESH BREAD", "Hello World", "NO SWIMMING", "Room 42", "Happy Birthday", "LOST CAT",
+    "PLATFORM 9", "Take a Seat", "THE LAST TRAIN", "EXIT", "Coffee First", "Do Not Disturb", "1984", "WELCOME HOME",
+    "Keep Left", "SALE 50%", "Once Upon a Time", "GATE 7", "Good Morning", "Mind the Gap", "FISH & CHIPS", "Thank You",
+    "BEWARE OF DOG", "JAZZ TONIGHT", "Route 66", "SLOW DOWN", "Handle with Care", "Dream Big", "CLOSED",
+)
+STYLES = (
+    "a photograph", "a watercolor painting", "an oil painting", "a pencil sketch", "a digital illustration",
+    "a pixel art image", "a woodblock print", "a claymation still", "a 3D render", "a comic book panel",
+    "a charcoal drawing", "a black and white photograph", "an art deco poster", "a paper cut-out collage",
+    "an isometric illustration", "a film still", "a stained glass design", "a children's book illustration",
+    "an anime scene", "an impressionist painting", "a low-poly render", "a pastel drawing", "a polaroid picture",
+)
+LIGHTS = (
+    "soft morning light", "golden hour light", "harsh midday sun", "neon light", "candlelight", "overcast daylight",
+    "moonlight", "dramatic side lighting", "warm lamplight", "cold blue light", "dappled sunlight", "stormy light",
+    "bright studio lighting", "the glow of a campfire", "backlight through fog", "the first light of dawn",
+)
+CAMERAS = (
+    "a close-up", "a wide-angle shot", "an aerial view", "a low-angle shot", "a macro shot", "a centered portrait",
+    "an eye-level view", "a fisheye view", "a telephoto shot", "a symmetrical view", "a bird's-eye view",
+    "a panoramic view", "a long exposure", "a tilted shot",
+)
+DETAILS = (
+    "shallow depth of field", "highly detailed textures", "muted colors", "vivid contrasting colors", "a calm mood",
+    "fine film grain", "long shadows", "a mysterious atmosphere", "crisp focus", "visible brush strokes",
+    "a nostalgic mood", "drifting snowflakes", "light rain", "dust floating in the air", "a blurred background",
+    "plenty of empty space", "reflections on wet ground", "a playful tone", "thick outlines", "a limited color palette",
+)
+# fmt: on
+
+Noun = tuple[str, str]
+
+
+class _Draw:
+    """A seeded choice that gives the same sequence on every Python: it uses nothing of `Random` but `random()`."""
+
+    def __init__(self, seed: int):
+        self._random = random.Random(seed).random
+
+    def below(self, count: int) -> int:
+        return int(self._random() * count)
+
+    def one(self, choices: Sequence[T]) -> T:
+        return choices[self.below(len(choices))]
+
+    def some(self, choices: Sequence[T], count: int) -> list[T]:
+        """`count` different choices."""
+        left = list(choices)
+        return [left.pop(self.below(len(left))) for _ in range(count)]
+
+
+def _a(phrase: str) -> str:
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def _listed(phrases: list[str]) -> str:
+    return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
+
+
+def _looks(draw: _Draw, colour: str) -> str:
+    if draw.below(2):
+        return f"{colour} {draw.one(MATERIALS)}"
+    return f"{draw.one(QUALITIES)} {colour}"
+
+
+def _one_or_more(draw: _Draw, noun: Noun, looks: str) -> str:
+    return f"{draw.one(NUMBERS)} {looks} {noun[1]}" if draw.below(2) else _a(f"{looks} {noun[0]}")
+
+
+def _objects(draw: _Draw) -> str:
+    first, second, third = (
+        _one_or_more(draw, noun, _looks(draw, colour))
+        for noun, colour in zip(draw.some(THINGS, 3), draw.some(COLOURS, 3), strict=True)
+    )
+    placed = f"{first} {draw.one(POSITIONS)} {second}"
+    if draw.below(2):
+        return f"{placed}, with {third} {draw.one(ASIDES)}"
+    return f"{placed} {draw.one(SURFACES)}"
+
+
+def _counts(draw: _Draw) -> str:
+    (_, first), (_, second) = draw.some(THINGS, 2)
+    one, two = draw.some(COLOURS, 2)
+    counted = f"{draw.one(NUMBERS)} {one} {first} and {draw.one(NUMBERS)} {_looks(draw, two)} {second}"
+    return f"{draw.one(('exactly ', '', 'a row of ', 'a group of '))}{counted} {draw.one(SURFACES)}"
+
+
+def _people(draw: _Draw) -> str:
+    person, garment = draw.one(PEOPLE), draw.one(GARMENTS)
+    age, colour = draw.one(AGES), draw.one(COLOURS)
+    if draw.below(3) == 0:
+        who = f"{draw.one(NUMBERS)} {age} {person[1]} in {colour} {garment[1]}"
+    else:
+        who = f"{_a(f'{age} {person[0]}')} in {_a(f'{colour} {garment[0]}')}"
+    return f"{who} {draw.one(ACTIVITIES)} {draw.one(SETTINGS)}"
+
+
+def _pair(draw: _Draw) -> str:
+    (first, _), (second, _) = draw.some(PEOPLE, 2)
+    (one, _), (two, _) = draw.some(GARMENTS, 2)
+    colour, other = draw.some(COLOURS, 2)
+    return (
+        f"{_a(f'{draw.one(AGES)} {first}')} in {_a(f'{colour} {one}')} standing {draw.one(POSITIONS[:2])} "
+        f"{_a(second)} in {_a(f'{other} {two}')} {draw.one(SETTINGS)}"
+    )
+
+
+def _animals(draw: _Draw) -> str:
+    animal, worn = draw.one(ANIMALS), _a(f"{draw.one(COLOURS)} {draw.one(WEARABLES)}")
+    doing = f"{draw.one(BEHAVIOURS)} {draw.one(SETTINGS)}"
+    if draw.below(2):
+        return f"{draw.one(NUMBERS)} {animal[1]}, each wearing {worn}, {doing}"
+    return f"{_a(animal[0])} wearing {worn}, {doing}"
+
+
+def _animal_and_thing(draw: _Draw) -> str:
+    thing = _one_or_more(draw, draw.one(THINGS), _looks(draw, draw.one(COLOURS)))
+    return f"{_a(draw.one(ANIMALS)[0])} {draw.one(BEHAVIOURS)} {draw.one(POSITIONS[:6])} {thing} {draw.one(SETTINGS)}"
+
+
+def _lettering(draw: _Draw) -> str:
+    carrier = _a(f"{_looks(draw, draw.one(COLOURS))} {draw.one(CARRIERS)}")
+    beside = _a(f"{draw.one(COLOURS)} {draw.one(THINGS)[0]}")
+    return (
+        f"{carrier} {draw.one(('that reads', 'with the words', 'that says'))} '{draw.one(WORDINGS)}' "
+        f"{draw.one(POSITIONS[:6])} {beside} {draw.one(SETTINGS)}"
+    )
+
+
+def _places(draw: _Draw) -> str:
+    place = _a(f"{draw.one(PLACE_QUALITIES)} {draw.one(PLACES)}")
+    return f"{place} with {_listed(draw.some(FEATURES, 2))}"
+
+
+def _traffic(draw: _Draw) -> str:
+    first, second = draw.some(VEHICLES, 2)
+    one, two = draw.some(COLOURS, 2)
+    vehicle = _one_or_more(draw, first, one)
+    place = _a(f"{draw.one(PLACE_QUALITIES)} {draw.one(PLACES)}")
+    return f"{vehicle} {draw.one(POSITIONS[:6])} {_a(f'{two} {second[0]}')} near {place}"
+
+
+def _food(draw: _Draw) -> str:
+    (_, first), (_, second) = draw.some(FOODS, 2)
+    dish = _a(f"{draw.one(COLOURS)} {draw.one(DISHES)}")
+    beside = _a(f"{_looks(draw, draw.one(COLOURS))} {draw.one(THINGS)[0]}")
+    return (
+        f"{dish} with {draw.one(NUMBERS)} {first} and {draw.one(NUMBERS)} {second}, placed {draw.one(POSITIONS[:6])} "
+        f"{beside} {draw.one(SURFACES)}"
+    )
+
+
+SUBJECTS = (
+    _objects, _counts, _people, _pair, _animals, _animal_and_thing, _lettering, _places, _traffic, _food,
+)  # fmt: skip
+FORMS = (
+    "{style} of {subject}, {camera} lit by {light}, with {details}",
+    "{subject}. {Style} lit by {light}. {Camera} with {details}.",
+    "{subject}, {style}, {camera}, {light}, {details}",
+    "{camera} of {subject}, lit by {light}. The picture is {style} with {details}.",
+)
+
+
+def _prompt(draw: _Draw) -> str:
+    """One prompt with as few details as reach the least length; it may come out too long."""
+    parts = {"subject": draw.one(SUBJECTS)(draw), "style": draw.one(STYLES), "light": draw.one(LIGHTS)}
+    parts["camera"] = draw.one(CAMERAS)
+    parts.update(Style=_sentence(parts["style"]), Camera=_sentence(parts["camera"]))
+    form, details = draw.one(FORMS), draw.some(DETAILS, 4)
+    text = ""
+    for count in range(1, len(details) + 1):
+        text = _sentence(form.format(**parts, details=_listed(details[:count])))
+        if len(text) >= MIN_LENGTH:
+            break
+    return text
+
+
+def _sentence(phrase: str) -> str:
+    return phrase[0].upper() + phrase[1:]
+
+
+def generate(count: int = 1000, seed: int = 0) -> list[str]:
+    """`count` different image prompts of 150 to 250 characters, the same for a seed on every Python and platform.
+
+    A longer list starts with the shorter one: `generate(10) == generate(1000)[:10]`. Raises ValueError where count is
+    not from 0 to 100,000.
+    """
+    if not 0 <= count <= MAX_PROMPTS:
+        raise ValueError(f"count: expected 0 to {MAX_PROMPTS} prompts, found {count}; ask for fewer")
+    draw = _Draw(seed)
+    prompts: dict[str, None] = {}
+    while len(prompts) < count:
+        prompt = _prompt(draw)
+        if MIN_LENGTH <= len(prompt) <= MAX_LENGTH:
+            prompts[prompt] = None
+    return list(prompts)
+
+
+def from_text(text: str) -> list[str]:
+    """The prompts in a text, one a line, stripped and without blank lines.
+
+    Raises ValueError where none is left, where one is longer than 10,000 characters, where there are more than 100,000,
+    or where the text holds NUL or broken characters.
+    """
+    lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if prompt := line.strip():
+            _check_line(prompt, number)
+            prompts.append(prompt)
+    if not prompts:
+        raise ValueError("the prompts: expected at least one line of text, found none; write one prompt a line")
+    if len(prompts) > MAX_PROMPTS:
+        raise ValueError(f"the prompts: expected at most {MAX_PROMPTS}, found {len(prompts)}; leave some out")
+    return prompts
+
+
+def _check_line(prompt: str, number: int) -> None:
+    if len(prompt) > MAX_LINE:
+        found = f"expected at most {MAX_LINE} characters, found {len(prompt)}"
+        raise ValueError(f"the prompts: line {number}: {found}; write one prompt a line")
+    if "\0" in prompt or _SURROGATE.search(prompt):
+        raise ValueError(f"the prompts: line {number}: expected text, found broken characters; save the file as UTF-8")
+
+
+def from_file(path: str | os.PathLike[str]) -> list[str]:
+    """The prompts in a UTF-8 file of at most 64 MiB, read as `from_text` does. Raises ValueError, also for no file."""
+    name = str(Path(path)).encode("unicode_escape").decode("ascii")
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be read ({error.strerror}); choose a text file of prompts") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise ValueError(f"{name}: expected at most {MAX_FILE_BYTES} bytes, found more; leave some prompts out")
+    try:
+        return from_text(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected UTF-8, found another byte at {error.start}; save it as UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def sha256(prompts: Sequence[str]) -> str:
+    """The hash that a plan's provenance holds: 64 hexadecimal digits of the prompts' UTF-8, joined by line feeds."""
+    return hashlib.sha256("\n".join(prompts).encode("utf-8")).hexdigest()

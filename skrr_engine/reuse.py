@@ -1,0 +1,33 @@
+"""Which kept sub-blocks stand in for skipped ones: paper, algorithm 2."""
+
+from collections.abc import Sequence
+
+from .rewire import assignment
+from .skip import Score
+
+
+def neighbours(index: int, skipped: frozenset[int], length: int) -> list[int]:
+    """The nearest kept sub-blocks of the same type to the left and to the right of a skipped one, where there are."""
+    left = next((i for i in range(index - 2, -1, -2) if i not in skipped), None)
+    right = next((i for i in range(index + 2, length, 2) if i not in skipped), None)
+    return [i for i in (left, right) if i is not None]
+
+
+def search(score: Score, order: Sequence[int], length: int) -> tuple[dict[int, int], float]:
+    """The re-use map of one level and its discrepancy.
+
+    order: the skipped sub-blocks in skip order; length: of the row. For each in turn, with the re-uses accepted so far
+    in place, the better neighbour (of equals the left one) is accepted where it is lower than staying skipped.
+    """
+    skipped = frozenset(order)
+    reuse: dict[int, int] = {}
+    (current,) = score([assignment(order)])
+    for index in order:
+        options = neighbours(index, skipped, length)
+        if not options:
+            continue
+        scores = score([assignment(order, {**reuse, index: j}) for j in options])
+        best = min(range(len(options)), key=lambda i: (scores[i], i))
+        if scores[best] < current:
+            reuse[index], current = options[best], scores[best]
+    return reuse, current

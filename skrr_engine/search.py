@@ -1,0 +1,174 @@
+"""From a meter to an encoder's entry in a plan: skip, then re-use for each level, with progress and a state to resume."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from . import reuse, skip
+from .discrepancy import Discrepancy, Meter
+from .plan import EncoderPlan, Level
+from .rewire import assignment
+from .row import describe
+from .skip import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a search is asked for. sparsity: target, as a fraction of all encoder parameters; levels: further
+    sparsities to give re-use maps for; beam: width k; reuse: whether algorithm 2 runs."""
+
+    sparsity: float = 0.42
+    levels: tuple[float, ...] = ()
+    beam: int = 3
+    reuse: bool = True
+
+    def __post_init__(self):
+        for value in (self.sparsity, *self.levels):
+            if not 0 < value < 1:
+                raise skip.SearchError(f"a sparsity of {value} makes no sense: give a fraction between 0 and 1, like 0.42")
+        if max(self.levels, default=0) > self.sparsity:
+            raise skip.SearchError(
+                f"level {max(self.levels)} is above the target sparsity {self.sparsity}: raise the target or drop it"
+            )
+        if not 1 <= self.beam <= 64:
+            raise skip.SearchError(f"a beam of {self.beam} makes no sense: use 1 to 64 (the paper uses 3)")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a search stands. done: 0 to 1; seconds_left: an estimate, None while there is nothing to estimate from;
+    candidate, candidates: within this step; line: for people; path: the best list so far."""
+
+    step: int
+    steps: int
+    candidate: int
+    candidates: int
+    done: float
+    seconds_left: float | None
+    line: str
+    path: Path
+
+
+class Clock:
+    """Turns work done (in sub-block forwards) into a share and a time left."""
+
+    def __init__(self):
+        self.start, self.worked = time.monotonic(), 0.0
+
+    def left(self, remaining: float) -> float | None:
+        elapsed = time.monotonic() - self.start
+        return elapsed / self.worked * remaining if self.worked > 0 and elapsed > 1 else None
+
+
+def step_work(length: int, removed: int, beam: int) -> float:
+    """About how many sub-block forwards a step takes with `removed` of `length` sub-blocks gone: each list is walked
+    once, and each of its candidates from its own place on."""
+    kept = length - removed
+    return min(beam, length if removed == 0 else beam) * (kept + kept * (kept - 1) / 2) if removed else kept * (kept + 1) / 2
+
+
+def reuse_work(length: int, skipped: int) -> float:
+    """The same for the re-use maps of a level: two candidates for each skipped sub-block."""
+    return 2 * skipped * (length - skipped) * 0.75
+
+
+def search(
+    meter: Meter,
+    settings: Settings,
+    report: Callable[[Progress], None] = lambda progress: None,
+    save: Callable[[Sequence[Path]], None] = lambda beam: None,
+    beam: Sequence[Path] = (),
+) -> EncoderPlan:
+    """Search one encoder's plan.
+
+    report: called before every sub-block forward with where the search stands; what it raises ends the search. save:
+    called with the beam after each step. beam: a saved one, to go on from. Raises SearchError where the target can't be
+    reached.
+    """
+    row = meter.tracer.row
+    costs, total, length = row.parameter_counts, row.total, len(row)
+    clock = Clock()
+    best = beam[0] if beam else Path((), 0.0)
+    targets = sorted({*settings.levels, settings.sparsity})
+
+    def steps_expected(path: Path) -> int:
+        removed = row.sparsity(path.order)
+        mean = max(removed / len(path.order) if path.order else sum(costs) / total / length, 1e-9)
+        missing = max(settings.sparsity - removed, 0.0)
+        return min(length, len(path.order) + max(0, -int(-missing / mean // 1)))
+
+    def remaining(path: Path) -> float:
+        """Work left once `path` has been found."""
+        steps = range(len(path.order), steps_expected(path))
+        work = sum(step_work(length, step, settings.beam) for step in steps)
+        if settings.reuse:
+            work += sum(reuse_work(length, int(steps_expected(path) * t / settings.sparsity)) for t in targets)
+        return work
+
+    def ticking(line: str, candidates: int, ahead: float, work: float):
+        """A tick for `Meter.measure`: this measurement is `work`, and `ahead` comes after it."""
+        before = clock.worked
+
+        def tick(share: float) -> None:
+            clock.worked = before + share * work
+            left = ahead + (1 - share) * work
+            report(
+                Progress(
+                    len(best.order) + 1, max(steps_expected(best), len(best.order) + 1),
+                    int(share * candidates) + 1, candidates, clock.worked / (clock.worked + left), clock.left(left),
+                    line, best,
+                )
+            )  # fmt: skip
+
+        return tick
+
+    def score_step(candidates: list[dict]) -> list[float]:
+        work = step_work(length, len(best.order), settings.beam)
+        tick = ticking(step_line(best, steps_expected(best)), len(candidates), remaining(best) - work, work)
+        return [d.total for d in meter.measure(candidates, tick)]
+
+    for beam in skip.search(score_step, costs, total, settings.sparsity, settings.beam, beam):
+        best = beam[0]
+        save(beam)
+
+    levels = []
+    ends = sorted({skip.reaching(best.order, costs, total, target) for target in targets})
+    order = best.order[: ends[-1]]
+    for number, end in enumerate(ends):
+        ahead = sum(reuse_work(length, e) for e in ends[number + 1 :]) if settings.reuse else 0.0
+        levels.append(find_level(meter, order[:end], settings.reuse, ticking, ahead))
+    return EncoderPlan(family=row.family, blocks=row.blocks, width=row.width, order=order, levels=tuple(levels))
+
+
+def step_line(path: Path, steps: int) -> str:
+    """"step 7 of 20: skipped block 11's attention, D 0.013"."""
+    if not path.order:
+        return f"step 0 of {steps}: measuring every sub-block"
+    return f"step {len(path.order)} of {steps}: skipped {describe(path.order[-1])}, D {path.discrepancy:.4g}"
+
+
+def find_level(meter: Meter, order: Sequence[int], with_reuse: bool, ticking, ahead: float) -> Level:
+    """The level of a skip list: its re-use map (empty without `with_reuse`), sparsity and discrepancy."""
+    row = meter.tracer.row
+    calls, work = 0, reuse_work(len(row), len(order))
+    expected = len(order) + 1 if with_reuse else 1
+
+    def score(candidates: list[dict]) -> list[float]:
+        nonlocal calls
+        left = max(expected - calls - 1, 0) / expected * work + ahead
+        tick = ticking(f"re-use at {len(order)} skipped, D so far in place", len(candidates), left, work / expected)
+        calls += 1
+        return [d.total for d in meter.measure(candidates, tick)]
+
+    if with_reuse:
+        mapping, discrepancy = reuse.search(score, order, len(row))
+    else:
+        mapping, (discrepancy,) = {}, score([assignment(order)])
+    return Level(
+        skipped=len(order), reuse=mapping, sparsity=round(row.sparsity(order), 6), discrepancy=discrepancy
+    )
+
+
+def measure_level(meter: Meter, plan: EncoderPlan, level: Level) -> Discrepancy:
+    """The discrepancy of one level of a plan on a meter's prompts."""
+    return meter.measure([assignment(plan.order[: level.skipped], level.reuse)])[0]

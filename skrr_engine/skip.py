@@ -1,0 +1,69 @@
+"""Which sub-blocks to skip: beam search on the discrepancy (paper, algorithm 1), equal sets merged."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from .errors import SkrrError
+from .rewire import assignment
+
+Score = Callable[[list[dict]], list[float]]
+"""Discrepancies of a list of assignments (see rewire.Assignment)."""
+
+
+class SearchError(SkrrError):
+    """A search that can't reach what was asked of it; one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """A skip list in the order of removal, with its discrepancy."""
+
+    order: tuple[int, ...]
+    discrepancy: float
+
+
+def expand(beam: Sequence[Path], length: int) -> list[tuple[int, ...]]:
+    """Every list of the beam extended by every sub-block not yet in it; of equal sets, the one from the best list."""
+    found: dict[frozenset[int], tuple[int, ...]] = {}
+    for path in beam:
+        for index in range(length):
+            if index not in path.order:
+                found.setdefault(frozenset((*path.order, index)), (*path.order, index))
+    return list(found.values())
+
+
+def select(orders: Sequence[tuple[int, ...]], scores: Sequence[float], width: int) -> list[Path]:
+    """The `width` best; of equals, the lower sub-block removed last wins, then the better parent (the earlier)."""
+    ranked = sorted(range(len(orders)), key=lambda i: (scores[i], orders[i][-1], i))
+    return [Path(orders[i], scores[i]) for i in ranked[:width]]
+
+
+def search(
+    score: Score, costs: Sequence[int], total: int, target: float, width: int, beam: Sequence[Path] = ()
+) -> Iterator[list[Path]]:
+    """Yield the beam after each step, until its best list reaches the target sparsity.
+
+    score: see `Score`. costs: parameters of each sub-block; total: of the encoder; target: fraction of `total` to
+    remove; width: of the beam (k); beam: where to go on from, as yielded before. Raises SearchError where even removing
+    everything would not reach the target.
+    """
+    if target > sum(costs) / total:
+        raise SearchError(
+            f"a sparsity of {target:.0%} can't be reached: the blocks hold {sum(costs) / total:.1%} of this encoder's"
+            " parameters; ask for less"
+        )
+    beam = list(beam) or [Path((), 0.0)]
+    while sum(costs[i] for i in beam[0].order) < target * total:
+        orders = expand(beam, len(costs))
+        beam = select(orders, score([assignment(order) for order in orders]), width)
+        yield beam
+
+
+def reaching(order: Sequence[int], costs: Sequence[int], total: int, target: float) -> int:
+    """Length of the first prefix of `order` whose sparsity reaches `target` (all of it where none does)."""
+    removed = 0
+    for length, index in enumerate(order):
+        if removed >= target * total:
+            return length
+        removed += costs[index]
+    return len(order)

@@ -1,0 +1,156 @@
+"""The engine's own walk over an encoder's sub-blocks, and how the encoder reads its conditioning from it.
+
+A `Tracer` holds a hollow fork of the encoder, in which every sub-block is skipped. Running the encoder's own forward on
+it costs next to nothing and gives what the walk needs: the embedded prompts, the arguments (masks, position biases,
+rotary tables) of every attention call, and, with the walk's states put in behind the blocks, the conditioning, made by
+the encoder's own code (final norm, layer choice, pooling, masking).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .rewire import Assignment, fork, replace
+from .row import Call, Placeholder, Row
+
+Reading = list[tuple[torch.Tensor, torch.Tensor | None]]
+"""What a denoiser reads of an encoder: tensors `[batch, tokens, width]`, each with the mask `[batch, tokens]` of the
+tokens that count, or None where all do."""
+
+Run = Callable[[nn.Module], Reading]
+"""Runs an encoder's own forward on one batch of prompts, all of one length, on the module tree it is given."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One batch seen by the encoder: x, the embedded prompts `[batch, tokens, width]`; calls, one per sub-block."""
+
+    run: Run
+    x: torch.Tensor
+    calls: tuple[Call, ...]
+
+
+class Tracer:
+    """The walk over one encoder. `root`: what `run` functions are given; `row`: of the encoder at `prefix` below it."""
+
+    def __init__(self, root: nn.Module, row: Row, prefix: str = ""):
+        self.row = row
+        paths = [prefix + path for s in row.sub_blocks for path in s.parts]
+        self.hollow = fork(root, paths)
+        self._attention: list[Placeholder] = []
+        for sub_block in row.sub_blocks:
+            for path, placeholder in sub_block.placeholders(None).items():
+                replace(self.hollow, prefix + path, placeholder)
+                if sub_block.is_attention and isinstance(placeholder, Placeholder):
+                    self._attention.append(placeholder)
+        self._states: dict[int, torch.Tensor] = {}
+        for i, path in enumerate(row.block_paths):
+            block = self.hollow.get_submodule(prefix + path)
+            block.register_forward_hook(lambda module, args, out, behind=i + 1: self._put(behind, out))
+        self.boundaries: tuple[int, ...] | None = None
+
+    def _put(self, behind: int, out):
+        state = self._states.get(behind)
+        if state is None:
+            return None
+        return (state, *out[1:]) if isinstance(out, tuple) else state
+
+    def trace(self, run: Run) -> Trace:
+        """Embed a batch and record how its attention modules are called."""
+        seen: list[tuple[torch.Tensor, Call]] = []
+        for placeholder in self._attention:
+            placeholder.record = lambda x, call: seen.append((x.clone() if not seen else x, call))
+        try:
+            run(self.hollow)
+        finally:
+            for placeholder in self._attention:
+                placeholder.record = None
+        calls = tuple(call for _, call in seen for call in (call, Call()))
+        return Trace(run, seen[0][0], calls)
+
+    def read(self, trace: Trace, states: dict[int, torch.Tensor]) -> Reading:
+        """The conditioning from the states behind blocks (`{number of blocks passed: state}`), by the encoder's code."""
+        self._states = {behind: state.clone() for behind, state in states.items()}
+        try:
+            return trace.run(self.hollow)
+        finally:
+            self._states = {}
+
+    def find_boundaries(self, trace: Trace) -> tuple[int, ...]:
+        """Behind how many blocks the conditioning reads the stream: found by poisoning one place after the other."""
+        blocks = self.row.blocks
+        clean = {behind: trace.x for behind in range(1, blocks + 1)}
+        poison = torch.full_like(trace.x, float("nan"))
+
+        def is_read(behind: int) -> bool:
+            return any(bool(t.isnan().any()) for t, _ in self.read(trace, {**clean, behind: poison}))
+
+        return tuple(behind for behind in range(1, blocks + 1) if is_read(behind))
+
+    def walk(
+        self, trace: Trace, candidates: Sequence[Assignment], limit: int = 0, step: Callable[[], None] | None = None
+    ) -> Iterator[tuple[int, Reading]]:
+        """Yield `(candidate's position, its conditioning)` for every candidate, in the order in which they finish.
+
+        Candidates share every state up to their first difference: the row is walked once, and a state is forked where
+        candidates part. limit: how many states may be held at once (0: any number); where it is reached, the stream
+        that most candidates share waits at its place while the others go to the end. step: called before each
+        sub-block's forward.
+        """
+        if self.boundaries is None:
+            self.boundaries = self.find_boundaries(trace)
+        waiting = [(0, [Stream(trace.x, tuple(range(len(candidates))), {})])]
+        while waiting:
+            index, streams = waiting.pop()
+            while index < len(self.row):
+                if limit and 1 < len(streams) >= limit:
+                    streams.sort(key=lambda stream: len(stream.members))
+                    waiting.append((index, [streams.pop()]))
+                streams = [s for stream in streams for s in self._advance(stream, index, trace, candidates, step)]
+                index += 1
+            for stream in streams:
+                reading = self.read(trace, stream.taps)
+                for member in stream.members:
+                    yield member, reading
+
+    def _advance(self, stream: "Stream", index: int, trace: Trace, candidates: Sequence[Assignment], step):
+        """The stream behind sub-block `index`, forked where its candidates treat that sub-block differently."""
+        for action, members in parted(stream.members, index, candidates).items():
+            x = stream.x
+            if action is not None:
+                if step is not None:
+                    step()
+                x = self.row.sub_blocks[action].apply(x, trace.calls[index])
+            behind = (index + 1) // 2
+            taps = {**stream.taps, behind: x} if index % 2 and behind in self.boundaries else stream.taps
+            yield Stream(x, members, taps)
+
+
+def parted(members: Sequence[int], index: int, candidates: Sequence[Assignment]) -> dict[int | None, tuple[int, ...]]:
+    """Candidates by what they do at a sub-block: keep it (its own index), skip it (None), re-use another's index."""
+    groups: dict[int | None, list[int]] = {}
+    for member in members:
+        groups.setdefault(candidates[member].get(index, index), []).append(member)
+    return {action: tuple(group) for action, group in groups.items()}
+
+
+def forwards(length: int, candidates: Sequence[Assignment]) -> int:
+    """How many sub-block forwards a walk over a row of `length` sub-blocks takes for these candidates."""
+    streams: list[tuple[int, ...]] = [tuple(range(len(candidates)))] if candidates else []
+    total = 0
+    for index in range(length):
+        groups = [parted(members, index, candidates) for members in streams]
+        streams = [members for group in groups for members in group.values()]
+        total += sum(action is not None for group in groups for action in group)
+    return total
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A residual stream that some candidates share so far; taps: its states at the boundaries already passed."""
+
+    x: torch.Tensor
+    members: tuple[int, ...]
+    taps: dict[int, torch.Tensor]

@@ -1,0 +1,78 @@
+"""Fixtures, each made on first use: ComfyUI in this process (`comfy`, `pack`) and as a server (`server`)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import comfy_runtime
+from comfy_runtime import Server
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+comfy_runtime.install_torchvision_ops()
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def comfyui_root() -> Path:
+    """ComfyUI's folder."""
+    return comfy_runtime.comfyui_root(REPO / ".cache")
+
+
+@pytest.fixture(scope="session")
+def comfy(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The package `comfy` in this process, on the CPU with two threads; its models and output in a temporary folder."""
+    comfy_runtime.activate(comfyui_root, tmp_path_factory.mktemp("comfyui"))
+    import comfy.model_management
+    import comfy.sd
+    import torch
+
+    torch.set_num_threads(2)
+    return comfy
+
+
+@pytest.fixture(scope="session")
+def pack(comfy: ModuleType) -> ModuleType:
+    """This pack, loaded by ComfyUI's own loader in this process."""
+    return comfy_runtime.load_pack(REPO)
+
+
+@pytest.fixture(scope="session")
+def server_factory(comfyui_root: Path) -> Callable[..., Server]:
+    """`with server_factory("--cache-none") as server:` is a server of its own, with the pack and the tests' nodes."""
+    custom_nodes = {"skrr": REPO}
+    if (REPO / "tests" / "comfy_nodes").is_dir():
+        custom_nodes["skrr_test_nodes"] = REPO / "tests" / "comfy_nodes"
+    return lambda *args: Server(comfyui_root, custom_nodes, args)
+
+
+@pytest.fixture(scope="session")
+def server(server_factory: Callable[..., Server]) -> Iterator[Server]:
+    """The server that the tests share."""
+    with server_factory() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser's executable, for playwright's `executable_path`; skips the test where there is none."""
+    found = shutil.which("chromium")
+    if found is None:
+        pytest.skip("no chromium on this machine: the browser tests are left out")
+    return found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Shows the end of the server's log beside a failed test that used one."""
+    report = yield
+    if report.failed:
+        for value in getattr(item, "funcargs", {}).values():
+            if isinstance(value, Server):
+                report.sections.append(("ComfyUI's log", value.log()[-comfy_runtime.LOG_TAIL :]))
+    return report

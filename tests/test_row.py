@@ -1,0 +1,119 @@
+"""The engine's walk equals the encoder's own forward, dense and pruned, on every family; rewiring leaves no trace."""
+
+import pytest
+import torch
+
+import reference
+import small
+from skrr_engine import families
+from skrr_engine.rewire import assignment, fork, rewire, undo
+from skrr_engine.row import EncoderError
+from skrr_engine.trace import Tracer, forwards
+
+REMOVALS = [
+    {},
+    {0: None},
+    {1: None},
+    {0: None, 5: None, 6: None},
+    {0: 2, 3: 1, 7: None},
+    {2: 0, 4: 0, 5: 7},
+    {0: 6, 2: 6, 4: 6, 1: 7},
+    {i: None for i in range(8)},
+]
+IDS = [[5, 9, 33, 4, 60, 7, 8, 21, 99, 3, 2], [8, 7, 6, 5, 4, 3, 10, 11, 12, 13, 2]]
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("removed", REMOVALS, ids=str)
+@pytest.mark.parametrize("name", small.BUILDERS)
+def test_walk_equals_forward(name, removed):
+    module = small.build(name)
+    row = families.find(module)
+    run = small.batch(name, IDS).run
+    tracer = Tracer(module, row)
+    ((_, walked),) = tracer.walk(tracer.trace(run), [removed])
+    replaced = rewire(module, row, removed)
+    rewired = run(module)
+    undo(module, replaced)
+    with reference.skipping(module, small.family_of(name), removed):
+        skipped = run(module)
+    assert torch.equal(walked[0][0], rewired[0][0]), "the walk differs from the rewired encoder's own forward"
+    torch.testing.assert_close(rewired[0][0], skipped[0][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", small.BUILDERS)
+def test_undo_and_counts(name):
+    module = small.build(name)
+    row = families.find(module)
+    run = small.forward(name, IDS)
+    before, keys = run(module), list(module.state_dict())
+    removed = {0: None, 3: 5, 6: None}
+    replaced = rewire(module, row, removed)
+    left = sum(p.numel() for p in module.parameters())
+    assert left == row.total - sum(row.parameter_counts[i] for i in removed), "bytes are not counted exactly once"
+    gone = {key for i in removed for key in row.sub_blocks[i].tensors()}
+    assert set(module.state_dict()) == set(keys) - gone
+    undo(module, replaced)
+    assert torch.equal(run(module), before) and list(module.state_dict()) == keys
+    assert row.sparsity([]) == 0 and 0 < row.sparsity(range(8)) < 1
+    assert row.family == small.family_of(name) and row.width == 32 and row.blocks == 4
+
+
+def test_t5_keeps_its_position_bias():
+    module = small.build("t5")
+    row = families.find(module)
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert bias not in row.sub_blocks[0].tensors()
+    rewire(module, row, {0: None})
+    assert bias in module.state_dict()
+    assert "layer.0.SelfAttention.relative_attention_bias.weight" in "".join(families.find(small.build("umt5")).sub_blocks[2].tensors())
+
+
+@pytest.mark.parametrize("name", small.BUILDERS)
+def test_fork_leaves_the_encoder_alone(name):
+    module = small.build(name)
+    row = families.find(module)
+    run = small.forward(name, IDS)
+    before = run(module)
+    tree = fork(module, [path for s in row.sub_blocks for path in s.parts])
+    rewire(tree, row, {1: None, 4: 2})
+    assert torch.equal(run(module), before)
+    assert not torch.equal(run(tree), before)
+    assert {id(p) for p in tree.parameters()} < {id(p) for p in module.parameters()}, "weights were copied"
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 5])
+def test_walk_shares_prefixes_within_any_limit(limit):
+    module = small.build("t5")
+    row = families.find(module)
+    run = small.batch("t5", IDS).run
+    tracer = Tracer(module, row)
+    candidates = [{}, *({i: None} for i in range(8)), {3: 1}, {3: 1, 6: None}, {6: None, 0: None}]
+    steps = []
+    found = dict(tracer.walk(tracer.trace(run), candidates, limit, lambda: steps.append(1)))
+    assert sorted(found) == list(range(len(candidates)))
+    assert len(steps) == forwards(8, candidates) < sum(8 - list(c.values()).count(None) for c in candidates)
+    for i, candidate in enumerate(candidates):
+        ((_, alone),) = tracer.walk(tracer.trace(run), [candidate])
+        assert torch.equal(found[i][0][0], alone[0][0])
+
+
+def test_finds_where_the_conditioning_is_read():
+    module = small.build("llama")
+    tracer = Tracer(module, families.find(module))
+    last = tracer.trace(small.batch("llama", IDS).run)
+    assert tracer.find_boundaries(last) == (4,)
+
+
+def test_unknown_encoder():
+    with pytest.raises(EncoderError, match="Linear is not a text encoder"):
+        families.find(torch.nn.Linear(2, 2))
+
+
+def test_assignment():
+    assert assignment([4, 1], {1: 3}) == {4: None, 1: 3}
