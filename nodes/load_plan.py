@@ -4,6 +4,7 @@ import hashlib
 
 from comfy_api.latest import io
 
+from ..skrr_engine.level import at_sparsity
 from ..skrr_engine.plan import Plan
 from .host import library
 from .host.apply import Pruned, derive, match
@@ -12,7 +13,7 @@ from .types import CATEGORY, SkrrPlan
 
 
 class SkrrLoadPlan(io.ComfyNode):
-    """Makes a text encoder smaller with a plan: one from models/skrr_plans, one that ships with the pack, or pasted text.
+    """Makes a text encoder smaller with a plan: from models/skrr_plans, from those that ship with Skrr, or as text.
 
     A plan works on every file of its encoder, whatever its precision.
     """
@@ -26,8 +27,12 @@ class SkrrLoadPlan(io.ComfyNode):
             category=CATEGORY,
             description=" ".join(cls.__doc__.split()),
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoders. They stay as they are; the output is a smaller copy."),
-                io.Combo.Input("plan", options=names, tooltip="A plan from models/skrr_plans, or one that ships with Skrr."),
+                io.Clip.Input(
+                    "clip", tooltip="The text encoders. They stay as they are; the output is a smaller copy."
+                ),
+                io.Combo.Input(
+                    "plan", options=names, tooltip="A plan from models/skrr_plans, or one that ships with Skrr."
+                ),
                 io.Float.Input(
                     "sparsity",
                     default=0.45,
@@ -41,7 +46,7 @@ class SkrrLoadPlan(io.ComfyNode):
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="A plan as text. It takes the place of the one chosen above and travels inside the workflow.",
+                    tooltip="A plan as text. It replaces the one chosen above and travels inside the workflow.",
                 ),
             ],
             outputs=[io.Clip.Output(display_name="CLIP"), SkrrPlan.Output(display_name="plan")],
@@ -51,7 +56,11 @@ class SkrrLoadPlan(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, plan, plan_json="") -> bool | str:
         """A pasted plan stands in for a file that a friend's machine lacks."""
-        return True if plan_json or plan in library.names() else f'there is no plan "{plan[:100]}" here: choose another, or paste one'
+        return (
+            True
+            if plan_json or plan in library.names()
+            else f'there is no plan "{plan[:100]}" here: choose another, or paste one'
+        )
 
     @classmethod
     def fingerprint_inputs(cls, plan, plan_json="", **kwargs) -> str:
@@ -68,7 +77,7 @@ class SkrrLoadPlan(io.ComfyNode):
         pruned, lines = {}, []
         for name, view in match(clip, loaded).items():
             entry = loaded.encoder(name)
-            level = entry.choose(sparsity)
+            level = at_sparsity(view.row, entry, sparsity)
             pruned[view.name] = Pruned(entry, level)
             lines.append(
                 f"{view.name}: asked for at most {sparsity:.0%}, using the level of {level.sparsity:.1%}"

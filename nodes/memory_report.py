@@ -19,7 +19,9 @@ class SkrrMemoryReport(io.ComfyNode):
             description=" ".join(cls.__doc__.split()),
             inputs=[
                 io.Clip.Input("clip", tooltip="Text encoders, pruned or not."),
-                io.Model.Input("model", optional=True, tooltip="The diffusion model, to show its share of the pipeline."),
+                io.Model.Input(
+                    "model", optional=True, tooltip="The diffusion model, to show its share of the pipeline."
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="The VAE, to show its share of the pipeline."),
             ],
             outputs=[

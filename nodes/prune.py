@@ -26,16 +26,18 @@ class SkrrPrune(io.ComfyNode):
             category=CATEGORY,
             description=" ".join(cls.__doc__.split()),
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoders. They stay as they are; the output is a smaller copy."),
+                io.Clip.Input(
+                    "clip", tooltip="The text encoders. They stay as they are; the output is a smaller copy."
+                ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The diffusion model that will read the prompts. Its text projection makes the plan better.",
+                    tooltip="The diffusion model that reads the prompts. Its text projection makes the plan better.",
                 ),
                 io.String.Input(
                     "encoder",
                     default="auto",
-                    tooltip="Which text encoder to prune: auto takes the largest; or its name, such as t5xxl, clip_l, clip_g.",
+                    tooltip="Which text encoder to prune: auto takes the largest; or its name, like t5xxl or clip_l.",
                 ),
                 io.Float.Input(
                     "sparsity",
@@ -46,13 +48,23 @@ class SkrrPrune(io.ComfyNode):
                     tooltip="How much of the encoder to remove. Up to 0.42 keeps pictures good; past 0.5 they break.",
                 ),
                 io.Int.Input(
-                    "beam", default=3, min=1, max=16, tooltip="How many plans the search follows side by side. 3 is best."
+                    "beam",
+                    default=3,
+                    min=1,
+                    max=16,
+                    tooltip="How many plans the search follows side by side. 3 is best.",
                 ),
                 io.Boolean.Input(
-                    "reuse", default=True, tooltip="Let kept parts stand in for removed ones where that helps. Costs no memory."
+                    "reuse",
+                    default=True,
+                    tooltip="Let kept parts stand in for removed ones where that helps. Costs no memory.",
                 ),
                 io.Int.Input(
-                    "prompts", default=128, min=1, max=10000, tooltip="How many built-in prompts to compare on. More is slower."
+                    "prompts",
+                    default=128,
+                    min=1,
+                    max=10000,
+                    tooltip="How many built-in prompts to compare on. More is slower.",
                 ),
                 io.String.Input("plan_name", default="my_plan", tooltip="Name of the plan file in models/skrr_plans."),
                 io.String.Input(
@@ -77,5 +89,7 @@ class SkrrPrune(io.ComfyNode):
         plan = find_plan(clip, model, view, Settings(sparsity, (), beam, reuse), texts, plan_name, node)
         entry = plan.encoder(view.name)
         level = entry.levels[-1]
-        say(f"{view.name}: {level.skipped} of {len(view.row)} sub-blocks skipped, {level.sparsity:.1%} of it gone", node)
+        say(
+            f"{view.name}: {level.skipped} of {len(view.row)} sub-blocks skipped, {level.sparsity:.1%} of it gone", node
+        )
         return io.NodeOutput(derive(clip, {view.name: Pruned(entry, level)}), plan)

@@ -34,7 +34,9 @@ def as_text(encoders, others: dict[str, int]) -> str:
     rest = sum(others.values())
     lines = []
     for e in encoders:
-        lines.append(f"{e.name}: {human(e.now)} of {human(e.dense)}, saved {human(e.saved)} ({share(e.saved, e.dense)})")
+        lines.append(
+            f"{e.name}: {human(e.now)} of {human(e.dense)}, saved {human(e.saved)} ({share(e.saved, e.dense)})"
+        )
         lines += map_lines(e)
     lines.append(f"text encoders: {human(now)} of {human(dense)}, saved {human(dense - now)}")
     for name, size in others.items():
@@ -78,7 +80,9 @@ def as_image(encoders, others: dict[str, int]) -> torch.Tensor:
     draw = ImageDraw.Draw(image)
     y = MARGIN
     for e in encoders:
-        draw.text((MARGIN, y), f"{e.name}   {human(e.now)} of {human(e.dense)}   saved {share(e.saved, e.dense)}", TEXT, font)
+        draw.text(
+            (MARGIN, y), f"{e.name}   {human(e.now)} of {human(e.dense)}   saved {share(e.saved, e.dense)}", TEXT, font
+        )
         y += 26
         draw_bar(draw, y, width, e.now, max(x.dense for x in encoders), e.dense)
         y += 16

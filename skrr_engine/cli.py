@@ -15,8 +15,11 @@ from .plan import Plan, Provenance
 from .prompts import from_file as read_prompts
 from .prompts import generate as generate_prompts
 from .prompts import sha256 as prompts_sha256
+from .show import describe_plan, duration
 
-BARE = "no --projection: the search runs on the bare embeddings, and quality suffers (paper: GenEval .381 instead of .442)"
+BARE = (
+    "no --projection: the search runs on the bare embeddings, and quality suffers (paper: GenEval .381 instead of .442)"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     encoder = argparse.ArgumentParser(add_help=False)
-    encoder.add_argument("--encoder", required=True, metavar="PATH", help="transformers folder, or T5/CLIP .safetensors")
+    encoder.add_argument(
+        "--encoder", required=True, metavar="PATH", help="transformers folder, or T5/CLIP .safetensors"
+    )
     encoder.add_argument("--tokenizer", metavar="FOLDER", help="its tokenizer, where that is not beside the encoder")
     encoder.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line (default: generated)")
     encoder.add_argument("--count", type=int, default=128, metavar="N", help="how many to generate (default 128)")
@@ -65,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
     search = commands.add_parser("search", parents=[encoder], help="search a plan", description=run_search.__doc__)
     search.add_argument("--out", required=True, metavar="PLAN", help="file to write the plan to")
     search.add_argument("--sparsity", type=float, default=0.42, help="fraction of parameters to remove (default 0.42)")
-    search.add_argument("--levels", default="", metavar="A,B", help="further sparsities to find re-use for, e.g. 0.2,0.3")
+    search.add_argument(
+        "--levels", default="", metavar="A,B", help="further sparsities to find re-use for, e.g. 0.2,0.3"
+    )
     search.add_argument("--beam", type=int, default=3, help="width of the beam search (default 3)")
     search.add_argument("--no-reuse", action="store_true", help="skip only")
     search.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -121,6 +128,7 @@ def run_show(options) -> None:
 def run_discrepancy(options) -> None:
     """Measure a plan's level on prompts: D_cond and D_null (mean squared errors of the projected conditional and null
     embeddings), null_norm (mean L2 norm of the projected null embedding's tokens), dense and pruned."""
+    from .level import at_sparsity
     from .search import measure_level
 
     plan = Plan.read(options.plan)
@@ -129,7 +137,7 @@ def run_discrepancy(options) -> None:
     entry = plan.encoder(name)
     row = encoder.row
     entry.check(row.family, row.blocks, row.width, name)
-    level = entry.levels[-1] if options.sparsity is None else entry.choose(options.sparsity)
+    level = entry.levels[-1] if options.sparsity is None else at_sparsity(row, entry, options.sparsity)
     found = measure_level(meter, entry, level)
     result = {
         "encoder": name,
@@ -178,7 +186,7 @@ def prepare(options):
 
 
 def parsed_levels(text: str) -> tuple[float, ...]:
-    """"0.2,0.3" as numbers."""
+    """ "0.2,0.3" as numbers."""
     try:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
@@ -209,44 +217,3 @@ class Reporter:
         left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
         text = f"{progress.line} [candidate {progress.candidate} of {progress.candidates}, {progress.done:.0%}{left}]"
         print(f"\r{text:<110.110}" if moving else text, end="" if moving else "\n", file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: "40 s", "12 min", "3 h 10 min"."""
-    minutes = round(seconds / 60)
-    return f"{round(seconds)} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def describe_plan(plan: Plan) -> str:
-    """A plan in words, with a map of each encoder's strongest level."""
-    lines = [f"plan from {plan.provenance.source}" + "".join(
-        f", {label} {value}" for label, value in (
-            ("denoiser", plan.provenance.denoiser), ("projection", plan.provenance.projection),
-            ("prompts", plan.provenance.prompts), ("beam", plan.provenance.beam)) if value is not None)]  # fmt: skip
-    for name, entry in plan.encoders.items():
-        lines.append(f"{name}: {entry.family}, {entry.blocks} blocks, {entry.width} wide; order {','.join(map(str, entry.order))}")
-        for level in entry.levels:
-            reuse = " ".join(f"{i}>{j}" for i, j in level.reuse.items())
-            measured = "" if level.discrepancy is None else f", D {level.discrepancy:.4g}"
-            lines.append(f"  {level.skipped:3} skipped: sparsity {level.sparsity:.1%}{measured}{', re-use ' + reuse if reuse else ''}")
-        lines += ["", *plan_map(entry, entry.levels[-1])]
-    return "\n".join(lines)
-
-
-def plan_map(entry, level) -> list[str]:
-    """Two rows of cells, attention above feed-forward: a block's number where kept, `.` skipped, `>j` re-uses block j."""
-    skipped = set(entry.order[: level.skipped])
-    width = max(4, len(str(entry.blocks)) + 2)
-
-    def cell(index: int) -> str:
-        if index not in skipped:
-            return str(index // 2)
-        return f">{level.reuse[index] // 2}" if index in level.reuse else "."
-
-    rows = []
-    for kind, label in enumerate(("attention", "feed-forward")):
-        cells = [cell(2 * block + kind).rjust(width) for block in range(entry.blocks)]
-        rows += [
-            f"  {label if start == 0 else '':<13}{''.join(cells[start : start + 24])}" for start in range(0, len(cells), 24)
-        ]
-    return rows

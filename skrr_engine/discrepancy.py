@@ -28,7 +28,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """`conditional` and `null`: mean squared errors; `null_norm`: mean L2 norm of the projected null embedding's tokens."""
+    """conditional, null: mean squared errors; null_norm: mean L2 norm of the projected null embedding's tokens."""
 
     conditional: float
     null: float
@@ -78,8 +78,9 @@ def token_norm(reading: Reading) -> float:
 class Meter:
     """Measures candidates' discrepancies on one encoder and one set of prompts.
 
-    encoder: the dense encoder, as `Batch.run` takes it; never changed. tracer: of the same encoder. batches: calibration
-    prompts; null: the empty prompt. projection: see `Projection`. limit: states held at once by the walk (0: any).
+    encoder: the dense encoder, as `Batch.run` takes it; never changed. tracer: of the same encoder. batches: of the
+    calibration prompts; null: of the empty one. projection: see `Projection`. limit: states held at once by the walk
+    (0: any number).
     """
 
     def __init__(

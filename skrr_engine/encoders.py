@@ -74,7 +74,12 @@ def load(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", tok
 
 def usual_name(row: Row) -> str:
     """ComfyUI's attribute name for the encoder of this shape where there is one, else the family's name."""
-    names = {("t5", 24, 4096): "t5xxl", ("clip", 12, 768): "clip_l", ("clip", 24, 1024): "clip_h", ("clip", 32, 1280): "clip_g"}
+    names = {
+        ("t5", 24, 4096): "t5xxl",
+        ("clip", 12, 768): "clip_l",
+        ("clip", 24, 1024): "clip_h",
+        ("clip", 32, 1280): "clip_g",
+    }
     return names.get((row.family, row.blocks, row.width), row.family)
 
 
@@ -129,7 +134,9 @@ def from_file(path: Path, dtype: torch.dtype) -> nn.Module:
     except (SafetensorError, OSError) as error:
         raise EncoderError(f"{path}: can't be read as safetensors ({first_line(error)}); get the file again") from None
     except RuntimeError as error:
-        raise EncoderError(f"{path}: its tensors don't fit together ({first_line(error)}); get the file again") from None
+        raise EncoderError(
+            f"{path}: its tensors don't fit together ({first_line(error)}); get the file again"
+        ) from None
     if missing:
         raise EncoderError(f"{path}: {len(missing)} tensors are missing, {missing[0]} first; get the whole file")
     return module
@@ -168,7 +175,9 @@ def t5(transformers, shapes: dict[str, tuple[int, ...]], path: Path) -> nn.Modul
             "feed_forward_proj": "gated-gelu" if gated else "relu",
         }
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise EncoderError(f"{path}: not a whole T5 text encoder ({first_line(error)} is missing or misshapen)") from None
+        raise EncoderError(
+            f"{path}: not a whole T5 text encoder ({first_line(error)} is missing or misshapen)"
+        ) from None
     if attention.format(1) + "relative_attention_bias.weight" in shapes:
         return uninitialised(transformers, transformers.UMT5EncoderModel, transformers.UMT5Config(**settings))
     return uninitialised(transformers, transformers.T5EncoderModel, transformers.T5Config(**settings))
@@ -216,7 +225,9 @@ def tokenizer_of(folder: Path, row: Row) -> Callable[[str], list[int]]:
             f"{folder}: no tokenizer that transformers can load ({first_line(error)}); name its folder with --tokenizer"
         ) from None
     limit = min(MAX_TOKENS, 77 if row.family == "clip" else MAX_TOKENS)
-    null = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None), None)
+    null = next(
+        (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None), None
+    )
 
     def tokenize(prompt: str) -> list[int]:
         ids = tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]

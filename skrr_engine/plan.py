@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from .errors import SkrrError
+
 MAX_BYTES = 65_536
 MAX_BLOCKS = 512
 MAX_WIDTH = 65_536
@@ -32,7 +34,7 @@ _SUB_BLOCK_KEY = r"^(0|[1-9][0-9]{0,3})$"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class PlanError(ValueError):
+class PlanError(SkrrError):
     """A plan that cannot be used. Its message is one line: where, what was expected, and the remedy.
 
     `path` holds the field as a tuple of names and list positions, `problem` the message without it, and `source` the
@@ -100,7 +102,7 @@ def _plan_error(part: type[_Part], error: ValidationError) -> PlanError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, PlanError):
         return PlanError(cause.problem, path + cause.path)
-    if path[-1:] == ("[key]",):
+    if len(path) > 1 and path[-1] == "[key]":
         path = path[:-1]
     if path[:1] == ("reuse",):
         path = tuple(map(str, path))
@@ -125,11 +127,13 @@ _Text = Annotated[str, Field(strict=True, min_length=1, max_length=200, pattern=
 _Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 _Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 _Reuse = Annotated[dict[_SubBlock, _SubBlock], BeforeValidator(_integer_keys)]
-_Extensions = Annotated[dict[Annotated[str, Field(strict=True)], Any], Field(default_factory=dict)]
+_Extensions = Annotated[
+    dict[Annotated[str, Field(strict=True)], Any], Field(json_schema_extra={"additionalProperties": True})
+]
 
 _TEXT_EXPECTED = "a text of 1 to 200 characters on one line"
 _COUNT_EXPECTED = "an integer from 0 to 1000000000"
-_EXTENSIONS_EXPECTED = "an object; Skrr carries it through unread"
+_EXTENSIONS_EXPECTED = "an object (Skrr carries it through unread)"
 
 
 class Level(_Part):
@@ -150,7 +154,7 @@ class Level(_Part):
     )
     sparsity: Annotated[_Number, Field(le=1)] = Field(description="a number from 0 to 1")
     discrepancy: _Number | None = Field(default=None, description="a finite number from 0 up, or null")
-    extensions: _Extensions = Field(description=_EXTENSIONS_EXPECTED)
+    extensions: _Extensions = Field(default_factory=dict, description=_EXTENSIONS_EXPECTED)
 
 
 class EncoderPlan(_Part):
@@ -175,7 +179,7 @@ class EncoderPlan(_Part):
     levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=2 * MAX_BLOCKS)] = Field(
         description="a list of at least one level, each an object"
     )
-    extensions: _Extensions = Field(description=_EXTENSIONS_EXPECTED)
+    extensions: _Extensions = Field(default_factory=dict, description=_EXTENSIONS_EXPECTED)
 
     @model_validator(mode="after")
     def _consistent(self) -> EncoderPlan:

@@ -34,12 +34,16 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout("pixart", "y_embedder.y_proj", (("linear", "y_embedder.y_proj.fc1"), ("gelu",), ("linear", "y_embedder.y_proj.fc2"))),
+    Layout(
+        "pixart",
+        "y_embedder.y_proj",
+        (("linear", "y_embedder.y_proj.fc1"), ("gelu",), ("linear", "y_embedder.y_proj.fc2")),
+    ),
     Layout("sd3", "context_embedder", (("linear", "context_embedder"),)),
     Layout("flux", "txt_in", (("?rms", "txt_norm", 1e-6), ("linear", "txt_in"))),
     Layout("wan", "text_embedding", (("linear", "text_embedding.0"), ("gelu",), ("linear", "text_embedding.2"))),
     Layout("lumina2", "cap_embedder", (("rms", "cap_embedder.0", 1e-5), ("linear", "cap_embedder.1"))),
-)  # fmt: skip
+)
 
 
 class TextProjection:
@@ -111,7 +115,9 @@ def from_file(path: str | Path) -> TextProjection:
             found = find(names)
             if found is None:
                 kinds = ", ".join(layout.name for layout in LAYOUTS)
-                raise ProjectionError(f"{path}: no text projection in this file (looked for {kinds}): give the denoiser's file")
+                raise ProjectionError(
+                    f"{path}: no text projection in this file (looked for {kinds}): give the denoiser's file"
+                )
             layout, prefix = found
 
             def fetch(key: str) -> torch.Tensor | None:
@@ -121,14 +127,18 @@ def from_file(path: str | Path) -> TextProjection:
 
             return build(layout, fetch)
     except (SafetensorError, OSError) as error:
-        raise ProjectionError(f"{path}: can't be read as safetensors ({first_line(error)}); give the denoiser's file") from None
+        raise ProjectionError(
+            f"{path}: can't be read as safetensors ({first_line(error)}); give the denoiser's file"
+        ) from None
 
 
 def dequantised(key: str, get: Callable[[str], torch.Tensor], names, where: str) -> torch.Tensor:
     """A tensor as floating point: fp8 with its scale (`scale_weight`, `weight_scale`) multiplied in."""
     tensor = get(key)
     if not tensor.is_floating_point():
-        raise ProjectionError(f"{where}: {key} is stored as {tensor.dtype}, which needs its loader; give an fp16 or fp8 file")
+        raise ProjectionError(
+            f"{where}: {key} is stored as {tensor.dtype}, which needs its loader; give an fp16 or fp8 file"
+        )
     base = key.removesuffix(".weight")
     scale = next((s for s in (f"{base}.scale_weight", f"{base}.weight_scale") if key != base and s in names), None)
     return tensor.float() * get(scale).float() if scale else tensor.float()

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from .errors import SkrrError
+
 MIN_LENGTH = 150
 MAX_LENGTH = 250
 MAX_PROMPTS = 100_000
@@ -22,6 +24,11 @@ MAX_FILE_BYTES = 64 * 2**20
 
 T = TypeVar("T")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class PromptError(SkrrError):
+    """Calibration prompts that can't be used. The message is one line."""
+
 
 # fmt: off
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve")
@@ -322,11 +329,11 @@ def _sentence(phrase: str) -> str:
 def generate(count: int = 1000, seed: int = 0) -> list[str]:
     """`count` different image prompts of 150 to 250 characters, the same for a seed on every Python and platform.
 
-    A longer list starts with the shorter one: `generate(10) == generate(1000)[:10]`. Raises ValueError where count is
+    A longer list starts with the shorter one: `generate(10) == generate(1000)[:10]`. Raises PromptError where count is
     not from 0 to 100,000.
     """
     if not 0 <= count <= MAX_PROMPTS:
-        raise ValueError(f"count: expected 0 to {MAX_PROMPTS} prompts, found {count}; ask for fewer")
+        raise PromptError(f"count: expected 0 to {MAX_PROMPTS} prompts, found {count}; ask for fewer")
     draw = _Draw(seed)
     prompts: dict[str, None] = {}
     while len(prompts) < count:
@@ -339,8 +346,8 @@ def generate(count: int = 1000, seed: int = 0) -> list[str]:
 def from_text(text: str) -> list[str]:
     """The prompts in a text, one a line, stripped and without blank lines.
 
-    Raises ValueError where none is left, where one is longer than 10,000 characters, where there are more than 100,000,
-    or where the text holds NUL or broken characters.
+    Raises PromptError where none is left, where one is longer than 10,000 characters, where there are more than
+    100,000, or where the text holds NUL or broken characters.
     """
     lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     prompts = []
@@ -349,36 +356,36 @@ def from_text(text: str) -> list[str]:
             _check_line(prompt, number)
             prompts.append(prompt)
     if not prompts:
-        raise ValueError("the prompts: expected at least one line of text, found none; write one prompt a line")
+        raise PromptError("the prompts: expected at least one line of text, found none; write one prompt a line")
     if len(prompts) > MAX_PROMPTS:
-        raise ValueError(f"the prompts: expected at most {MAX_PROMPTS}, found {len(prompts)}; leave some out")
+        raise PromptError(f"the prompts: expected at most {MAX_PROMPTS}, found {len(prompts)}; leave some out")
     return prompts
 
 
 def _check_line(prompt: str, number: int) -> None:
     if len(prompt) > MAX_LINE:
         found = f"expected at most {MAX_LINE} characters, found {len(prompt)}"
-        raise ValueError(f"the prompts: line {number}: {found}; write one prompt a line")
+        raise PromptError(f"the prompts: line {number}: {found}; write one prompt a line")
     if "\0" in prompt or _SURROGATE.search(prompt):
-        raise ValueError(f"the prompts: line {number}: expected text, found broken characters; save the file as UTF-8")
+        raise PromptError(f"the prompts: line {number}: expected text, found broken characters; save the file as UTF-8")
 
 
 def from_file(path: str | os.PathLike[str]) -> list[str]:
-    """The prompts in a UTF-8 file of at most 64 MiB, read as `from_text` does. Raises ValueError, also for no file."""
+    """The prompts in a UTF-8 file of at most 64 MiB, read as `from_text` does. Raises PromptError, also for no file."""
     name = str(Path(path)).encode("unicode_escape").decode("ascii")
     try:
         with Path(path).open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"{name}: cannot be read ({error.strerror}); choose a text file of prompts") from None
+        raise PromptError(f"{name}: cannot be read ({error.strerror}); choose a text file of prompts") from None
     if len(raw) > MAX_FILE_BYTES:
-        raise ValueError(f"{name}: expected at most {MAX_FILE_BYTES} bytes, found more; leave some prompts out")
+        raise PromptError(f"{name}: expected at most {MAX_FILE_BYTES} bytes, found more; leave some prompts out")
     try:
         return from_text(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: expected UTF-8, found another byte at {error.start}; save it as UTF-8") from None
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise PromptError(f"{name}: expected UTF-8, found another byte at {error.start}; save it as UTF-8") from None
+    except PromptError as error:
+        raise PromptError(f"{name}: {error}") from None
 
 
 def sha256(prompts: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""From a meter to an encoder's entry in a plan: skip, then re-use for each level, with progress and a state to resume."""
+"""From a meter to an encoder's entry in a plan: skip, then re-use for each level, with progress and resuming."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +25,9 @@ class Settings:
     def __post_init__(self):
         for value in (self.sparsity, *self.levels):
             if not 0 < value < 1:
-                raise skip.SearchError(f"a sparsity of {value} makes no sense: give a fraction between 0 and 1, like 0.42")
+                raise skip.SearchError(
+                    f"a sparsity of {value} makes no sense: give a fraction between 0 and 1, like 0.42"
+                )
         if max(self.levels, default=0) > self.sparsity:
             raise skip.SearchError(
                 f"level {max(self.levels)} is above the target sparsity {self.sparsity}: raise the target or drop it"
@@ -64,7 +66,7 @@ def step_work(length: int, removed: int, beam: int) -> float:
     """About how many sub-block forwards a step takes with `removed` of `length` sub-blocks gone: each list is walked
     once, and each of its candidates from its own place on."""
     kept = length - removed
-    return min(beam, length if removed == 0 else beam) * (kept + kept * (kept - 1) / 2) if removed else kept * (kept + 1) / 2
+    return (beam if removed else 1) * kept * (kept + 1) / 2
 
 
 def reuse_work(length: int, skipped: int) -> float:
@@ -127,9 +129,9 @@ def search(
         tick = ticking(step_line(best, steps_expected(best)), len(candidates), remaining(best) - work, work)
         return [d.total for d in meter.measure(candidates, tick)]
 
-    for beam in skip.search(score_step, costs, total, settings.sparsity, settings.beam, beam):
-        best = beam[0]
-        save(beam)
+    for step in skip.search(score_step, costs, total, settings.sparsity, settings.beam, beam):
+        best = step[0]
+        save(step)
 
     levels = []
     ends = sorted({skip.reaching(best.order, costs, total, target) for target in targets})
@@ -141,7 +143,7 @@ def search(
 
 
 def step_line(path: Path, steps: int) -> str:
-    """"step 7 of 20: skipped block 11's attention, D 0.013"."""
+    """ "step 7 of 20: skipped block 11's attention, D 0.013"."""
     if not path.order:
         return f"step 0 of {steps}: measuring every sub-block"
     return f"step {len(path.order)} of {steps}: skipped {describe(path.order[-1])}, D {path.discrepancy:.4g}"
@@ -156,7 +158,7 @@ def find_level(meter: Meter, order: Sequence[int], with_reuse: bool, ticking, ah
     def score(candidates: list[dict]) -> list[float]:
         nonlocal calls
         left = max(expected - calls - 1, 0) / expected * work + ahead
-        tick = ticking(f"re-use at {len(order)} skipped, D so far in place", len(candidates), left, work / expected)
+        tick = ticking(f"finding re-uses for {len(order)} skipped sub-blocks", len(candidates), left, work / expected)
         calls += 1
         return [d.total for d in meter.measure(candidates, tick)]
 
@@ -164,9 +166,7 @@ def find_level(meter: Meter, order: Sequence[int], with_reuse: bool, ticking, ah
         mapping, discrepancy = reuse.search(score, order, len(row))
     else:
         mapping, (discrepancy,) = {}, score([assignment(order)])
-    return Level(
-        skipped=len(order), reuse=mapping, sparsity=round(row.sparsity(order), 6), discrepancy=discrepancy
-    )
+    return Level(skipped=len(order), reuse=mapping, sparsity=round(row.sparsity(order), 6), discrepancy=discrepancy)
 
 
 def measure_level(meter: Meter, plan: EncoderPlan, level: Level) -> Discrepancy:

@@ -71,7 +71,7 @@ class Tracer:
         return Trace(run, seen[0][0], calls)
 
     def read(self, trace: Trace, states: dict[int, torch.Tensor]) -> Reading:
-        """The conditioning from the states behind blocks (`{number of blocks passed: state}`), by the encoder's code."""
+        """The conditioning from states behind blocks (`{number of blocks passed: state}`), by the encoder's code."""
         self._states = {behind: state.clone() for behind, state in states.items()}
         try:
             return trace.run(self.hollow)

@@ -43,6 +43,20 @@ def pack(comfy: ModuleType) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def builders(comfy: ModuleType) -> ModuleType:
+    """tests/comfy_nodes/builders.py in this process: small and real CLIPs through ComfyUI's own classes."""
+    return comfy_runtime.pack_module(comfy_runtime.load_pack(REPO / "tests" / "comfy_nodes"), "builders")
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> str:
+    """SmolLM2-135M as a transformers folder."""
+    from benchmarks.smollm2 import ensure
+
+    return str(ensure(REPO / ".cache" / "smollm2"))
+
+
+@pytest.fixture(scope="session")
 def server_factory(comfyui_root: Path) -> Callable[..., Server]:
     """`with server_factory("--cache-none") as server:` is a server of its own, with the pack and the tests' nodes."""
     custom_nodes = {"skrr": REPO}

@@ -1,4 +1,4 @@
-"""An independent, slow reference: skip and re-use by hooks in the encoder's own forward, and both algorithms as printed.
+"""An independent, slow reference: skip and re-use by hooks in an encoder's own forward, both algorithms as printed.
 
 It shares no code with the engine. Every sub-block still runs; its result is thrown away afterwards.
 """
@@ -98,7 +98,7 @@ def residual_hooks(blocks, family, index, target):
 def naive_discrepancy(
     encoder, family: str, run_all: Callable[[], list[torch.Tensor]], run_null: Callable[[], torch.Tensor], project=None
 ) -> Callable[[Mapping[int, int | None]], float]:
-    """`D(removed)` by whole forward passes. run_all: features of each prompt `[tokens, width]`; run_null: of the empty one."""
+    """`D(removed)` by whole passes. run_all: features of each prompt `[tokens, width]`; run_null: of the empty one."""
     project = project or (lambda x: x)
     dense, dense_null = [project(f) for f in run_all()], project(run_null())
 

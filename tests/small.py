@@ -9,6 +9,8 @@ from skrr_engine import families
 from skrr_engine.discrepancy import Batch, Meter
 from skrr_engine.trace import Tracer
 
+torch.set_num_threads(1)  # these are too small to share out
+
 DECODER = {
     "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8,

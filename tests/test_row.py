@@ -1,10 +1,10 @@
 """The engine's walk equals the encoder's own forward, dense and pruned, on every family; rewiring leaves no trace."""
 
 import pytest
-import torch
-
 import reference
 import small
+import torch
+
 from skrr_engine import families
 from skrr_engine.rewire import assignment, fork, rewire, undo
 from skrr_engine.row import EncoderError
@@ -71,7 +71,9 @@ def test_t5_keeps_its_position_bias():
     assert bias not in row.sub_blocks[0].tensors()
     rewire(module, row, {0: None})
     assert bias in module.state_dict()
-    assert "layer.0.SelfAttention.relative_attention_bias.weight" in "".join(families.find(small.build("umt5")).sub_blocks[2].tensors())
+    assert "layer.0.SelfAttention.relative_attention_bias.weight" in "".join(
+        families.find(small.build("umt5")).sub_blocks[2].tensors()
+    )
 
 
 @pytest.mark.parametrize("name", small.BUILDERS)

@@ -62,7 +62,8 @@ def match(clip, plan: Plan) -> dict[str, View]:
     known = views(clip)
     found = {}
     for name, entry in plan.encoders.items():
-        alike = [v for v in known.values() if (v.row.family, v.row.blocks, v.row.width) == (entry.family, entry.blocks, entry.width)]
+        shape = (entry.family, entry.blocks, entry.width)
+        alike = [v for v in known.values() if (v.row.family, v.row.blocks, v.row.width) == shape]
         if name in known:
             row = known[name].row
             entry.check(row.family, row.blocks, row.width, name)

@@ -5,6 +5,7 @@ The wrapper is asked, on a fork of it whose encoders only play back what they ga
 poisoned with NaN and shows up in the conditioning is read.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from ...skrr_engine.discrepancy import Batch
 from ...skrr_engine.rewire import fork
+from ...skrr_engine.row import EncoderError
 from ...skrr_engine.trace import Reading
 from .encoders import TRANSFORMER, View, dense_model, views
 
@@ -41,7 +43,7 @@ class Conditioning:
         self._outputs = self._record_empty_prompt()
         self.hidden, self.pooled, self.mask = self._used()
         if not (self.hidden or self.pooled):
-            raise ValueError(f"the conditioning of this CLIP reads nothing of {view.name}: there is nothing to search for")
+            raise EncoderError(f"the conditioning reads nothing of {view.name} in this CLIP: choose another encoder")
 
     def _record_empty_prompt(self) -> dict[str, tuple]:
         """Encoder name -> what its encode_token_weights returns for the empty prompt."""
@@ -65,7 +67,8 @@ class Conditioning:
     def _play(self, prompt: str, name: str, act: Callable) -> tuple:
         """Run the wrapper with every encoder's output played back, but `act(tokens)` for the encoder `name`."""
         for other, child in self._children.items():
-            child.encode_token_weights = act if other == name else lambda tokens, out=self._outputs.get(other): out
+            play_back = functools.partial(self._outputs.get, other)
+            child.encode_token_weights = act if other == name else lambda tokens, play_back=play_back: play_back()
         try:
             return self._encode(prompt)
         finally:
@@ -87,7 +90,7 @@ class Conditioning:
         return reads_hidden, reads_pooled, reads_mask
 
     def sections(self, prompt: str) -> list[list]:
-        """The encoder's tokens of a prompt, as the wrapper hands them over: one list a section, prompt weights left out."""
+        """The encoder's tokens of a prompt, as its wrapper hands them over: one list a section, no weights."""
 
         def tell(tokens):
             raise Wanted(tokens)

@@ -8,7 +8,7 @@ from .encoders import dense_model, pruning, size, views
 
 @dataclass(frozen=True)
 class EncoderMemory:
-    """Bytes of one encoder's weights: dense (all its sub-blocks) and now; pruned: what is in place, None where dense."""
+    """Bytes of one encoder's weights: dense (with all its sub-blocks) and now; pruned: what is in place, or None."""
 
     name: str
     family: str

@@ -6,6 +6,8 @@ import time
 import comfy.model_management
 import comfy.utils
 
+from ...skrr_engine.show import duration
+
 STEPS = 1000
 """Resolution of the progress bar."""
 
@@ -44,9 +46,3 @@ class Reporter:
         self.bar.update_absolute(int(progress.done * STEPS), STEPS)
         left = "" if progress.seconds_left is None else f", {duration(progress.seconds_left)} left"
         show(f"{progress.line}\ncandidate {progress.candidate} of {progress.candidates}{left}", self.node_id)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    minutes = round(seconds / 60)
-    return f"{round(seconds)} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"

