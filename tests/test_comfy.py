@@ -230,10 +230,24 @@ def test_projection_of_a_model(comfy, builders, host, lora):
 
     torch.manual_seed(0)
     flux = comfy.ldm.flux.model.Flux(
-        image_model="flux", in_channels=4, out_channels=4, patch_size=2, vec_in_dim=8, context_in_dim=64,
-        hidden_size=32, mlp_ratio=2, num_heads=2, depth=1, depth_single_blocks=1, axes_dim=[4, 6, 6], theta=10000, qkv_bias=True,
-        guidance_embed=False, dtype=torch.float32, operations=comfy.ops.manual_cast,
-    )  # fmt: skip
+        image_model="flux",
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        vec_in_dim=8,
+        context_in_dim=64,
+        hidden_size=32,
+        mlp_ratio=2,
+        num_heads=2,
+        depth=1,
+        depth_single_blocks=1,
+        axes_dim=[4, 6, 6],
+        theta=10000,
+        qkv_bias=True,
+        guidance_embed=False,
+        dtype=torch.float32,
+        operations=comfy.ops.manual_cast,
+    )
     for parameter in flux.parameters():
         parameter.data.normal_(std=0.2)
     holder = torch.nn.Module()
