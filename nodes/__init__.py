@@ -1,7 +1,19 @@
 """The nodes of the pack, one file each."""
 
+from .load_clip import SkrrCLIPLoader, SkrrDualCLIPLoader, SkrrTripleCLIPLoader
 from .load_plan import SkrrLoadPlan
 from .memory_report import SkrrMemoryReport
 from .prune import SkrrPrune
+from .save_encoder import SkrrSaveEncoder
+from .trim import SkrrTrimUnread
 
-NODES = [SkrrPrune, SkrrLoadPlan, SkrrMemoryReport]
+NODES = [
+    SkrrPrune,
+    SkrrLoadPlan,
+    SkrrCLIPLoader,
+    SkrrDualCLIPLoader,
+    SkrrTripleCLIPLoader,
+    SkrrSaveEncoder,
+    SkrrTrimUnread,
+    SkrrMemoryReport,
+]

@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from .host import memory
+from .host.progress import show
 from .report import as_image, as_text
 from .types import CATEGORY
 
@@ -29,6 +30,7 @@ class SkrrMemoryReport(io.ComfyNode):
                 io.Image.Output(display_name="map"),
                 io.Int.Output(display_name="saved_bytes"),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -39,7 +41,8 @@ class SkrrMemoryReport(io.ComfyNode):
             "model": memory.model_bytes(model) if model is not None else 0,
             "VAE": memory.vae_bytes(vae) if vae is not None else 0,
         }
-        text = as_text(encoders, others)
+        text = as_text(encoders, others, memory.loaded_bytes(clip))
         saved = sum(encoder.saved for encoder in encoders)
         image = as_image(encoders, others)
+        show(text, cls.hidden.unique_id)  # frontends that show no text of an output node show this
         return io.NodeOutput(text, image, saved, ui=ui.PreviewText(text))

@@ -4,10 +4,11 @@ from comfy_api.latest import io
 
 from ..skrr_engine.prompts import from_text, generate
 from ..skrr_engine.search import Settings
-from .host.apply import Pruned, derive
-from .host.encoders import choose
+from .host.apply import derive
+from .host.encoders import Pruned, choose
 from .host.progress import say
 from .host.search import find_plan
+from .host.trim import trimmed
 from .types import CATEGORY, SkrrPlan
 
 
@@ -89,7 +90,8 @@ class SkrrPrune(io.ComfyNode):
         plan = find_plan(clip, model, view, Settings(sparsity, (), beam, reuse), texts, plan_name, node)
         entry = plan.encoder(view.name)
         level = entry.levels[-1]
-        say(
-            f"{view.name}: {level.skipped} of {len(view.row)} sub-blocks skipped, {level.sparsity:.1%} of it gone", node
-        )
-        return io.NodeOutput(derive(clip, {view.name: Pruned(entry, level)}), plan)
+        pruned = trimmed(clip, view, Pruned(entry, level))
+        gone = f"{level.skipped} of {len(view.row)} sub-blocks skipped, {level.sparsity:.1%} of it gone"
+        unread = f", {len(pruned.unread)} more that no conditioning reads" if pruned.unread else ""
+        say(f"{view.name}: {gone}{unread}", node)
+        return io.NodeOutput(derive(clip, {view.name: pruned}), plan)

@@ -24,30 +24,44 @@ def share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "0 %"
 
 
-def as_text(encoders, others: dict[str, int]) -> str:
-    """Bytes of each encoder dense, now and saved, its part of the pipeline, and a map of its sub-blocks.
+def as_text(encoders, others: dict[str, int], loaded: int) -> str:
+    """Bytes of each encoder dense, now and saved, where they are, its part of the pipeline, a map of its sub-blocks.
 
-    encoders: host.memory.EncoderMemory; others: name -> bytes of the pipeline's other models (0 where not connected).
+    encoders: host.memory.EncoderMemory; others: name -> bytes of the pipeline's other models (0 where not connected);
+    loaded: bytes that ComfyUI counts as loaded for the encoders.
     """
     dense = sum(e.dense for e in encoders)
     now = sum(e.now for e in encoders)
     rest = sum(others.values())
     lines = []
     for e in encoders:
-        lines.append(
-            f"{e.name}: {human(e.now)} of {human(e.dense)}, saved {human(e.saved)} ({share(e.saved, e.dense)})"
-        )
-        lines += map_lines(e)
-    lines.append(f"text encoders: {human(now)} of {human(dense)}, saved {human(dense - now)}")
-    for name, size in others.items():
-        if size:
-            lines.append(f"{name}: {human(size)}")
+        lines += [headline(e), *map_lines(e), places(e)]
+        if e.idle:
+            lines.append(
+                f"  {human(e.idle)} of removed weights stay in RAM while the loader's CLIP is cached;"
+                " use Load CLIP (Skrr) to never load them"
+            )
+    lines.append(f"text encoders: {human(now)} of {human(dense)}, saved {human(dense - now)}; loaded: {human(loaded)}")
+    lines += [f"{name}: {human(size)}" for name, size in others.items() if size]
     if rest:
         lines.append(
             f"whole pipeline: {human(now + rest)} of {human(dense + rest)};"
             f" text encoders are {share(now, now + rest)} of it, {share(dense, dense + rest)} without Skrr"
         )
-    return "\n".join(lines)
+    seconds = next((e.seconds for e in encoders if e.seconds is not None), None)
+    return "\n".join(lines + ([f"last prompt encoded in {seconds:.2f} s"] if seconds is not None else []))
+
+
+def headline(e) -> str:
+    """One encoder in a line."""
+    saved = f"saved {human(e.saved)} ({share(e.saved, e.dense)})"
+    return f"{e.name}: {human(e.now)} of {human(e.dense)}, {saved}, {e.precision}"
+
+
+def places(e) -> str:
+    """Where an encoder's bytes are."""
+    disk = f"; file {human(e.disk)}" if e.disk else ""
+    return f"  in RAM {human(e.ram)}, in VRAM {human(e.vram)}{disk}"
 
 
 def state_of(encoder, index: int) -> tuple[str, int | None]:

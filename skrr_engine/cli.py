@@ -89,6 +89,17 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--sparsity", type=float, help="the level at or below it (default: the plan's strongest)")
     measure.add_argument("--json", action="store_true", help="print one JSON object")
     measure.set_defaults(command=run_discrepancy)
+    apply = commands.add_parser("apply", help="write a pruned encoder file", description=run_apply.__doc__)
+    apply.add_argument("--encoder", required=True, metavar="FILE", help="a text encoder's .safetensors")
+    apply.add_argument("--plan", required=True, metavar="PLAN")
+    apply.add_argument("--out", required=True, metavar="OUT", help="file to write")
+    apply.add_argument("--sparsity", type=float, help="the level at or below it (default: the plan's strongest)")
+    apply.add_argument("--name", help="the plan's entry for this encoder (default: the one of its shape)")
+    apply.set_defaults(command=run_apply)
+
+    verify = commands.add_parser("verify", help="check a pruned encoder file", description=run_verify.__doc__)
+    verify.add_argument("file", metavar="FILE")
+    verify.set_defaults(command=run_verify)
     return top
 
 
@@ -156,6 +167,37 @@ def run_discrepancy(options) -> None:
     print(f"D_cond    {found.conditional:.6g}")
     print(f"D_null    {found.null:.6g}")
     print(f"null_norm {result['null_norm']['dense']:.6g} dense, {found.null_norm:.6g} pruned")
+
+
+def run_apply(options) -> None:
+    """Write a copy of an encoder's .safetensors without what a plan skips: kept tensors bit for bit, and the plan."""
+    from .checkpoint import Checkpoint, write_pruned
+    from .level import at_sparsity
+
+    plan, source = Plan.read(options.plan), Checkpoint(options.encoder)
+    check_writable(options.out)
+    layout = source.layout
+    shape = (layout.family, layout.blocks, layout.width)
+    alike = [n for n, e in plan.encoders.items() if (e.family, e.blocks, e.width) == shape]
+    name = options.name or (alike[0] if alike else next(iter(plan.encoders)))
+    entry = plan.encoder(name)
+    entry.check(*shape, name)
+    level = entry.levels[-1] if options.sparsity is None else at_sparsity(layout, entry, options.sparsity)
+    written = write_pruned(source, options.out, name, plan, level.skipped)
+    gone = layout.sparsity(entry.order[: level.skipped])
+    before = source.path.stat().st_size
+    print(f"{name}: {level.skipped} of {2 * layout.blocks} sub-blocks left out, {gone:.1%} of its parameters")
+    print(f"{options.out}: {written:,} bytes of {before:,} ({written / before:.1%})")
+
+
+def run_verify(options) -> None:
+    """Check a pruned encoder file: its metadata, that the right tensors are left out, and every byte of the others."""
+    from .checkpoint import verify
+
+    found = verify(options.file)
+    record = found.record
+    print(f"{options.file}: whole; {record.encoder} of {record.source['name']} without {len(record.dropped)} tensors,")
+    print(f"{record.skipped} sub-blocks skipped by its plan and {len(record.unread)} unread ones")
 
 
 def prepare(options):

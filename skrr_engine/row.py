@@ -88,6 +88,7 @@ class Placeholder(nn.Module):
         super().__init__()
         self.__dict__["stand_in"] = stand_in
         self.record = None
+        self.idle = False  # True in a hollow encoder that is not recorded: what it hands on to attention is not used
 
     def extra_repr(self) -> str:
         return "skipped" if self.stand_in is None else f"re-uses sub-block {self.stand_in.index}"

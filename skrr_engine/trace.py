@@ -44,6 +44,7 @@ class Tracer:
             for path, placeholder in sub_block.placeholders(None).items():
                 replace(self.hollow, prefix + path, placeholder)
                 if sub_block.is_attention and isinstance(placeholder, Placeholder):
+                    placeholder.idle = True
                     self._attention.append(placeholder)
         self._states: dict[int, torch.Tensor] = {}
         for i, path in enumerate(row.block_paths):
@@ -62,11 +63,13 @@ class Tracer:
         seen: list[tuple[torch.Tensor, Call]] = []
         for placeholder in self._attention:
             placeholder.record = lambda x, call: seen.append((x.clone() if not seen else x, call))
+            placeholder.idle = False
         try:
             run(self.hollow)
         finally:
             for placeholder in self._attention:
                 placeholder.record = None
+                placeholder.idle = True
         calls = tuple(call for _, call in seen for call in (call, Call()))
         return Trace(run, seen[0][0], calls)
 
@@ -80,14 +83,15 @@ class Tracer:
 
     def find_boundaries(self, trace: Trace) -> tuple[int, ...]:
         """Behind how many blocks the conditioning reads the stream: found by poisoning one place after the other."""
-        blocks = self.row.blocks
-        clean = {behind: trace.x for behind in range(1, blocks + 1)}
+        places = range(1, self.row.blocks + 1)
         poison = torch.full_like(trace.x, float("nan"))
 
         def is_read(behind: int) -> bool:
-            return any(bool(t.isnan().any()) for t, _ in self.read(trace, {**clean, behind: poison}))
+            # The hollow encoder hands the poison on unchanged, so the next block's place is where it ends.
+            states = {behind: poison, **({behind + 1: trace.x} if behind + 1 in places else {})}
+            return any(bool(t.isnan().any()) for t, _ in self.read(trace, states))
 
-        return tuple(behind for behind in range(1, blocks + 1) if is_read(behind))
+        return tuple(behind for behind in places if is_read(behind))
 
     def walk(
         self, trace: Trace, candidates: Sequence[Assignment], limit: int = 0, step: Callable[[], None] | None = None

@@ -39,7 +39,7 @@ def derive(host):
             entry = plan.EncoderPlan(
                 family=row.family, blocks=row.blocks, width=row.width, order=tuple(removed), levels=(level,)
             )
-            pruned[name] = apply.Pruned(entry, level)
+            pruned[name] = encoders.Pruned(entry, level)
         return apply.derive(clip, pruned)
 
     return make
@@ -211,10 +211,15 @@ def test_plan_goes_to_the_encoder_of_its_shape(builders, host):
 
     def match(name, **changes):
         encoders = {name: plan.EncoderPlan(**{"family": "t5", **entry, **changes})}
-        return apply.match(clip, plan.Plan(encoders=encoders, provenance=plan.Provenance(source="test")))
+        return apply.match(
+            host("nodes.host.encoders").views(clip),
+            plan.Plan(encoders=encoders, provenance=plan.Provenance(source="test")),
+        )
 
     assert match("t5xxl")["t5xxl"].name == "t5xxl"
-    assert match("umt5xxl")["umt5xxl"].name == "t5xxl", "the only encoder of that shape"
+    assert match("t5")["t5"].name == "t5xxl", "an entry without a name of its own goes by shape"
+    with pytest.raises(plan.PlanError, match="the plan is for umt5xxl"):
+        match("umt5xxl")
     with pytest.raises(plan.PlanError, match="expected.*found"):
         match("t5xxl", width=128)
     with pytest.raises(plan.PlanError, match="the plan is for other .* but this CLIP holds"):

@@ -8,7 +8,9 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((REPO / "example_workflows").glob("*.json"))
-NODES = ["SkrrLoadPlan", "SkrrMemoryReport", "SkrrPrune"]
+IN_WORKFLOWS = ["SkrrLoadPlan", "SkrrMemoryReport", "SkrrPrune"]
+LOADERS = ["SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader"]
+NODES = [*IN_WORKFLOWS, *LOADERS, "SkrrSaveEncoder", "SkrrTrimUnread"]
 FIRST_RUN = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.32.9"}
 
 LOAD = """
@@ -71,12 +73,17 @@ def test_nodes_are_in_the_menu(page):
         "SkrrPrune": ("Skrr Prune", "Skrr"),
         "SkrrLoadPlan": ("Load Skrr Plan", "Skrr"),
         "SkrrMemoryReport": ("Memory Report", "Skrr"),
+        "SkrrCLIPLoader": ("Load CLIP (Skrr)", "Skrr"),
+        "SkrrDualCLIPLoader": ("Load CLIP (Skrr, two files)", "Skrr"),
+        "SkrrTripleCLIPLoader": ("Load CLIP (Skrr, three files)", "Skrr"),
+        "SkrrSaveEncoder": ("Save Skrr Encoder", "Skrr"),
+        "SkrrTrimUnread": ("Trim Unread Layers", "Skrr"),
     }
 
 
 def test_each_node_has_a_workflow():
     used = {node["type"] for path in WORKFLOWS for node in json.loads(path.read_text())["nodes"]}
-    assert used >= set(NODES)
+    assert used >= set(IN_WORKFLOWS)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

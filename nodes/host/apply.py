@@ -1,86 +1,148 @@
-"""A plan put onto a CLIP: a derived CLIP that shares every weight with the one it came from, minus the skipped ones.
+"""A plan put onto a CLIP.
 
-The derived CLIP's module tree is a fork (containers of its own, leaves shared) with placeholders in it; the incoming
-tree is never touched. Its patcher stays a *clone* of the incoming one in ComfyUI's sense (`patcher.model` is the same
-object), because the two share weights: ComfyUI then unpatches and swaps them correctly, whichever runs next. It differs
-in what it loads, counts and lists: only what the fork keeps.
+`derive` gives a second CLIP that shares every weight with the first, minus what is left out. Its module tree is a fork
+(containers of its own, leaves shared) with placeholders in it; the incoming tree is never touched. Its patcher stays a
+*clone* of the incoming one in ComfyUI's sense (`patcher.model` is the same object), because the two share weights:
+ComfyUI then unpatches and swaps them correctly, whichever runs next. It differs in what it loads, counts and lists.
+
+`prune_owned` rewires a CLIP in place that nobody else holds, so that what is left out is really freed.
 """
 
+import dataclasses
 import functools
+import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from torch import nn
 
-from ...skrr_engine.plan import EncoderPlan, Level, Plan, PlanError
-from ...skrr_engine.rewire import assignment, fork, rewire
-from .encoders import View, dense_model, pruning, size, views
+from ...skrr_engine.plan import Plan, PlanError
+from ...skrr_engine.rewire import fork, rewire
+from ...skrr_engine.row import EncoderError
+from .encoders import ATTACHMENT, Pruned, View, dense_model, pruning, size, views, views_of
 
 EVERYTHING = 1 << 62
 """A weight budget in bytes that no encoder exceeds."""
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """What one encoder of a derived CLIP has pruned: the plan's entry, and the level of it in place."""
-
-    plan: EncoderPlan
-    level: Level
-
-    @property
-    def removed(self) -> dict[int, int | None]:
-        """Skipped sub-block -> the one it re-uses, or None."""
-        return assignment(self.plan.order[: self.level.skipped], self.level.reuse)
-
-
-def derive(clip, pruned: dict[str, Pruned]):
-    """A CLIP with these encoders pruned (those pruned before keep what they have); `clip` stays as it is."""
-    pruned = {**pruning(clip), **pruned}
-    dense = dense_model(clip)
-    known = views(clip)
-    paths = [known[n].prefix + p for n in pruned for s in known[n].row.sub_blocks for p in s.parts]
-    tree = fork(dense, paths)
-    for name, entry in pruned.items():
-        view = known[name]
-        rewire(tree.get_submodule(view.path).transformer, view.row, entry.removed)
+def derive(clip, pruned: Mapping[str, Pruned]):
+    """A CLIP with these encoders pruned (others keep what they have); `clip` stays as it is. Raises EncoderError."""
+    known, before = views(clip), pruning(clip)
+    carried = {n: dataclasses.replace(p, file=p.file or before.get(n, p).file) for n, p in pruned.items()}
+    pruned = {**before, **carried}
     derived = clip.clone()
-    derived.cond_stage_model = tree
     patcher = derived.patcher
+    tree = make_tree(dense_model(clip), known, pruned)
     patcher.__class__ = pruned_class(type(patcher))
-    patcher.skrr_pruned, patcher.skrr_tree = pruned, tree
+    patcher.skrr_views, patcher.skrr_tree = known, tree
+    patcher.set_attachments(ATTACHMENT, pruned)
     patcher.size = 0
     patcher.patches_uuid = uuid.uuid4()  # else ComfyUI would take the dense tree's load state for this one's
+    derived.cond_stage_model = guard(tree, known, pruned)
     return derived
 
 
-def match(clip, plan: Plan) -> dict[str, View]:
-    """Which of the CLIP's encoders each of the plan's entries is for.
+def make_tree(dense: nn.Module, known: Mapping[str, View], pruned: Mapping[str, Pruned]) -> nn.Module:
+    """A fork of a cond_stage_model with these encoders pruned; those that were loaded pruned are as they should be."""
+    fresh = {name: entry for name, entry in pruned.items() if entry.shape is None}
+    paths = [known[name].prefix + path for name in fresh for s in known[name].row.sub_blocks for path in s.parts]
+    tree = fork(dense, [*paths, *(f"{view.prefix}x" for view in known.values())])
+    for name, entry in fresh.items():
+        rewire(tree.get_submodule(known[name].path).transformer, known[name].row, entry.removed)
+    return tree
 
-    By name; an entry whose name the CLIP lacks goes to its only encoder of the same shape. Entries for encoders that
-    the CLIP does not hold at all are left out, but at least one must fit. Raises PlanError.
-    """
+
+def prune_owned(clip, pruned: Mapping[str, Pruned]):
+    """Rewire a CLIP that was made for us alone, in place; what is left out is freed. Returns it."""
     known = views(clip)
+    record = {}
+    for name, entry in pruned.items():
+        view = known[name]
+        rewire(clip.cond_stage_model.get_submodule(view.path).transformer, view.row, entry.removed)
+        gone = (entry.shape or view.shape) if entry.removed else None
+        record[name] = Pruned(entry.plan, entry.level, entry.unread, gone, entry.file)
+    clip.patcher.set_attachments(ATTACHMENT, record)
+    clip.patcher.size = 0
+    clip.patcher.patches_uuid = uuid.uuid4()
+    guard(clip.cond_stage_model, known, record)
+    return clip
+
+
+class GuardedModel:
+    """Mixed into the class of a cond_stage_model of ours: notes how long it encodes, and refuses what left-out
+    sub-blocks would spoil. skrr_trimmed: `(name, blocks, first unread sub-block)` of each trimmed encoder;
+    skrr_seconds: of the last encoding, None before it."""
+
+    skrr_trimmed: tuple[tuple[str, int, int], ...]
+    skrr_seconds: float | None
+
+    def encode_token_weights(self, *args, **kwargs):
+        start = time.perf_counter()
+        out = super().encode_token_weights(*args, **kwargs)
+        self.skrr_seconds = time.perf_counter() - start
+        return out
+
+    def set_clip_options(self, options):
+        layer = options.get("layer")
+        for name, blocks, first_unread in self.skrr_trimmed if isinstance(layer, int) else ():
+            passed = blocks if abs(layer) > blocks else layer + 1 if layer >= 0 else blocks + layer + 1
+            if 2 * passed > first_unread:
+                raise EncoderError(
+                    f"layer {layer} of {name} is asked for, but what it reads was trimmed away: put CLIP Set Last Layer"
+                    " before the Skrr node"
+                )
+        super().set_clip_options(options)
+
+    def generate(self, *args, **kwargs):
+        if not self.skrr_trimmed:
+            return super().generate(*args, **kwargs)
+        names = ", ".join(name for name, *_ in self.skrr_trimmed)
+        raise EncoderError(f"{names} was trimmed for conditioning and can't write text: use the dense CLIP for that")
+
+
+@functools.cache
+def guarded_class(base: type) -> type:
+    """`base`, a cond_stage_model's class, with GuardedModel's ways."""
+    return base if issubclass(base, GuardedModel) else type(f"Guarded{base.__name__}", (GuardedModel, base), {})
+
+
+def guard(tree: nn.Module, known: Mapping[str, View], pruned: Mapping[str, Pruned]) -> nn.Module:
+    """Give a tree of ours GuardedModel's ways; returns it."""
+    tree.__class__ = guarded_class(type(tree))
+    unread = [(known[name], entry.unread) for name, entry in pruned.items() if entry.unread]
+    tree.skrr_trimmed = tuple((view.name, view.shape.blocks, min(gone)) for view, gone in unread)
+    tree.skrr_seconds = None
+    return tree
+
+
+def match(known: Mapping[str, View], plan: Plan) -> dict[str, View]:
+    """Which of a CLIP's encoders each of the plan's entries is for: entry's name -> view.
+
+    By name; an entry that bears its family's name only (as the command line gives where it knows no better) goes to the
+    only encoder of its shape. Entries for encoders that the CLIP does not hold are left out, but at least one must fit.
+    Raises PlanError.
+    """
     found = {}
     for name, entry in plan.encoders.items():
         shape = (entry.family, entry.blocks, entry.width)
-        alike = [v for v in known.values() if (v.row.family, v.row.blocks, v.row.width) == shape]
+        alike = [v for v in known.values() if (v.shape.family, v.shape.blocks, v.shape.width) == shape]
         if name in known:
-            row = known[name].row
-            entry.check(row.family, row.blocks, row.width, name)
+            entry.check(known[name].shape.family, known[name].shape.blocks, known[name].shape.width, name)
             found[name] = known[name]
-        elif len(alike) == 1:
+        elif name == entry.family and len(alike) == 1:
             found[name] = alike[0]
     if not found:
         wanted = ", ".join(f"{n} ({e.family}, {e.blocks} blocks, {e.width} wide)" for n, e in plan.encoders.items())
-        has = ", ".join(f"{v.name} ({v.row.family}, {v.row.blocks} blocks, {v.row.width} wide)" for v in known.values())
+        shapes = [(v.name, v.shape) for v in known.values()]
+        has = ", ".join(f"{name} ({s.family}, {s.blocks} blocks, {s.width} wide)" for name, s in shapes)
         raise PlanError(f"the plan is for {wanted}, but this CLIP holds {has}: choose a plan for one of these")
     return found
 
 
 class PrunedPatcher:
-    """Mixed into the class of the incoming patcher. skrr_pruned: encoder name -> Pruned; skrr_tree: the fork."""
+    """Mixed into the class of the incoming patcher. skrr_views: of the dense tree; skrr_tree: the fork."""
 
-    skrr_pruned: dict[str, Pruned]
+    skrr_views: dict[str, View]
     skrr_tree: nn.Module
 
     @functools.cached_property
@@ -97,8 +159,12 @@ class PrunedPatcher:
 
     def clone(self, *args, **kwargs):
         clone = super().clone(*args, **kwargs)
-        clone.__class__ = type(self)  # some loaders' clone() sets its own
-        clone.skrr_pruned, clone.skrr_tree = self.skrr_pruned, self.skrr_tree
+        clone.__class__ = pruned_class(type(clone))  # some loaders' clone() sets its own
+        clone.skrr_views, clone.skrr_tree = self.skrr_views, self.skrr_tree
+        if clone.model is not self.model:  # ComfyUI has loaded it anew, for another device or without dynamic VRAM
+            pruned = self.get_attachment(ATTACHMENT)
+            clone.skrr_views = views_of(clone.model, pruned)
+            clone.skrr_tree = make_tree(clone.model, clone.skrr_views, pruned)
         return clone
 
     def model_state_dict(self, filter_prefix=None):

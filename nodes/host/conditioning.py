@@ -6,13 +6,13 @@ poisoned with NaN and shows up in the conditioning is read.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
 from ...skrr_engine.discrepancy import Batch
-from ...skrr_engine.rewire import fork
+from ...skrr_engine.rewire import fork, rewire
 from ...skrr_engine.row import EncoderError
 from ...skrr_engine.trace import Reading
 from .encoders import TRANSFORMER, View, dense_model, views
@@ -26,27 +26,39 @@ class Conditioning:
     """One encoder of a CLIP, ready to be run on prompts.
 
     encoder: a fork of its SDClipModel with the CLIP's options set, on the device that the CLIP is loaded to; what the
-    engine's tracer and runs are given. Loads the CLIP. Never changes it.
+    engine's tracer and runs are given. Loads the CLIP, unless `load` is False: then it runs on the CPU, where its
+    weights are. Never changes the CLIP.
     """
 
-    def __init__(self, clip, view: View):
-        clip.load_model()
+    def __init__(self, clip, view: View, load: bool = True):
+        device = clip.load_model().load_device if load else torch.device("cpu")
         self.clip, self.view = clip, view
         all_views = views(clip)
         self.wrapper = fork(dense_model(clip), [f"{v.path}.{TRANSFORMER}x" for v in all_views.values()])
         self.wrapper.reset_clip_options()
         if clip.layer_idx is not None:
             self.wrapper.set_clip_options({"layer": clip.layer_idx})
-        self.wrapper.set_clip_options({"execution_device": clip.patcher.load_device})
+        self.wrapper.set_clip_options({"execution_device": device})
         self.encoder = self.wrapper.get_submodule(view.path)
-        self._children = {v.name: self.wrapper.get_submodule(v.path) for v in all_views.values()}
+        self._hollow = self._hollowed(all_views.values())
+        self._children = {v.name: self._hollow.get_submodule(v.path) for v in all_views.values()}
         self._outputs = self._record_empty_prompt()
         self.hidden, self.pooled, self.mask = self._used()
         if not (self.hidden or self.pooled):
             raise EncoderError(f"the conditioning reads nothing of {view.name} in this CLIP: choose another encoder")
 
+    def _hollowed(self, all_views: Iterable[View]) -> nn.Module:
+        """A fork of the wrapper whose encoders skip everything: what it reads does not depend on what they compute."""
+        whole = [view for view in all_views if view.whole is not None]
+        paths = [view.prefix + path for view in whole for s in view.row.sub_blocks for path in s.parts]
+        hollow = fork(self.wrapper, [*paths, *(f"{view.prefix}x" for view in all_views)])
+        for view in whole:
+            everything = dict.fromkeys(range(len(view.row)))
+            rewire(hollow.get_submodule(view.path).transformer, view.row, everything)
+        return hollow
+
     def _record_empty_prompt(self) -> dict[str, tuple]:
-        """Encoder name -> what its encode_token_weights returns for the empty prompt."""
+        """Encoder name -> what its encode_token_weights returns for the empty prompt, with all sub-blocks skipped."""
         outputs = {}
         for name, child in self._children.items():
             original = child.encode_token_weights
@@ -62,7 +74,7 @@ class Conditioning:
         return outputs
 
     def _encode(self, prompt: str) -> tuple:
-        return self.wrapper.encode_token_weights(self.clip.tokenize(prompt))
+        return self._hollow.encode_token_weights(self.clip.tokenize(prompt))
 
     def _play(self, prompt: str, name: str, act: Callable) -> tuple:
         """Run the wrapper with every encoder's output played back, but `act(tokens)` for the encoder `name`."""

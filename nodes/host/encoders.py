@@ -1,5 +1,6 @@
 """CLIP objects as encoders: which text encoders a CLIP holds, and each one as a row of sub-blocks."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -7,20 +8,88 @@ import comfy.sd1_clip
 from torch import nn
 
 from ...skrr_engine import families
+from ...skrr_engine.checkpoint import Layout
+from ...skrr_engine.plan import EncoderPlan, Level
+from ...skrr_engine.rewire import assignment
 from ...skrr_engine.row import EncoderError, Row
 
 TRANSFORMER = "transformer."
 """Where the architecture stands below ComfyUI's SDClipModel."""
 
+ATTACHMENT = "skrr"
+"""Under this name a patcher carries what is pruned, through every clone."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An encoder's numbers, dense. parameter_counts, sub_block_bytes: of each sub-block; total, total_bytes: of all."""
+
+    family: str
+    blocks: int
+    width: int
+    total: int
+    parameter_counts: tuple[int, ...]
+    sub_block_bytes: tuple[int, ...]
+    total_bytes: int
+
+    @classmethod
+    def of_row(cls, row: Row, module: nn.Module) -> "Shape":
+        """Of an encoder in memory."""
+        per_sub_block = tuple(sum(t.nbytes for t in s.tensors().values()) for s in row.sub_blocks)
+        return cls(row.family, row.blocks, row.width, row.total, row.parameter_counts, per_sub_block, size(module))
+
+    @classmethod
+    def of_file(cls, layout: Layout) -> "Shape":
+        """Of an encoder in a file."""
+        numbers = layout.total, layout.parameter_counts, layout.sub_block_bytes, layout.total_bytes
+        return cls(layout.family, layout.blocks, layout.width, *numbers)
+
+    def sparsity(self, skipped: Iterable[int]) -> float:
+        """Removed parameters over all encoder parameters."""
+        return sum(self.parameter_counts[i] for i in skipped) / self.total
+
+    def bytes_of(self, sub_blocks: Iterable[int]) -> int:
+        """Bytes of some sub-blocks."""
+        return sum(self.sub_block_bytes[i] for i in sub_blocks)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What is left out of one encoder. plan, level: by a plan (None: no plan); unread: sub-blocks that no conditioning
+    reads; shape: of the dense encoder where that was never in memory; file: that it was loaded from, where known."""
+
+    plan: EncoderPlan | None = None
+    level: Level | None = None
+    unread: tuple[int, ...] = ()
+    shape: Shape | None = None
+    file: str | None = None
+
+    @property
+    def removed(self) -> dict[int, int | None]:
+        """Removed sub-block -> the one it re-uses, or None. An unread one that another re-uses stays."""
+        by_plan = assignment(self.plan.order[: self.level.skipped], self.level.reuse) if self.level else {}
+        return {**{i: None for i in self.unread if i not in by_plan.values()}, **by_plan}
+
 
 @dataclass(frozen=True)
 class View:
-    """One text encoder of a CLIP. name: its attribute (`t5xxl`, `clip_l`, ...), which plans use; path: below the
-    CLIP's cond_stage_model; row: of its architecture, at `path + ".transformer"`."""
+    """One text encoder of a CLIP. name: its attribute (`t5xxl`, `clip_l`, ...), which plans use; path: below the CLIP's
+    cond_stage_model; shape: dense; whole: its row of sub-blocks, None where it was loaded without some of them."""
 
     name: str
     path: str
-    row: Row
+    shape: Shape
+    whole: Row | None
+
+    @property
+    def row(self) -> Row:
+        """The dense row. Raises EncoderError where it is not in memory."""
+        if self.whole is None:
+            raise EncoderError(
+                f"{self.name} was loaded without its removed parts, so no other plan can be put on it: load it with"
+                " ComfyUI's own CLIP loader, or choose the plan in the loader"
+            )
+        return self.whole
 
     @property
     def prefix(self) -> str:
@@ -29,26 +98,36 @@ class View:
 
 
 def dense_model(clip) -> nn.Module:
-    """The CLIP's cond_stage_model with all its sub-blocks, also where the CLIP is one that we pruned."""
-    return clip.patcher.model if pruning(clip) else clip.cond_stage_model
+    """The CLIP's cond_stage_model with all the sub-blocks that are in memory."""
+    return clip.patcher.model if hasattr(clip.patcher, "skrr_tree") else clip.cond_stage_model
 
 
-def pruning(clip) -> dict:
-    """Encoder name -> what a CLIP of ours has pruned there (see apply.Pruned); empty for any other CLIP."""
-    return getattr(clip.patcher, "skrr_pruned", {})
+def pruning(clip) -> dict[str, Pruned]:
+    """Encoder name -> what is left out there; empty for a CLIP that we have not touched."""
+    return clip.patcher.get_attachment(ATTACHMENT) or {}
 
 
 def views(clip) -> dict[str, View]:
     """The CLIP's text encoders that Skrr knows, by name. Raises EncoderError where there is none."""
+    return views_of(dense_model(clip), pruning(clip))
+
+
+def views_of(tree: nn.Module, known: Mapping[str, Pruned]) -> dict[str, View]:
+    """The text encoders in a cond_stage_model, of which `known` have been pruned; see `views`."""
     found, problem = {}, None
-    for path, module in dense_model(clip).named_modules():
+    for path, module in tree.named_modules():
         if not isinstance(module, comfy.sd1_clip.SDClipModel):
             continue
         name = path.rpartition(".")[2]
+        if name in known and known[name].shape is not None:
+            found[name] = View(name, path, known[name].shape, None)
+            continue
         try:
-            found[name] = View(name, path, families.find(module.transformer))
+            row = families.find(module.transformer)
         except EncoderError as error:
             problem = problem or error
+            continue
+        found[name] = View(name, path, Shape.of_row(row, module.transformer), row)
     if not found:
         raise problem or EncoderError("this CLIP holds no text encoder that Skrr knows: connect another CLIP")
     return found
@@ -58,7 +137,7 @@ def choose(clip, name: str = "auto") -> View:
     """The encoder of that name; for `auto` the one with the most parameters."""
     found = views(clip)
     if name in ("", "auto"):
-        return max(found.values(), key=lambda view: view.row.total)
+        return max(found.values(), key=lambda view: view.shape.total)
     if name not in found:
         raise EncoderError(f'this CLIP has no encoder "{name[:40]}": choose auto or one of {", ".join(found)}')
     return found[name]

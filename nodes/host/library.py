@@ -1,5 +1,6 @@
 """Where plans live: `models/skrr_plans/`, those that ship with the pack, and searches that were interrupted."""
 
+import hashlib
 import json
 import os
 import re
@@ -41,6 +42,14 @@ def path_of(name: str) -> str:
     if path is None:
         raise PlanError(f'there is no plan "{name[:100]}": put its .json into models/{FOLDER}, or paste it as text')
     return path
+
+
+def file_sha256(name: str) -> str:
+    """Of a plan's file; "" where there is none."""
+    try:
+        return hashlib.sha256(Path(path_of(name)).read_bytes()).hexdigest()
+    except (PlanError, OSError):
+        return ""  # told when the node runs
 
 
 def file_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """Progress, live text and interruption, as ComfyUI has them."""
 
 import logging
+import sys
 import time
 
 import comfy.model_management
@@ -20,9 +21,8 @@ def say(text: str, node_id: str | None) -> None:
 
 def show(text: str, node_id: str | None) -> None:
     """Show a line on the node, where a server is there to send it."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
+    module = sys.modules.get("server")  # ComfyUI as a library has none, and importing it would start one
+    server = getattr(getattr(module, "PromptServer", None), "instance", None)
     if node_id is not None and server is not None:
         server.send_progress_text(text, node_id)
 

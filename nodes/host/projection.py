@@ -27,10 +27,10 @@ def from_model(model, view: View) -> TextProjection:
     projection.denoiser = str(kind)[:100]
     if layout.denoiser == "sd3" and view.name in CLIP_COLUMNS:
         projection = projection.columns(*CLIP_COLUMNS[view.name])
-    if projection.width != view.row.width:
+    if projection.width != view.shape.width:
         raise ProjectionError(
             f"this model's text projection takes embeddings {projection.width} wide, but {view.name}'s are"
-            f" {view.row.width} wide: connect the MODEL that this encoder belongs to, or none"
+            f" {view.shape.width} wide: connect the MODEL that this encoder belongs to, or none"
         )
     return projection
 

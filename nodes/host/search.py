@@ -31,6 +31,7 @@ def find_plan(
 ) -> Plan:
     """The plan for these inputs: the saved one where they were searched before, else a new one, saved as `name`."""
     library.file_name(name)  # refuse a bad name now rather than after the search
+    row = view.row  # refuses an encoder that was loaded pruned
     conditioning = Conditioning(clip, view)
     projection = None
     if model is not None and conditioning.hidden:  # a pooled vector alone goes through no text projection
@@ -43,9 +44,9 @@ def find_plan(
         say(f'found the plan "{known[0]}" of an earlier search with these inputs', node_id)
         return known[1]
 
-    tracer = Tracer(conditioning.encoder, view.row, TRANSFORMER)
+    tracer = Tracer(conditioning.encoder, row, TRANSFORMER)
     meter = Meter(conditioning.encoder, tracer, conditioning.batches(prompts), conditioning.null(), projection)
-    beam = library.load_state(key, len(view.row))
+    beam = library.load_state(key, len(row))
     if beam:
         say(f"going on with an interrupted search, {len(beam[0].order)} sub-blocks skipped so far", node_id)
     entry = engine.search(meter, settings, Reporter(node_id), lambda beam: library.save_state(key, beam), beam)

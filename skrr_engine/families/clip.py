@@ -1,10 +1,17 @@
 """CLIP's text encoder (L, H, G): pre-norm blocks with the residual in the block."""
 
+import re
+
 from torch import nn
 
 from .residual import module_at, pairs
 
 NAME = "clip"
+FILE_KEY = re.compile(
+    r"(?P<prefix>(?:.*\.)?)text_model\.encoder\.layers\.(?P<block>\d+)\."
+    r"(?:(?P<attention>self_attn|layer_norm1)|(?P<feed_forward>mlp|layer_norm2))\.(?P<rest>.+)"
+)
+FILE_WIDTH = "layer_norm1.weight"
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:

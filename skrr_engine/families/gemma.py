@@ -1,10 +1,17 @@
 """Gemma 2 and 3 read as encoders: like Llama, with a second norm behind each body ("sandwich")."""
 
+import re
+
 from torch import nn
 
 from .residual import module_at, pairs
 
 NAME = "gemma"
+FILE_KEY = re.compile(
+    r"(?P<prefix>(?:.*\.)?)model\.layers\.(?P<block>\d+)\.(?:(?P<attention>self_attn|input_layernorm|post_attention_layernorm)"
+    r"|(?P<feed_forward>mlp|pre_feedforward_layernorm|post_feedforward_layernorm))\.(?P<rest>.+)"
+)
+FILE_WIDTH = "pre_feedforward_layernorm.weight"
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:

@@ -1,10 +1,17 @@
 """Llama-type decoders read as encoders: Llama, Mistral, Qwen2.5, Qwen3. Norms stand in the block."""
 
+import re
+
 from torch import nn
 
 from .residual import module_at, pairs
 
 NAME = "llama"
+FILE_KEY = re.compile(
+    r"(?P<prefix>(?:.*\.)?)model\.layers\.(?P<block>\d+)\."
+    r"(?:(?P<attention>self_attn|input_layernorm)|(?P<feed_forward>mlp|post_attention_layernorm))\.(?P<rest>.+)"
+)
+FILE_WIDTH = "input_layernorm.weight"
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:

@@ -4,6 +4,9 @@ T5's block 0 owns the position bias of the whole encoder and hands it on; its pl
 per block, which goes with its attention.
 """
 
+import re
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -11,6 +14,16 @@ from ..row import Call, Placeholder, SubBlock, parameter_count
 from .residual import from_transformers, module_at
 
 NAME = "t5"
+FILE_KEY = re.compile(
+    r"(?P<prefix>(?:.*\.)?)encoder\.block\.(?P<block>\d+)\.layer\.(?:(?P<attention>0)|(?P<feed_forward>1))\.(?P<rest>.+)"
+)
+FILE_WIDTH = "layer.0.layer_norm.weight"
+BIAS = "SelfAttention.relative_attention_bias.weight"
+
+
+def stays(block: int, rest: str, keys: Collection[str]) -> bool:
+    """Whether a tensor of block 0's attention belongs to the whole encoder: its bias, where block 1 has none."""
+    return block == 0 and rest == BIAS and not any(f"encoder.block.1.layer.0.{BIAS}" in key for key in keys)
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
@@ -103,6 +116,8 @@ class AttentionPlaceholder(Placeholder):
 
     def forward(self, *args, **kwargs):
         x, call = Call.split(args, kwargs)
+        if self.idle:
+            return x, None
         call, bias = self.with_bias(x, call)
         if self.record is not None:
             self.record(x, call)

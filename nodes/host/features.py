@@ -1,0 +1,64 @@
+"""What one ComfyUI has and another lacks: found out by looking for it, here and nowhere else."""
+
+import comfy.utils
+import folder_paths
+import nodes
+
+
+def loader_types(node: str) -> list[str]:
+    """The values of `type` that a loader node of ComfyUI's offers; empty where it has no such input."""
+    inputs = nodes.NODE_CLASS_MAPPINGS[node].INPUT_TYPES() if node in nodes.NODE_CLASS_MAPPINGS else {}
+    entry = inputs.get("required", {}).get("type")
+    if not entry:
+        return []
+    return list(entry[0]) if isinstance(entry[0], list | tuple) else list(entry[1].get("options", []))
+
+
+def encoder_files() -> list[str]:
+    """All text-encoder files: ComfyUI's, and `.gguf` ones where ComfyUI-GGUF is installed."""
+    known = set(folder_paths.get_filename_list("text_encoders"))
+    if "clip_gguf" in folder_paths.folder_names_and_paths:
+        known |= set(folder_paths.get_filename_list("clip_gguf"))
+    return sorted(known)
+
+
+def encoder_path(name: str) -> str | None:
+    """The file of a name that `encoder_files` lists."""
+    found = folder_paths.get_full_path("text_encoders", name)
+    if found is None and "clip_gguf" in folder_paths.folder_names_and_paths:
+        found = folder_paths.get_full_path("clip_gguf", name)
+    return found
+
+
+def gguf_loader(files: int):
+    """ComfyUI-GGUF's loader node for so many files, or None where that pack is not installed."""
+    prefix = {1: "", 2: "Dual", 3: "Triple", 4: "Quadruple"}[files]
+    return nodes.NODE_CLASS_MAPPINGS.get(f"{prefix}CLIPLoaderGGUF")
+
+
+def mapped_state_dict(path: str) -> dict | None:
+    """A file's tensors the way that dynamic VRAM wants them (weights stay in the file until used); None where this
+    ComfyUI has no dynamic VRAM or it is off, and safetensors' own mapping does."""
+    management = getattr(comfy, "memory_management", None)
+    if not getattr(management, "aimdo_enabled", False):
+        return None
+    return comfy.utils.load_torch_file(path, safe_load=True)
+
+
+def converted_quants(state: dict, metadata: dict) -> dict:
+    """A state dict with older forms of quantisation brought to what this ComfyUI's encoders expect.
+
+    0.3.75 takes the metadata's own words with the tensors; later ones convert both.
+    """
+    convert = getattr(comfy.utils, "convert_old_quants", None)
+    if convert is not None:
+        state, _ = convert(state, model_prefix="", metadata=metadata)
+    elif "_quantization_metadata" in metadata:
+        state["_quantization_metadata"] = metadata["_quantization_metadata"]
+    return state
+
+
+def set_reload(patcher, factory, arguments: tuple) -> None:
+    """Tell ComfyUI how to load a patcher's model anew, where it wants to know (multi-GPU, dynamic VRAM)."""
+    if hasattr(patcher, "cached_patcher_init"):
+        patcher.cached_patcher_init = (factory, arguments)

@@ -1,0 +1,251 @@
+"""Text encoders loaded without what a plan removes: it is neither read from the file nor ever held in memory.
+
+ComfyUI's own loader makes the CLIP. It is handed a state dict in which every tensor can be looked at (it tells encoders
+apart by names and shapes) but from which sub-blocks are not copied. The CLIP so made has all its modules, with nothing
+in their weights. What the conditioning reads is asked of it, the removed sub-blocks are taken out, and only then the
+kept ones are copied from the file.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import comfy.sd
+import folder_paths
+import torch
+
+from ...skrr_engine.checkpoint import Checkpoint, CheckpointError
+from ...skrr_engine.errors import first_line
+from ...skrr_engine.families import FAMILIES
+from . import features
+from .apply import match, prune_owned
+from .choice import Choice
+from .encoders import Pruned, Shape, View, views
+from .progress import say
+from .trim import trimmed
+
+SMALL = 1024
+"""Tensors of at most so many bytes are always handed to the loader: by some of them it tells how weights are stored."""
+
+
+class Sheltered(dict):
+    """A state dict whose `hidden` tensors can be asked for by name, but are not among its keys."""
+
+    def __init__(self, visible: Mapping[str, torch.Tensor], hidden: Mapping[str, torch.Tensor]):
+        super().__init__(visible)
+        self.hidden = hidden
+
+    def __contains__(self, key) -> bool:
+        return super().__contains__(key) or key in self.hidden
+
+    def __missing__(self, key) -> torch.Tensor:
+        return self.hidden[key]
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
+
+
+@dataclass(frozen=True)
+class EncoderFile:
+    """One file to load from. tensors: all of them, memory-mapped, stand-ins for those that a pruned file has left out;
+    places: name -> sub-block, for those of sub-blocks."""
+
+    checkpoint: Checkpoint
+    tensors: Mapping[str, torch.Tensor]
+    places: Mapping[str, int]
+
+    @classmethod
+    def open(cls, path: str) -> "EncoderFile":
+        """Open a file; nothing but its header is read. Raises CheckpointError."""
+        if not path.lower().endswith((".safetensors", ".sft")):
+            raise CheckpointError(
+                f"{os.path.basename(path)}: Skrr loads .safetensors and .gguf files; load this one with ComfyUI's"
+                " own loader and put Load Skrr Plan behind it"
+            )
+        checkpoint = Checkpoint(path)
+        mapped = features.mapped_state_dict(path)
+        kept = [key for key, entry in checkpoint.entries.items() if entry.kept]
+        tensors = mapped if mapped is not None else {key: checkpoint.tensor(key) for key in kept}
+        tensors = features.converted_quants(tensors, checkpoint.metadata)
+        stand_ins = {key: entry.stand_in() for key, entry in checkpoint.entries.items() if not entry.kept}
+        layout = checkpoint.known_layout
+        if layout is None and (checkpoint.record or any(f.FILE_KEY.fullmatch(k) for f in FAMILIES for k in tensors)):
+            raise CheckpointError(f"{checkpoint.path.name}: parts of this text encoder are missing; get the file again")
+        places = {key: place for key in tensors if (place := layout.place(key)) is not None} if layout else {}
+        return cls(checkpoint, {**tensors, **stand_ins}, places)
+
+    def hollow(self) -> Sheltered:
+        """Everything but the sub-blocks."""
+        hidden = {k: t for k, t in self.tensors.items() if self._hides(k)}
+        return Sheltered({k: t for k, t in self.tensors.items() if k not in hidden}, hidden)
+
+    def _hides(self, key: str) -> bool:
+        place, tensor = self.places.get(key), self.tensors[key]
+        left_out = key in self.checkpoint.entries and not self.checkpoint.entries[key].kept
+        return left_out or (place is not None and torch.is_tensor(tensor) and tensor.nbytes > SMALL)
+
+    def sub_blocks(self, removed) -> Sheltered:
+        """The kept sub-blocks alone."""
+        kept = {key for key, place in self.places.items() if place not in removed}
+        visible = {k: t for k, t in self.tensors.items() if k in kept}
+        return Sheltered(visible, {k: t for k, t in self.tensors.items() if k not in kept})
+
+
+def load(
+    names: Sequence[str],
+    type_name: str,
+    chosen: Choice,
+    device: str = "default",
+    trim: bool = True,
+    node_id: str | None = None,
+    disable_dynamic: bool = False,
+):
+    """A CLIP from text-encoder files (by their names in ComfyUI's folders), pruned as chosen.
+
+    Raises CheckpointError, PlanError, EncoderError.
+    """
+    paths = [path_of(name) for name in names]
+    if any(path.lower().endswith(".gguf") for path in paths):
+        clip, files = load_gguf(names, type_name), []
+    else:
+        files = [EncoderFile.open(path) for path in paths]
+        clip = load_hollow(files, type_name, device, disable_dynamic)
+    known = views(clip)
+    homes = {id(file): home_of(file, known) for file in files}
+    pruned = {home.name: recorded(file) for file in files if (home := homes[id(file)]) and file.checkpoint.record}
+    lines = [f"{p.file}: pruned already, its own plan stays" for p in pruned.values()]
+    if chosen.plan is not None:
+        for name, view in match(known, chosen.plan).items():
+            if view.name not in pruned:
+                entry = chosen.plan.encoder(name)
+                level, line = chosen.level(view.name, view.shape, entry)
+                lines.append(line)
+                pruned[view.name] = Pruned(entry, level) if level else Pruned()
+    for file in files:
+        if home := homes[id(file)]:
+            now = pruned.get(home.name, Pruned())
+            shape = Shape.of_file(file.checkpoint.layout)
+            pruned[home.name] = Pruned(now.plan, now.level, now.unread, shape, str(file.checkpoint.path))
+    if trim:
+        for view in known.values():
+            pruned[view.name] = trimmed(clip, view, pruned.get(view.name, Pruned()), load=False)
+            if pruned[view.name].unread:
+                lines.append(
+                    f"{view.name}: {len(pruned[view.name].unread)} sub-blocks that no conditioning reads left out"
+                )
+    prune_owned(clip, pruned)
+    for file in files:
+        if home := homes[id(file)]:
+            fill(clip, file, home, pruned[home.name].removed)
+    features.set_reload(clip.patcher, reload, (tuple(names), type_name, chosen, device, trim))
+    say("\n".join(lines) or "loaded as it is", node_id)
+    return clip
+
+
+def reload(names, type_name, chosen, device, trim, disable_dynamic=False):
+    """The patcher of the same CLIP, loaded anew: for ComfyUI's `cached_patcher_init`."""
+    return load(names, type_name, chosen, device, trim, disable_dynamic=disable_dynamic).patcher
+
+
+def path_of(name: str) -> str:
+    """A text encoder's file by its name. Raises CheckpointError."""
+    path = features.encoder_path(name)
+    if path is None:
+        raise CheckpointError(f'there is no text encoder "{name[:100]}": put the file into models/text_encoders')
+    return path
+
+
+def recorded(file: EncoderFile) -> Pruned:
+    """What a pruned file says that it has left out."""
+    record = file.checkpoint.record
+    level = record.plan.level(record.skipped) if record.plan else None
+    return Pruned(record.plan, level, record.unread, None, file.checkpoint.path.name)
+
+
+def load_hollow(files: Sequence[EncoderFile], type_name: str, device: str, disable_dynamic: bool):
+    """A CLIP of ComfyUI's for these files, on the CPU, with nothing in its sub-blocks yet."""
+    options = {"initial_device": torch.device("cpu")}  # never to the accelerator before it is pruned
+    if device == "cpu":
+        options["load_device"] = options["offload_device"] = torch.device("cpu")
+    clip_type = getattr(comfy.sd.CLIPType, type_name.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
+    extra = {"disable_dynamic": True} if disable_dynamic else {}
+    names = ", ".join(file.checkpoint.path.name for file in files)
+    with quiet_about_missing():
+        try:
+            return comfy.sd.load_text_encoder_state_dicts(
+                [file.hollow() for file in files],
+                embedding_directory=folder_paths.get_folder_paths("embeddings"),
+                clip_type=clip_type,
+                model_options=options,
+                **extra,
+            )
+        except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(
+                f"{names}: ComfyUI can't make a text encoder of type {type_name} of it ({first_line(error)});"
+                " choose another type or file"
+            ) from error
+
+
+def home_of(file: EncoderFile, known: Mapping[str, View]) -> View | None:
+    """Which of the CLIP's encoders a file is, by its shape; None where Skrr knows neither."""
+    layout = file.checkpoint.known_layout
+    if layout is None:
+        return None
+    shape = (layout.family, layout.blocks, layout.width)
+    found = [v for v in known.values() if (v.shape.family, v.shape.blocks, v.shape.width) == shape]
+    if not found:
+        shapes = [(v.name, v.shape) for v in known.values()]
+        wanted = ", ".join(f"{name} ({s.family}, {s.blocks} blocks, {s.width} wide)" for name, s in shapes)
+        raise CheckpointError(
+            f"{file.checkpoint.path.name}: holds {layout.family}, {layout.blocks} blocks, {layout.width} wide, but the"
+            f" chosen type makes {wanted} of it: choose the type that this file is for"
+        )
+    return found[0]
+
+
+def fill(clip, file: EncoderFile, home: View, removed) -> None:
+    """Copy a file's kept sub-blocks into the pruned CLIP. Raises CheckpointError where one is missing or misshapen."""
+    name = file.checkpoint.path.name
+    state = file.sub_blocks(removed)
+    kept = {key for i, s in enumerate(home.row.sub_blocks) if i not in removed for key in s.tensors()}
+    missing = min(kept - file.tensors.keys(), default=None)
+    if missing is not None:
+        raise CheckpointError(f"{name}: lacks {missing}; get the file again")
+    try:
+        _, unexpected = clip.load_sd(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise CheckpointError(f"{name}: {lines[-1]}; get the file again") from None
+    lost = [key for key in unexpected if state[key].nbytes > SMALL]
+    if lost:
+        raise CheckpointError(
+            f"{name}: ComfyUI has no place for {lost[0]} and {len(lost) - 1} more; choose another type"
+        )
+
+
+def load_gguf(names: Sequence[str], type_name: str):
+    """A CLIP made by ComfyUI-GGUF's loader for us alone. Raises CheckpointError where that pack is not installed."""
+    loader = features.gguf_loader(len(names))
+    if loader is None:
+        raise CheckpointError(
+            f"{names[0]}: .gguf files need the pack ComfyUI-GGUF by city96: install it with ComfyUI-Manager and start"
+            " ComfyUI again"
+        )
+    keys = ["clip_name"] if len(names) == 1 else [f"clip_name{i + 1}" for i in range(len(names))]
+    return loader().load_clip(**dict(zip(keys, names, strict=True)), type=type_name)[0]
+
+
+@contextlib.contextmanager
+def quiet_about_missing() -> Iterator[None]:
+    """ComfyUI's loader warns of every tensor that it was not given; here that is on purpose."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(("clip missing", "Missing weight for layer"))
+
+    logging.getLogger().addFilter(wanted)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(wanted)

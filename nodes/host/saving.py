@@ -1,0 +1,84 @@
+"""Pruned encoders written to files, from the files that they were loaded from or from memory."""
+
+import hashlib
+from pathlib import Path
+
+import folder_paths
+import torch
+
+from ...skrr_engine.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    CheckpointError,
+    Entry,
+    Layout,
+    layout_of,
+    tensor_bytes,
+    write_pruned,
+)
+from ...skrr_engine.plan import Plan, Provenance
+from . import library
+from .encoders import Pruned, View, dense_model
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class InMemory:
+    """A dense encoder of a CLIP as a source for `write_pruned`: its weights without LoRAs."""
+
+    record = None
+
+    def __init__(self, clip, view: View):
+        self.path = Path(f"{view.name} in memory")
+        self.metadata = {"format": "pt"}
+        transformer = dense_model(clip).get_submodule(view.path).transformer
+        backup = clip.patcher.backup
+        state = transformer.state_dict()
+        patched = {k: backup[view.prefix + k].weight for k in state if view.prefix + k in backup}
+        self._tensors = {**state, **patched}
+        odd = [k for k, t in self._tensors.items() if type(t) is not torch.Tensor or t.dtype not in NAMES]
+        if odd:
+            raise CheckpointError(
+                f"{view.name} is quantised in a way that can't be saved from memory: load it with Load CLIP (Skrr),"
+                " which copies from its file"
+            )
+        self.entries = {k: Entry(NAMES[t.dtype], tuple(t.shape)) for k, t in self._tensors.items()}
+
+    @property
+    def layout(self) -> Layout:
+        found = layout_of(self.entries)
+        if found is None:
+            raise CheckpointError(f"{self.path}: its tensors are not named as Skrr knows them")
+        return found
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return self._tensors[key].detach().cpu()
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for key in self.entries:
+            for chunk in tensor_bytes(self.tensor(key)):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+
+def save(clip, view: View, pruned: Pruned, name: str) -> tuple[str, int]:
+    """Write what is left of an encoder into ComfyUI's text_encoders folder; returns the file's name and its bytes.
+
+    Raises CheckpointError, PlanError. No file is ever written over.
+    """
+    stem = library.file_name(name).removesuffix(".json").removesuffix(".safetensors")
+    folder = Path(folder_paths.get_folder_paths("text_encoders")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    out, number = folder / f"{stem}.safetensors", 1
+    while out.exists():
+        number += 1
+        out = folder / f"{stem}_{number}.safetensors"
+    source = Checkpoint(pruned.file) if pruned.file else InMemory(clip, view)
+    plan, skipped = None, 0
+    if pruned.plan is not None and pruned.level is not None:
+        plan, skipped = (
+            Plan(encoders={view.name: pruned.plan}, provenance=Provenance(source="saved")),
+            pruned.level.skipped,
+        )
+    return out.name, write_pruned(source, out, view.name, plan, skipped, pruned.unread)

@@ -1,0 +1,78 @@
+"""Load CLIP (Skrr), and its dual and triple forms: text encoders loaded without what a plan removes."""
+
+from comfy_api.latest import io
+
+from .host import choice, features, library
+from .host.loader import load, path_of
+from .types import CATEGORY
+
+NO_PLAN = "none"
+TRIM = "Leave out layers that the model never reads. Pictures stay the same; the CLIP can't write text."
+
+
+class LoadCLIP(io.ComfyNode):
+    """Loads text encoders without what a plan removes: that is never read from the file, nor held in RAM or VRAM.
+
+    Works on fp32, fp16, bf16, fp8 and scaled fp8 files, on files from Save Skrr Encoder (which need no plan), and on
+    .gguf files where ComfyUI-GGUF is installed.
+    """
+
+    FILES = 1
+    NODE_ID, NAME, MODEL = "SkrrCLIPLoader", "Load CLIP (Skrr)", "CLIPLoader"
+
+    @classmethod
+    def file_inputs(cls) -> list[str]:
+        """Ids of the inputs that name files, as ComfyUI's own loaders have them."""
+        return ["clip_name"] if cls.FILES == 1 else [f"clip_name{i + 1}" for i in range(cls.FILES)]
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files, types = features.encoder_files(), features.loader_types(cls.MODEL)
+        return io.Schema(
+            node_id=cls.NODE_ID,
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description=" ".join(LoadCLIP.__doc__.split()),
+            inputs=[
+                *(io.Combo.Input(name, options=files, tooltip="A text encoder's file.") for name in cls.file_inputs()),
+                *([io.Combo.Input("type", options=types, tooltip="The model that they are for.")] if types else []),
+                *choice.inputs(NO_PLAN),
+                io.Boolean.Input("trim", default=True, optional=True, tooltip=TRIM),
+                io.Combo.Input("device", options=["default", "cpu"], optional=True, tooltip="Where to encode."),
+            ],
+            outputs=[io.Clip.Output(display_name="CLIP")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, plan, plan_json="") -> bool | str:
+        return choice.validate(plan, plan_json, NO_PLAN)
+
+    @classmethod
+    def fingerprint_inputs(cls, plan, plan_json="", **kwargs) -> str:
+        """Runs again when the plan's file has changed."""
+        return plan_json or library.file_sha256(plan)
+
+    @classmethod
+    def execute(
+        cls, plan, sparsity, type="sd3", size_gb=0.0, plan_json="", trim=True, device="default", **files
+    ) -> io.NodeOutput:
+        names = [files[key] for key in cls.file_inputs()]
+        for name in names:
+            path_of(name)
+        chosen = choice.read(plan, plan_json, sparsity, size_gb, NO_PLAN)
+        return io.NodeOutput(load(names, type, chosen, device, trim, cls.hidden.unique_id))
+
+
+class SkrrCLIPLoader(LoadCLIP):
+    pass
+
+
+class SkrrDualCLIPLoader(LoadCLIP):
+    FILES = 2
+    NODE_ID, NAME, MODEL = "SkrrDualCLIPLoader", "Load CLIP (Skrr, two files)", "DualCLIPLoader"
+
+
+class SkrrTripleCLIPLoader(LoadCLIP):
+    FILES = 3
+    NODE_ID, NAME, MODEL = "SkrrTripleCLIPLoader", "Load CLIP (Skrr, three files)", "TripleCLIPLoader"

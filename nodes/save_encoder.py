@@ -1,0 +1,56 @@
+"""Save Skrr Encoder: what is left of a pruned encoder, as a file of its own."""
+
+from comfy_api.latest import io
+
+from ..skrr_engine.row import EncoderError
+from .host.encoders import choose, pruning
+from .host.progress import say
+from .host.saving import save
+from .host.trim import trimmed
+from .report import human
+from .types import CATEGORY
+
+
+class SkrrSaveEncoder(io.ComfyNode):
+    """Writes a pruned text encoder to models/text_encoders: only what is left of it, bit for bit, with the plan inside.
+
+    Load it with Load CLIP (Skrr), which needs no plan then. LoRAs on the CLIP are not written.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkrrSaveEncoder",
+            display_name="Save Skrr Encoder",
+            category=CATEGORY,
+            description=" ".join(cls.__doc__.split()),
+            inputs=[
+                io.Clip.Input("clip", tooltip="A CLIP from Skrr Prune, Load Skrr Plan or Load CLIP (Skrr)."),
+                io.String.Input(
+                    "encoder",
+                    default="auto",
+                    tooltip="Which of its text encoders: auto takes the largest; or its name.",
+                ),
+                io.String.Input(
+                    "file_name", default="skrr_encoder", tooltip="Name of the file in models/text_encoders."
+                ),
+                io.Boolean.Input(
+                    "trim", default=True, optional=True, tooltip="Leave out layers that the model never reads, too."
+                ),
+            ],
+            outputs=[io.String.Output(display_name="file_name")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, clip, encoder, file_name, trim=True) -> io.NodeOutput:
+        view = choose(clip, encoder.strip())
+        pruned = pruning(clip).get(view.name)
+        if trim and view.whole is not None:
+            pruned = trimmed(clip, view, pruned)
+        if pruned is None or not pruned.removed:
+            raise EncoderError(f"nothing of {view.name} is left out, so there is nothing to save: prune it first")
+        name, size = save(clip, view, pruned, file_name)
+        say(f'{view.name} saved as "{name}" in models/text_encoders, {human(size)}', cls.hidden.unique_id)
+        return io.NodeOutput(name)

@@ -1,0 +1,41 @@
+"""Trim Unread Layers: leave out what no conditioning reads."""
+
+from comfy_api.latest import io
+
+from .host.apply import derive
+from .host.encoders import views
+from .host.progress import say
+from .host.trim import trimmed
+from .report import human
+from .types import CATEGORY
+
+
+class SkrrTrimUnread(io.ComfyNode):
+    """Leaves out the layers of the text encoders that your model never reads. Pictures stay the same to the last bit.
+
+    Many models read a hidden state before the last one; what comes behind it only costs memory. No plan and no search
+    are needed. The output can encode prompts, but can't write text.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkrrTrimUnread",
+            display_name="Trim Unread Layers",
+            category=CATEGORY,
+            description=" ".join(cls.__doc__.split()),
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoders, as your model uses them (after CLIP Set Last Layer).")
+            ],
+            outputs=[io.Clip.Output(display_name="CLIP"), io.Int.Output(display_name="saved_bytes")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, clip) -> io.NodeOutput:
+        whole = [view for view in views(clip).values() if view.whole is not None]
+        pruned = {view.name: trimmed(clip, view) for view in whole}
+        saved = {view.name: view.shape.bytes_of(pruned[view.name].unread) for view in whole}
+        lines = [f"{n}: {len(p.unread)} unread sub-blocks, {human(saved[n])}" for n, p in pruned.items() if p.unread]
+        say("\n".join(lines) or "every layer is read: nothing to trim", cls.hidden.unique_id)
+        return io.NodeOutput(derive(clip, pruned), sum(saved.values()))

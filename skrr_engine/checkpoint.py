@@ -1,0 +1,384 @@
+"""Encoder files: which of a safetensors file's tensors belong to which sub-block, and pruned files written and checked.
+
+Only headers are read to find out. A pruned file holds the kept tensors, bit for bit, under their own names, and in its
+metadata what was left out, by which plan, of which file.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from . import __version__, families
+from .errors import SkrrError, first_line
+from .plan import EncoderPlan, Plan, PlanError
+
+PLAN, RECORD = "skrr_plan", "skrr"
+"""Metadata of a pruned file: the plan's JSON, and JSON of its own (see `Record`)."""
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+MAX_RECORD = 4 << 20
+CHUNK = 16 << 20
+
+
+class Source(Protocol):
+    """What a pruned file is written from: a Checkpoint, or an encoder in memory."""
+
+    path: Path
+    record: "Record | None"
+    metadata: Mapping[str, str]
+    entries: "Mapping[str, Entry]"
+    layout: "Layout"
+
+    def tensor(self, key: str) -> torch.Tensor: ...
+    def sha256(self) -> str: ...
+
+
+class CheckpointError(SkrrError):
+    """An encoder file that can't be used; one line that names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file. dtype: as safetensors names it; shape; kept: False where a pruned file has left it out."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    kept: bool = True
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.itemsize
+
+    def stand_in(self) -> torch.Tensor:
+        """A tensor of this dtype and shape that takes a few bytes, for code that looks at both."""
+        return torch.zeros((), dtype=DTYPES.get(self.dtype, torch.uint8)).expand(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file's encoder as a row of sub-blocks. keys: for each sub-block the tensors that go away with it; entries: all
+    of the encoder's tensors, those that a pruned file has left out included."""
+
+    family: str
+    blocks: int
+    width: int
+    keys: tuple[tuple[str, ...], ...]
+    entries: Mapping[str, Entry]
+
+    @functools.cached_property
+    def parameter_counts(self) -> tuple[int, ...]:
+        """Weights of each sub-block, scales of quantised ones included."""
+        return tuple(sum(self.entries[key].count for key in keys) for keys in self.keys)
+
+    @functools.cached_property
+    def sub_block_bytes(self) -> tuple[int, ...]:
+        """Bytes of each sub-block."""
+        return tuple(sum(self.entries[key].nbytes for key in keys) for keys in self.keys)
+
+    @functools.cached_property
+    def total(self) -> int:
+        """Weights of the encoder, dense."""
+        return sum(entry.count for entry in self.entries.values())
+
+    @functools.cached_property
+    def total_bytes(self) -> int:
+        """Bytes of the encoder, dense."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def sparsity(self, skipped) -> float:
+        """Removed parameters over all encoder parameters."""
+        return sum(self.parameter_counts[i] for i in skipped) / self.total
+
+    def place(self, key: str) -> int | None:
+        """The sub-block that a tensor of this name goes away with, also one that the file lacks (a scale, say)."""
+        family = next(f for f in families.FAMILIES if f.NAME == self.family)
+        found = family.FILE_KEY.fullmatch(key)
+        if found is None or int(found["block"]) >= self.blocks or _stays(family, found, self.entries):
+            return None
+        return 2 * int(found["block"]) + (found["feed_forward"] is not None)
+
+    def dropped(self, skipped) -> set[str]:
+        """Names of the tensors that go away with these sub-blocks."""
+        return {key for index in skipped for key in self.keys[index]}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a pruned file says of itself. encoder: name in the plan; skipped: length of the level's prefix; unread:
+    further sub-blocks left out because no conditioning reads them; source: `{"name", "sha256"}` of the dense file;
+    data_sha256: over the tensors' bytes in file order; dropped: name -> (dtype, shape) of what was left out."""
+
+    encoder: str
+    plan: EncoderPlan | None
+    skipped: int
+    unread: tuple[int, ...]
+    source: Mapping[str, str]
+    data_sha256: str
+    dropped: Mapping[str, Entry]
+
+
+class Checkpoint:
+    """A safetensors file of one text encoder, opened to look at; tensors are read when asked for (memory-mapped).
+
+    Raises CheckpointError where the file is no whole safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = Path(path)
+        try:
+            self._file = safe_open(str(self.path), framework="pt")
+            slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118
+            entries = {key: Entry(s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
+            self.metadata = dict(self._file.metadata() or {})
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path.name}: not a whole safetensors file ({first_line(error)}); get or convert it again"
+            ) from None
+        self.record = self._read_record(entries)
+        left_out = self.record.dropped if self.record else {}
+        both = next((key for key in left_out if key in entries), None)
+        if both is not None:
+            raise self._damaged(f'"{both[:80]}" is said to be left out, but is there')
+        self.entries = {**entries, **left_out}
+
+    def _damaged(self, what: str) -> CheckpointError:
+        where = f"{self.path.name}: its Skrr metadata is damaged"
+        return CheckpointError(f"{where} ({what}); save it again from the dense file")
+
+    def _read_record(self, entries: Mapping[str, Entry]) -> Record | None:
+        if RECORD not in self.metadata:
+            return None
+        text = self.metadata[RECORD]
+        try:
+            if len(text) > MAX_RECORD:
+                raise ValueError(f"longer than {MAX_RECORD} characters")
+            raw = json.loads(text)
+            dropped = {
+                str(k): Entry(str(d), tuple(int(n) for n in shape), False) for k, (d, shape) in raw["dropped"].items()
+            }
+            if any(n < 0 or n > 1 << 32 for entry in dropped.values() for n in entry.shape):
+                raise ValueError("a tensor of impossible shape")
+            plan = (
+                Plan.from_json(self.metadata[PLAN], self.path.name).encoder(raw["encoder"]) if raw["skipped"] else None
+            )
+            if plan is not None:
+                plan.level(raw["skipped"])
+            unread = tuple(int(i) for i in raw["unread"])
+            source = {key: str(raw["source"][key])[:200] for key in ("name", "sha256")}
+            return Record(
+                str(raw["encoder"]), plan, int(raw["skipped"]), unread, source, str(raw["data_sha256"]), dropped
+            )
+        except (PlanError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise self._damaged(first_line(error)) from None
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """A tensor of the file, memory-mapped: its bytes are read when they are used."""
+        return self._file.get_tensor(key)
+
+    def sha256(self) -> str:
+        """Of the whole file."""
+        return file_sha256(self.path)
+
+    @functools.cached_property
+    def known_layout(self) -> Layout | None:
+        """The encoder in this file, None where it is none that Skrr knows."""
+        return layout_of(self.entries)
+
+    @property
+    def layout(self) -> Layout:
+        """The encoder in this file. Raises CheckpointError where there is none that Skrr knows."""
+        if self.known_layout is not None:
+            return self.known_layout
+        names = ", ".join(f.NAME for f in families.FAMILIES)
+        raise CheckpointError(
+            f"{self.path.name}: no text encoder that Skrr knows ({names}; by ComfyUI's tensor names) in this file"
+        )
+
+
+def layout_of(entries: Mapping[str, Entry]) -> Layout | None:
+    """See tensors as the encoder of a family that the engine knows, or None."""
+    return next((found for family in families.FAMILIES if (found := _layout(family, entries))), None)
+
+
+def _layout(family, entries: Mapping[str, Entry]) -> Layout | None:
+    """See the tensors as one family's encoder, or None."""
+    matches = {key: found for key in entries if (found := family.FILE_KEY.fullmatch(key))}
+    ends = "." + family.FILE_WIDTH
+    norms = [found for key, found in matches.items() if key.endswith(ends) and found["block"] == "0"]
+    if len(norms) != 1 or len(entries[norms[0].string].shape) != 1:
+        return None
+    prefix = norms[0]["prefix"]
+    blocks = 1 + max(int(m["block"]) for m in matches.values() if m["prefix"] == prefix)
+    if blocks > len(matches):
+        return None
+    keys: list[list[str]] = [[] for _ in range(2 * blocks)]
+    for key, found in matches.items():
+        block = int(found["block"])
+        if found["prefix"] == prefix and not _stays(family, found, matches):
+            keys[2 * block + (found["feed_forward"] is not None)].append(key)
+    if not all(keys):
+        return None
+    own = {key: entry for key, entry in entries.items() if key.startswith(prefix)}
+    return Layout(family.NAME, blocks, entries[norms[0].string].shape[0], tuple(map(tuple, keys)), own)
+
+
+def _stays(family, found: re.Match, keys: Collection[str]) -> bool:
+    """Whether a tensor within a sub-block belongs to the whole encoder all the same (T5's position bias)."""
+    return hasattr(family, "stays") and family.stays(int(found["block"]), found["rest"], keys)
+
+
+def write_pruned(
+    source: "Source",
+    out: str | os.PathLike[str],
+    name: str,
+    plan: Plan | None,
+    skipped: int = 0,
+    unread: Collection[int] = (),
+) -> int:
+    """Write a copy of an encoder's file without what a plan's level skips; returns the bytes written.
+
+    name: the plan's entry for this encoder; skipped: the level; unread: further sub-blocks to leave out. Streamed, one
+    tensor in memory at a time; written whole or not at all. Raises CheckpointError, PlanError, OSError.
+    """
+    if source.record is not None:
+        raise CheckpointError(f"{source.path.name} is pruned already: start from {source.record.source['name']}")
+    layout, gone = source.layout, set(unread)
+    if plan is not None:
+        entry = plan.encoder(name)
+        entry.check(layout.family, layout.blocks, layout.width, name)
+        level = entry.level(skipped)
+        gone |= set(entry.order[:skipped])
+        gone -= set(level.reuse.values())
+    left_out = layout.dropped(gone)
+    if Path(out).exists() and Path(out).samefile(source.path):
+        raise CheckpointError(f"{out} is the source file: choose another name")
+    record = {
+        "format": "skrr-encoder",
+        "version": 1,
+        "created_with": f"skrr {__version__}",
+        "encoder": name,
+        "skipped": skipped if plan is not None else 0,
+        "unread": sorted(int(i) for i in unread if i in gone),
+        "source": {"name": source.path.name, "sha256": source.sha256()},
+        "data_sha256": "0" * 64,
+        "dropped": {key: [layout.entries[key].dtype, layout.entries[key].shape] for key in sorted(left_out)},
+    }
+    metadata = {**source.metadata, RECORD: json.dumps(record, separators=(",", ":"))}
+    if plan is not None:
+        metadata[PLAN] = plan.to_json()
+    # As safetensors' own writer has it, so that every tensor starts at a multiple of its element size.
+    kept = sorted(source.entries.keys() - left_out, key=lambda k: (-source.entries[k].itemsize, k))
+    with replacing(out) as file:
+        header = header_bytes({key: source.entries[key] for key in kept}, metadata)
+        file.write(header)
+        digest = hashlib.sha256()
+        for key in kept:
+            for chunk in tensor_bytes(source.tensor(key)):
+                digest.update(chunk)
+                file.write(chunk)
+        written = file.tell()
+        metadata[RECORD] = json.dumps({**record, "data_sha256": digest.hexdigest()}, separators=(",", ":"))
+        file.seek(0)
+        file.write(header_bytes({key: source.entries[key] for key in kept}, metadata))  # as long as the first one
+    return written
+
+
+def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors header for these tensors, laid out one after the other."""
+    header: dict = {"__metadata__": dict(metadata)}
+    offset = 0
+    for key, entry in entries.items():
+        header[key] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensor_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes, in pieces."""
+    flat = tensor.contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
+    view = memoryview(flat.numpy())
+    for start in range(0, len(view), CHUNK):
+        yield view[start : start + CHUNK]
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]):
+    """A new binary file that takes the place of `path` when the block ends well, and is gone when it does not."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: its folder does not exist; make it first") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path, start: int = 0) -> str:
+    """SHA-256 of a file from byte `start` on, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def verify(path: str | os.PathLike[str]) -> Checkpoint:
+    """Check a pruned file: its metadata, that exactly the right tensors are left out, and every byte of the others.
+
+    Returns it opened. Raises CheckpointError.
+    """
+    found = Checkpoint(path)
+    record = found.record
+    if record is None:
+        raise CheckpointError(f"{found.path.name}: not a file that Skrr has pruned; nothing to verify")
+    layout = found.layout
+    gone = set(record.unread)
+    if record.plan is not None:
+        record.plan.check(layout.family, layout.blocks, layout.width, record.encoder)
+        level = record.plan.level(record.skipped)
+        gone |= set(record.plan.order[: record.skipped])
+        gone -= set(level.reuse.values())
+    wrong = layout.dropped(gone) ^ set(record.dropped)
+    if wrong:
+        raise CheckpointError(f"{found.path.name}: {min(wrong)[:80]} does not agree with its plan; save it again")
+    with found.path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    if file_sha256(found.path, start) != record.data_sha256:
+        raise CheckpointError(f"{found.path.name}: its tensors are not what was written; get the file again")
+    return found
