@@ -15,12 +15,14 @@ from .skip import Path
 @dataclass(frozen=True)
 class Settings:
     """What a search is asked for. sparsity: target, as a fraction of all encoder parameters; levels: further
-    sparsities to give re-use maps for; beam: width k; reuse: whether algorithm 2 runs."""
+    sparsities to give re-use maps for; beam: width k; reuse: whether algorithm 2 runs; delta: about how likely a step
+    may lose one of its best candidates (race.py); 0 for the exact search."""
 
     sparsity: float = 0.42
     levels: tuple[float, ...] = ()
     beam: int = 3
     reuse: bool = True
+    delta: float = 0.05
 
     def __post_init__(self):
         for value in (self.sparsity, *self.levels):
@@ -124,12 +126,12 @@ def search(
 
         return tick
 
-    def score_step(candidates: list[dict]) -> list[float]:
+    def rank_step(candidates: list[dict], keep: int) -> list[float]:
         work = step_work(length, len(best.order), settings.beam)
         tick = ticking(step_line(best, steps_expected(best)), len(candidates), remaining(best) - work, work)
-        return [d.total for d in meter.measure(candidates, tick)]
+        return meter.rank(candidates, keep, settings.delta, tick=tick)
 
-    for step in skip.search(score_step, costs, total, settings.sparsity, settings.beam, beam):
+    for step in skip.search(rank_step, costs, total, settings.sparsity, settings.beam, beam):
         best = step[0]
         save(step)
 
@@ -138,7 +140,7 @@ def search(
     order = best.order[: ends[-1]]
     for number, end in enumerate(ends):
         ahead = sum(reuse_work(length, e) for e in ends[number + 1 :]) if settings.reuse else 0.0
-        levels.append(find_level(meter, order[:end], settings.reuse, ticking, ahead))
+        levels.append(find_level(meter, order[:end], settings, ticking, ahead))
     return EncoderPlan(family=row.family, blocks=row.blocks, width=row.width, order=order, levels=tuple(levels))
 
 
@@ -149,23 +151,23 @@ def step_line(path: Path, steps: int) -> str:
     return f"step {len(path.order)} of {steps}: skipped {describe(path.order[-1])}, D {path.discrepancy:.4g}"
 
 
-def find_level(meter: Meter, order: Sequence[int], with_reuse: bool, ticking, ahead: float) -> Level:
-    """The level of a skip list: its re-use map (empty without `with_reuse`), sparsity and discrepancy."""
+def find_level(meter: Meter, order: Sequence[int], settings: Settings, ticking, ahead: float) -> Level:
+    """The level of a skip list: its re-use map (empty where none is asked for), sparsity and discrepancy."""
     row = meter.tracer.row
     calls, work = 0, reuse_work(len(row), len(order))
-    expected = len(order) + 1 if with_reuse else 1
+    expected = len(order) + 1 if settings.reuse else 1
 
-    def score(candidates: list[dict]) -> list[float]:
+    def rank(candidates: list[dict], keep: int) -> list[float]:
         nonlocal calls
         left = max(expected - calls - 1, 0) / expected * work + ahead
         tick = ticking(f"finding re-uses for {len(order)} skipped sub-blocks", len(candidates), left, work / expected)
         calls += 1
-        return [d.total for d in meter.measure(candidates, tick)]
+        return meter.rank(candidates, keep, settings.delta, tick=tick)
 
-    if with_reuse:
-        mapping, discrepancy = reuse.search(score, order, len(row))
+    if settings.reuse:
+        mapping, discrepancy = reuse.search(rank, order, len(row))
     else:
-        mapping, (discrepancy,) = {}, score([assignment(order)])
+        mapping, (discrepancy,) = {}, rank([assignment(order)], 1)
     return Level(skipped=len(order), reuse=mapping, sparsity=round(row.sparsity(order), 6), discrepancy=discrepancy)
 
 
