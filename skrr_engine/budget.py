@@ -22,6 +22,13 @@ def free_memory(device: torch.device | str = "cpu") -> int:
         return psutil.virtual_memory().available // 4
 
 
+def batch_tokens(memory: int, width: int, device: torch.device | str = "cpu") -> int:
+    """Tokens in a batch: as many as keep the device busy (races want small batches), fewer where a 64th of the memory
+    holds fewer residual streams of this width."""
+    busy = 2048 if torch.device(device).type == "cuda" else 512
+    return max(1, min(busy, memory // 64 // (4 * width)))
+
+
 def nbytes(value, seen: set[int] | None = None) -> int:
     """Bytes of the tensors in a value: a tensor, a container or a dataclass; what is held twice counts once."""
     seen = set() if seen is None else seen

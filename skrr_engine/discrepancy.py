@@ -4,6 +4,7 @@ Paper, algorithm 1. The MSE covers exactly the tokens that the denoiser reads; w
 encoder (hidden states and a pooled vector), each has its own mean and the means add up. Sums are float64.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ class Meter:
     calibration prompts; null: of the empty one. projection: see `Projection`. limit: states held at once by the walk
     (0: as many as the memory allows). memory: bytes that all of this may take beside the encoder (None: see
     budget.free_memory); what does not fit is computed again when it is needed.
+
+    share: of the work of measuring all candidates on all prompts (prefixes shared) that the last `rank` did.
     """
 
     def __init__(
@@ -107,12 +110,21 @@ class Meter:
         self._dense, self._traces, self._states = (Store(self.memory // n) for n in (4, 8, 4))
         self._pieces = [[batch] for batch in (null, *batches)]
         self._known: dict[frozenset, tuple[float, np.ndarray]] = {}
-        self._share = 0.5
-        elements = [torch.stack(counts(self._dense_features(b, 0))).numpy() for b in range(len(self._pieces))]
+        self.share = 0.5
+        elements = [self._guarded(b, functools.partial(self._elements, b)) for b in range(len(self._pieces))]
         totals = np.concatenate([elements[0], *elements[1:]], axis=1)[:, elements[0].shape[1] :].sum(axis=1)
         self._scale = [elements[0].sum(axis=1), *[totals] * len(batches)]
         self._weights = [e[0] / totals[0] for e in elements[1:]]
-        self._tokens = [self._trace(b, 0).x.shape[:2].numel() for b in range(len(self._pieces))]
+        self._tokens = [self._guarded(b, functools.partial(self._width, b)) for b in range(len(self._pieces))]
+
+    def _elements(self, batch: int) -> np.ndarray:
+        """Number of read elements, `[tensors, prompts]`."""
+        pieces = [counts(self._dense_features(batch, piece)) for piece in range(len(self._pieces[batch]))]
+        return np.concatenate([torch.stack(found).numpy() for found in pieces], axis=1)
+
+    def _width(self, batch: int) -> int:
+        """Number of tokens that a sub-block's forward on this batch takes."""
+        return sum(self._trace(batch, piece).x.shape[:2].numel() for piece in range(len(self._pieces[batch])))
 
     def _dense_features(self, batch: int, piece: int) -> Reading:
         def make() -> Reading:
@@ -136,9 +148,7 @@ class Meter:
         board = Board(len(candidates), self._weights)
         step = self._stepping(candidates, tick, 1.0)
         norms = self._fill(board, candidates, range(len(candidates)), range(len(self._pieces)), len(candidates), step)
-        return [
-            Discrepancy(board.conditional(c), float(board.null[c]), norm) for c, norm in enumerate(norms)
-        ]
+        return [Discrepancy(board.conditional(c), float(board.null[c]), norm) for c, norm in enumerate(norms)]
 
     def rank(
         self,
@@ -159,7 +169,7 @@ class Meter:
             known = self._known.get(frozenset(candidate.items()))
             if known is not None:
                 board.null[c], board.values[c] = known
-        step = self._stepping(candidates, tick, self._share)
+        step = self._stepping(candidates, tick, self.share)
         self._states.turn()
 
         def evaluate(members: Sequence[int], batches: Sequence[int]) -> None:
@@ -170,7 +180,7 @@ class Meter:
         for c, candidate in enumerate(candidates):
             if found[c] < math.inf:
                 self._known[frozenset(candidate.items())] = board.null[c], board.values[c].copy()
-        self._share = min(max(step.share(), 0.01), 1.0)
+        self.share = min(max(step.share(), 0.01), 1.0)
         return found
 
     def _stepping(self, candidates: Sequence[Assignment], tick, share: float) -> "Stepping":
@@ -195,12 +205,12 @@ class Meter:
 
     def _contributions(self, batch: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None]):
         """Of each candidate: what each prompt of a batch adds to its discrepancy, and its readings' token norm."""
-        while True:
-            try:
-                pieces = [self._walk(batch, piece, candidates, few, step) for piece in range(len(self._pieces[batch]))]
-                return [(np.concatenate([v for v, _ in parts]), parts[0][1]) for parts in zip(*pieces, strict=True)]
-            except torch.OutOfMemoryError:
-                self._shrink(batch)
+
+        def act():
+            pieces = [self._walk(batch, piece, candidates, few, step) for piece in range(len(self._pieces[batch]))]
+            return [(np.concatenate([v for v, _ in parts]), parts[0][1]) for parts in zip(*pieces, strict=True)]
+
+        return self._guarded(batch, act)
 
     def _walk(self, batch: int, piece: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None]):
         trace, dense = self._trace(batch, piece), self._dense_features(batch, piece)
@@ -214,17 +224,27 @@ class Meter:
             found[member] = values, token_norm(pruned) if batch == 0 else float("nan")
         return found
 
-    def _shrink(self, batch: int) -> None:
-        """After the device ran out of memory: let go of what can be had again, hold fewer states, halve the batch."""
+    def _guarded(self, batch: int, act: Callable):
+        """What `act` returns; where the device runs out of memory, the batch is halved, and it is tried again."""
+        while True:
+            try:
+                return act()
+            except torch.OutOfMemoryError:
+                if not self._shrink(batch):
+                    raise
+
+    def _shrink(self, batch: int) -> bool:
+        """Let go of what can be had again, hold fewer states and halve a batch; whether there was anything to halve."""
         for store in (self._dense, self._traces, self._states):
             store.clear()
+            store.capacity //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.memory //= 2
         halves = [half for piece in self._pieces[batch] for half in piece.halves()]
-        if len(halves) == len(self._pieces[batch]) and self.memory < 2**20:
-            raise MemoryError
+        smaller = len(halves) > len(self._pieces[batch]) or self.memory > 2**20
         self._pieces[batch] = halves
+        return smaller
 
 
 class Stepping:

@@ -31,7 +31,7 @@ class Encoder:
     row: Row
     tokenize: Callable[[str], list[int]]
 
-    def batches(self, prompts: Sequence[str], tokens: int = 4096) -> list[Batch]:
+    def batches(self, prompts: Sequence[str], tokens: int = 512) -> list[Batch]:
         """Prompts grouped by length, so that no padding is computed; at most about `tokens` tokens in a batch."""
         by_length: dict[int, list[list[int]]] = {}
         for prompt in prompts:
@@ -52,7 +52,8 @@ class Encoder:
             out = module(input_ids=torch.tensor(ids, device=device), **options)
             return [(out.last_hidden_state, None)]
 
-        return Batch(run, len(ids))
+        middle = len(ids) // 2
+        return Batch(run, len(ids), lambda: (self.batch(ids[:middle]), self.batch(ids[middle:])))
 
 
 def load(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", tokenizer: str | None = None) -> Encoder:

@@ -11,6 +11,9 @@ from .rewire import assignment
 from .row import describe
 from .skip import Path
 
+EXTENSION = "search"
+"""In an encoder's `extensions`: how its plan was searched."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -36,6 +39,8 @@ class Settings:
             )
         if not 1 <= self.beam <= 64:
             raise skip.SearchError(f"a beam of {self.beam} makes no sense: use 1 to 64 (the paper uses 3)")
+        if not 0 <= self.delta < 0.5:
+            raise skip.SearchError(f"a delta of {self.delta} makes no sense: use 0 (exact) to 0.5, like 0.05")
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,22 @@ class Progress:
 
 
 class Clock:
-    """Turns work done (in sub-block forwards) into a share and a time left."""
+    """Turns work done (in the sub-block forwards expected of it) into a time left, at the pace of the last two steps:
+    the share of a step's candidates that can be dropped early changes as removals add up."""
 
     def __init__(self):
-        self.start, self.worked = time.monotonic(), 0.0
+        self.worked = 0.0
+        self._marks = [(time.monotonic(), 0.0)] * 2
+
+    def mark(self) -> None:
+        """A step begins."""
+        self._marks = [self._marks[1], (time.monotonic(), self.worked)]
 
     def left(self, remaining: float) -> float | None:
-        elapsed = time.monotonic() - self.start
-        return elapsed / self.worked * remaining if self.worked > 0 and elapsed > 1 else None
+        """Seconds for the remaining work; None in the first second."""
+        since, worked = self._marks[0]
+        elapsed = time.monotonic() - since
+        return elapsed / (self.worked - worked) * remaining if self.worked > worked and elapsed > 1 else None
 
 
 def step_work(length: int, removed: int, beam: int) -> float:
@@ -104,7 +117,7 @@ def search(
     def remaining(path: Path) -> float:
         """Work left once `path` has been found."""
         steps = range(len(path.order), steps_expected(path))
-        work = sum(step_work(length, step, settings.beam) for step in steps)
+        work = meter.share * sum(step_work(length, step, settings.beam) for step in steps)
         if settings.reuse:
             work += sum(reuse_work(length, int(steps_expected(path) * t / settings.sparsity)) for t in targets)
         return work
@@ -127,7 +140,8 @@ def search(
         return tick
 
     def rank_step(candidates: list[dict], keep: int) -> list[float]:
-        work = step_work(length, len(best.order), settings.beam)
+        clock.mark()
+        work = meter.share * step_work(length, len(best.order), settings.beam)
         tick = ticking(step_line(best, steps_expected(best)), len(candidates), remaining(best) - work, work)
         return meter.rank(candidates, keep, settings.delta, tick=tick)
 
@@ -141,7 +155,10 @@ def search(
     for number, end in enumerate(ends):
         ahead = sum(reuse_work(length, e) for e in ends[number + 1 :]) if settings.reuse else 0.0
         levels.append(find_level(meter, order[:end], settings, ticking, ahead))
-    return EncoderPlan(family=row.family, blocks=row.blocks, width=row.width, order=order, levels=tuple(levels))
+    return EncoderPlan(
+        family=row.family, blocks=row.blocks, width=row.width, order=order, levels=tuple(levels),
+        extensions={EXTENSION: {"mode": "racing", "delta": settings.delta} if settings.delta else {"mode": "exact"}},
+    )  # fmt: skip
 
 
 def step_line(path: Path, steps: int) -> str:
