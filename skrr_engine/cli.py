@@ -113,15 +113,19 @@ def run_search(options) -> None:
     if options.resume:
         check_writable(options.resume, "--resume")
     encoder, meter, prompts, projection = prepare(options)
-    if projection is None:
+    if projection is None and meter.team.leads:
         print(f"skrr: {BARE}", file=sys.stderr)
-    report = (lambda progress: None) if options.quiet else Reporter()
+    leads = meter.team.leads
+    report = (lambda progress: None) if options.quiet or not leads else Reporter()
     if options.resume:
         facts = [__version__, repr(settings), prompts_sha256(prompts), options.dtype, str(options.projection)]
         state = State(options.resume, fingerprint(encoder.row, *facts))
-        entry = search(meter, settings, report, state.save, state.load(len(encoder.row)))
+        save = state.save if leads else lambda beam: None
+        entry = search(meter, settings, report, save, state.load(len(encoder.row)))
     else:
         entry = search(meter, settings, report)
+    if not leads:
+        return
     provenance = Provenance(
         source="search",
         projection=projection and projection.name,
@@ -188,6 +192,7 @@ def prepare(options):
     from .discrepancy import Meter
     from .encoders import load
     from .projection import from_file
+    from .team import join
     from .trace import Tracer
 
     if options.memory is not None and not 0.001 <= options.memory < 10**6:
@@ -196,6 +201,7 @@ def prepare(options):
         raise UsageError(f"--count {options.count}: give at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no such device here; use --device cpu")
+    team = join(options.device)
     prompts = read_prompts(options.prompts) if options.prompts else generate_prompts(options.count)
     projection = from_file(options.projection).to(options.device) if options.projection else None
     encoder = load(options.encoder, getattr(torch, options.dtype), options.device, options.tokenizer)
@@ -209,7 +215,7 @@ def prepare(options):
     batches = encoder.batches(prompts, batch_tokens(memory, encoder.row.width, options.device))
     null = encoder.batch([encoder.tokenize("")])
     tracer = Tracer(encoder.module, encoder.row)
-    meter = Meter(encoder.module, tracer, batches, null, projection, memory=memory)
+    meter = Meter(encoder.module, tracer, batches, null, projection, memory=memory // team.sharing, team=team)
     return encoder, meter, prompts, projection
 
 

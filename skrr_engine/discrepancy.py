@@ -16,6 +16,7 @@ from torch import nn
 from .budget import Store, free_memory
 from .race import Board, rank
 from .rewire import Assignment
+from .team import Team
 from .trace import Reading, Run, Shelf, Trace, Tracer, forwards
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
@@ -90,7 +91,7 @@ class Meter:
     encoder: the dense encoder, as `Batch.run` takes it; never changed. tracer: of the same encoder. batches: of the
     calibration prompts; null: of the empty one. projection: see `Projection`. limit: states held at once by the walk
     (0: as many as the memory allows). memory: bytes that all of this may take beside the encoder (None: see
-    budget.free_memory); what does not fit is computed again when it is needed.
+    budget.free_memory); what does not fit is computed again when it is needed. team: processes that share the work.
 
     share: of the work of measuring all candidates on all prompts (prefixes shared) that the last `rank` did.
     """
@@ -104,8 +105,10 @@ class Meter:
         projection: Projection | None = None,
         limit: int = 0,
         memory: int | None = None,
+        team: Team | None = None,
     ):
         self.encoder, self.tracer, self.projection, self.limit = encoder, tracer, projection, limit
+        self.team = team or Team()
         self.memory = free_memory(next(encoder.parameters()).device) if memory is None else memory
         self._dense, self._traces, self._states = (Store(self.memory // n) for n in (4, 8, 4))
         self._pieces = [[batch] for batch in (null, *batches)]
@@ -175,7 +178,9 @@ class Meter:
         def evaluate(members: Sequence[int], batches: Sequence[int]) -> None:
             self._fill(board, candidates, members, batches, 2 * keep, step)
 
-        evaluate([c for c in range(len(candidates)) if np.isnan(board.null[c])], [0])
+        unknown = [c for c in range(len(candidates)) if np.isnan(board.null[c])]
+        if unknown:
+            evaluate(unknown, [0])
         found = rank(board, lambda members, batches: evaluate(members, [b + 1 for b in batches]), keep, delta, below)
         for c, candidate in enumerate(candidates):
             if found[c] < math.inf:
@@ -195,20 +200,22 @@ class Meter:
         norms = [float("nan")] * len(members)
         for batch in batches:
             step.tokens = self._tokens[batch]
-            found = self._contributions(batch, [candidates[m] for m in members], few, step)
-            for i, (values, norm) in enumerate(found):
+            measure = functools.partial(self._contributions, batch, few=few, step=step)
+            for i, (*values, norm) in enumerate(self.team.shared([candidates[m] for m in members], measure)):
                 if batch == 0:
-                    board.null[members[i]], norms[i] = math.fsum(values.tolist()), norm
+                    board.null[members[i]], norms[i] = math.fsum(values), norm
                 else:
                     board.values[members[i], board.spans[batch - 1]] = values
         return norms
 
-    def _contributions(self, batch: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None]):
+    def _contributions(
+        self, batch: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None]
+    ) -> np.ndarray:
         """Of each candidate: what each prompt of a batch adds to its discrepancy, and its readings' token norm."""
 
-        def act():
+        def act() -> np.ndarray:
             pieces = [self._walk(batch, piece, candidates, few, step) for piece in range(len(self._pieces[batch]))]
-            return [(np.concatenate([v for v, _ in parts]), parts[0][1]) for parts in zip(*pieces, strict=True)]
+            return np.array([np.concatenate([v for v, _ in p] + [[p[0][1]]]) for p in zip(*pieces, strict=True)])
 
         return self._guarded(batch, act)
 
