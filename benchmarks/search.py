@@ -36,7 +36,7 @@ ORDER = (
     52, 34, 14, 10, 36, 16, 35, 50, 24, 18, 12, 58, 32, 33, 37, 40, 8, 11, 9, 28, 29, 46, 38, 39, 44, 27, 26, 25, 13,
     22, 7, 6, 51, 53, 56, 47,
 )  # fmt: skip
-"""SmolLM2's skip list to 42 % by the exact search at k = 3 on `generate(4, 1)`: where single steps are measured from."""
+"""SmolLM2's skip list to 42 %, exact, k = 3, on `generate(4, 1)`: where single steps are measured from."""
 
 MODES = {"exact": 0.0, "racing": 0.05}
 

@@ -66,7 +66,11 @@ def parser() -> argparse.ArgumentParser:
     encoder.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     encoder.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     encoder.add_argument(
-        "--memory", type=float, metavar="GB", help="beside the weights (default: 1/4 of free RAM, 0.9 of free VRAM)"
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="memory to use, half of it for the weights: a larger encoder is streamed from its files"
+        " (default: 1/4 of the free RAM beside the weights, 0.9 of the free VRAM)",
     )
     encoder.add_argument("--name", help="the encoder's name in the plan (default: t5xxl, clip_l, ... by its shape)")
 
@@ -119,7 +123,7 @@ def run_search(options) -> None:
     report = (lambda progress: None) if options.quiet or not leads else Reporter()
     if options.resume:
         facts = [__version__, repr(settings), prompts_sha256(prompts), options.dtype, str(options.projection)]
-        state = State(options.resume, fingerprint(encoder.row, *facts))
+        state = State(options.resume, fingerprint(encoder.row, *facts, bring=encoder.bring))
         save = state.save if leads else lambda beam: None
         entry = search(meter, settings, report, save, state.load(len(encoder.row)))
     else:
@@ -204,18 +208,19 @@ def prepare(options):
     team = join(options.device)
     prompts = read_prompts(options.prompts) if options.prompts else generate_prompts(options.count)
     projection = from_file(options.projection).to(options.device) if options.projection else None
-    encoder = load(options.encoder, getattr(torch, options.dtype), options.device, options.tokenizer)
+    memory = free_memory(options.device) if options.memory is None else int(options.memory * 1e9)
+    budget = None if options.memory is None and options.device == "cpu" else memory // 2 // team.sharing
+    encoder = load(options.encoder, getattr(torch, options.dtype), options.device, options.tokenizer, budget)
     if projection is not None and projection.width != encoder.row.width:
         raise UsageError(
             f"--projection takes embeddings {projection.width} wide, but this encoder's are {encoder.row.width} wide:"
             " give the denoiser that this encoder belongs to"
         )
     torch.set_grad_enabled(False)
-    memory = free_memory(options.device) if options.memory is None else int(options.memory * 1e9)
     batches = encoder.batches(prompts, batch_tokens(memory, encoder.row.width, options.device))
     null = encoder.batch([encoder.tokenize("")])
     tracer = Tracer(encoder.module, encoder.row)
-    meter = Meter(encoder.module, tracer, batches, null, projection, memory=memory // team.sharing, team=team)
+    meter = Meter(encoder.module, tracer, batches, null, projection, memory=memory // 2 // team.sharing, team=team)
     return encoder, meter, prompts, projection
 
 

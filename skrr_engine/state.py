@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -57,13 +57,16 @@ class State:
         self.path.unlink(missing_ok=True)
 
 
-def fingerprint(row: Row, *facts) -> str:
-    """SHA-256 over what decides the outcome of a search: samples of every sub-block's weights, and whatever `facts`."""
+def fingerprint(row: Row, *facts, bring: Callable[[int], None] = lambda index: None) -> str:
+    """SHA-256 over what decides the outcome of a search: samples of every sub-block's weights, and whatever `facts`.
+
+    bring: called with each sub-block's index before its weights are looked at.
+    """
     digest = hashlib.sha256(json.dumps([row.family, row.width, row.total, *facts]).encode())
     for sub_block in row.sub_blocks:
+        bring(sub_block.index)
         for key, tensor in sorted(sub_block.tensors().items()):
             digest.update(f"{key}{tensor.dtype}{list(tensor.shape)}".encode())
-            if not tensor.is_meta:
-                sample = tensor.detach().flatten()[:16].cpu().contiguous()
-                digest.update(sample.view(torch.uint8).numpy().tobytes())
+            sample = tensor.detach().flatten()[:16].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
