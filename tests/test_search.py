@@ -1,0 +1,155 @@
+"""The engine's search gives the plan of the naive loop, on every family and on SmolLM2's first removals."""
+
+import pytest
+import reference
+import small
+import torch
+
+from skrr_engine import skip
+from skrr_engine.plan import PlanError
+from skrr_engine.search import Settings, measure_level, search
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def project(x: torch.Tensor) -> torch.Tensor:
+    """A fixed projection to 20 features."""
+    return x @ torch.linspace(-1, 1, x.shape[-1] * 20).reshape(x.shape[-1], 20).sin()
+
+
+def naive(name, module, prompts, null, projection=None):
+    runs = [small.forward(name, ids) for ids in prompts]
+    empty = small.forward(name, [null])
+    run_all = lambda: [features for run in runs for features in run(module)]  # noqa: E731
+    return reference.naive_discrepancy(module, small.family_of(name), run_all, lambda: empty(module)[0], projection)
+
+
+@pytest.mark.parametrize("projection", [None, project])
+@pytest.mark.parametrize("name", ["t5", "umt5", "clip", "llama", "gemma3"])
+def test_same_plan_as_the_naive_loop(name, projection):
+    module = small.build(name, layers=5, seed=3)
+    prompts = small.prompts([5, 9, 7, 7, 12], seed=1)
+    null = [7, 2] if name == "clip" else [1]
+    meter = small.meter(name, module, prompts, null, projection)
+    row = meter.tracer.row
+    plan = search(meter, Settings(0.4, (0.15,), 3))
+    discrepancy = naive(name, module, prompts, null, projection)
+    order, _ = reference.naive_skip(discrepancy, list(row.parameter_counts), row.total, 0.4, 3)
+    assert list(plan.order) == order
+    assert row.sparsity(order) >= 0.4 > row.sparsity(order[:-1])
+    assert len(plan.levels) == 2 and plan.levels[0].sparsity >= 0.15
+    for level in plan.levels:
+        reuse, score = reference.naive_reuse(discrepancy, order[: level.skipped], len(row))
+        assert level.reuse == reuse
+        assert level.discrepancy == pytest.approx(score, rel=1e-5)
+        assert level.sparsity == pytest.approx(row.sparsity(order[: level.skipped]), abs=1e-6)
+        assert measure_level(meter, plan, level).total == level.discrepancy
+
+
+def test_reuse_is_found_where_it_helps():
+    module = small.build("llama", layers=4)
+    third, second = module.layers[2], module.layers[1]
+    third.load_state_dict(second.state_dict())  # block 2 is a copy of block 1: one can stand in for the other
+    meter = small.meter("llama", module, small.prompts([6, 8]), [1])
+    plan = search(meter, Settings(0.2, (), 2))
+    level = plan.levels[-1]
+    plain = search(meter, Settings(0.2, (), 2, reuse=False)).levels[-1]
+    assert plain.reuse == {} and level.discrepancy <= plain.discrepancy
+
+
+def test_smollm2_first_removals(smollm2_folder):
+    from skrr_engine.encoders import load
+
+    encoder = load(smollm2_folder)
+    prompts = ["a red cube", "two dogs under a table"]
+    batches, null = encoder.batches(prompts), encoder.batch([encoder.tokenize("")])
+    from skrr_engine.discrepancy import Meter
+    from skrr_engine.trace import Tracer
+
+    meter = Meter(encoder.module, Tracer(encoder.module, encoder.row), batches, null)
+    plan = search(meter, Settings(0.012, (), 2))
+    run = lambda: [tokens for batch in batches for tokens in batch.run(encoder.module)[0][0]]  # noqa: E731
+    discrepancy = reference.naive_discrepancy(encoder.module, "llama", run, lambda: null.run(encoder.module)[0][0][0])
+    costs = list(encoder.row.parameter_counts)
+    order, _ = reference.naive_skip(discrepancy, costs, encoder.row.total, 0.012, 2)
+    assert list(plan.order) == order and len(order) == 2
+    assert plan.levels[-1].reuse == reference.naive_reuse(discrepancy, order, 60)[0]
+
+
+def test_equal_sets_are_one_candidate():
+    beam = [skip.Path((4, 1), 0.1), skip.Path((4, 3), 0.2), skip.Path((1, 3), 0.3)]
+    orders = skip.expand(beam, 6)
+    sets = [frozenset(order) for order in orders]
+    assert len(sets) == len(set(sets))
+    assert (4, 1, 3) in orders and (4, 3, 1) not in orders and (1, 3, 4) not in orders, "the best path's order is kept"
+
+
+def test_ties_go_to_the_lower_sub_block():
+    module = small.build("llama", layers=4)
+    for index in (1, 2):
+        module.layers[index].mlp.down_proj.weight.zero_()  # sub-blocks 3 and 5 do nothing at all
+    meter = small.meter("llama", module, small.prompts([6]), [1])
+    plan = search(meter, Settings(0.2, (), 3, reuse=False))
+    assert plan.order[:2] == (3, 5) and measure_level(meter, plan, plan.levels[0]).total == 0.0
+
+
+def test_resuming_gives_the_same_plan():
+    module = small.build("t5", layers=4)
+    meter = small.meter("t5", module, small.prompts([6, 9]), [1])
+    beams, reports = [], []
+    plan = search(meter, Settings(0.4), reports.append, beams.append)
+    assert search(meter, Settings(0.4), beam=beams[1]) == plan
+    assert search(meter, Settings(0.4), beam=beams[-1]) == plan
+    assert all(0 <= r.done <= 1 for r in reports) and reports[0].candidates == 8
+    assert sorted({r.line for r in reports}) and "skipped block" in reports[-1].line or "re-use" in reports[-1].line
+
+
+def test_progress_may_stop_the_search():
+    class Stop(Exception):
+        pass
+
+    def stop(progress):
+        raise Stop
+
+    module = small.build("t5", layers=4)
+    meter = small.meter("t5", module, small.prompts([6]), [1])
+    with pytest.raises(Stop):
+        search(meter, Settings(0.4), stop)
+    assert search(meter, Settings(0.4)).order
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 1.5}, "between 0 and 1"),
+        ({"sparsity": 0.3, "levels": (0.4,)}, "above the target"),
+        ({"beam": 0}, "1 to 64"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(skip.SearchError, match=message):
+        Settings(**settings)
+
+
+def test_target_out_of_reach():
+    meter = small.meter("t5", small.build("t5"), small.prompts([6]), [1])
+    with pytest.raises(skip.SearchError, match="can't be reached: the blocks hold"):
+        search(meter, Settings(0.97))
+
+
+def test_choosing_a_level():
+    from skrr_engine.level import at_sparsity
+
+    module = small.build("t5", layers=5)
+    meter = small.meter("t5", module, small.prompts([6]), [1])
+    plan = search(meter, Settings(0.4, (0.2,), 1, reuse=False))
+    row, (low, high) = meter.tracer.row, plan.levels
+    assert at_sparsity(row, plan, 1.0) is high and at_sparsity(row, plan, high.sparsity) is high
+    assert at_sparsity(row, plan, 0.2) is low, "what was searched for is found again"
+    assert at_sparsity(row, plan, (low.sparsity + high.sparsity) / 2) is low
+    with pytest.raises(PlanError):
+        at_sparsity(row, plan, 0.01)
