@@ -227,27 +227,3 @@ def test_fingerprint_tells_encoders_apart():
     rows = [families.find(small.build("t5", 3, seed)) for seed in (0, 0, 1)]
     keys = [fingerprint(row, "x") for row in rows]
     assert keys[0] == keys[1] != keys[2] and fingerprint(rows[0], "y") != keys[0]
-
-
-def test_smollm2s_first_removals(smollm2_folder):
-    from skrr_engine.encoders import load
-
-    encoder = load(smollm2_folder)
-    texts = ["seven red cups"]
-    batches = encoder.batches(texts, 64)
-    null = encoder.batch([encoder.tokenize("")])
-    meter = Meter(encoder.module, Tracer(encoder.module, encoder.row), batches, null)
-    beams = []
-    target = encoder.row.sparsity([0])
-    search(meter, Settings(target, (), 2, False, 0.0), save=beams.append)
-    assert len(beams) == 1
-
-    def run(batch):
-        return batch.run(encoder.module)[0][0]
-
-    naive_d = reference.naive_discrepancy(encoder.module, "llama", lambda: [run(b) for b in batches], lambda: run(null))
-    everything = {i: naive_d({i: None}) for i in range(len(encoder.row))}
-    best = sorted(everything, key=everything.get)[:2]
-    assert [p.order for p in beams[0]] == [(i,) for i in best]
-    for path in beams[0]:
-        assert path.discrepancy == pytest.approx(everything[path.order[0]], rel=1e-4)
