@@ -195,7 +195,7 @@ def naive_pace(meter: Meter, candidates: list[dict]) -> float:
 
 
 def scaling() -> list[dict]:
-    """How the first six removals' work grows with prompts, sub-blocks and k, on synthetic encoders."""
+    """How the first four removals' work grows with prompts, sub-blocks and k, on synthetic encoders."""
     cases = [("prompts", n, (n, 24, 3)) for n in (16, 32, 64, 128, 256, 512)]
     cases += [("sub-blocks", n, (64, n, 3)) for n in (24, 48, 96)]
     cases += [("k", n, (64, 24, n)) for n in (1, 2, 3, 4)]
@@ -205,14 +205,14 @@ def scaling() -> list[dict]:
         row = families.find(module)
         for mode, delta in MODES.items():
             meter = synthetic_meter(module, prompts)
-            count = Count().watch(row)
+            count = Count().watch(meter.tracer.row)
             start = time.perf_counter()
 
             def rank(candidates, keep, meter=meter, delta=delta):
                 return meter.rank(candidates, keep, delta)
 
-            steps = skip.search(rank, row.parameter_counts, row.total, 0.99, width)
-            for _ in range(6):
+            steps = skip.search(rank, row.parameter_counts, row.total, 0.8, width)
+            for _ in range(4):
                 next(steps)
             seconds = time.perf_counter() - start
             rows.append({"by": what, what: value, "mode": mode, "work": count.work, "seconds": seconds})
