@@ -9,7 +9,7 @@ from .host.encoders import Pruned, choose
 from .host.progress import say
 from .host.search import find_plan
 from .host.trim import trimmed
-from .types import CATEGORY, SkrrPlan
+from .types import CATEGORY, SkrrPlan, advanced
 
 
 class SkrrPrune(io.ComfyNode):
@@ -75,6 +75,14 @@ class SkrrPrune(io.ComfyNode):
                     optional=True,
                     tooltip="Your own prompts, one a line, in place of the built-in ones.",
                 ),
+                advanced(
+                    io.Boolean.Input(
+                        "exact",
+                        default=False,
+                        optional=True,
+                        tooltip="Follow the paper's algorithm to the letter. Several times slower, hardly ever better.",
+                    )
+                ),
             ],
             outputs=[io.Clip.Output(display_name="CLIP"), SkrrPlan.Output(display_name="plan")],
             hidden=[io.Hidden.unique_id],
@@ -82,12 +90,13 @@ class SkrrPrune(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip, encoder, sparsity, beam, reuse, prompts, plan_name, model=None, own_prompts=""
+        cls, clip, encoder, sparsity, beam, reuse, prompts, plan_name, model=None, own_prompts="", exact=False
     ) -> io.NodeOutput:
         texts = from_text(own_prompts) if own_prompts.strip() else generate(prompts)
         view = choose(clip, encoder.strip())
         node = cls.hidden.unique_id
-        plan = find_plan(clip, model, view, Settings(sparsity, (), beam, reuse), texts, plan_name, node)
+        settings = Settings(sparsity, (), beam, reuse, 0.0 if exact else Settings.delta)
+        plan = find_plan(clip, model, view, settings, texts, plan_name, node)
         entry = plan.encoder(view.name)
         level = entry.levels[-1]
         pruned = trimmed(clip, view, Pruned(entry, level))

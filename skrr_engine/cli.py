@@ -65,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
     encoder.add_argument("--projection", metavar="FILE", help="the denoiser's .safetensors, for its text projection")
     encoder.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     encoder.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    encoder.add_argument(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="memory to use, half of it for the weights: a larger encoder is streamed from its files"
+        " (default: 1/4 of the free RAM beside the weights, 0.9 of the free VRAM)",
+    )
     encoder.add_argument("--name", help="the encoder's name in the plan (default: t5xxl, clip_l, ... by its shape)")
 
     search = commands.add_parser("search", parents=[encoder], help="search a plan", description=run_search.__doc__)
@@ -75,6 +82,13 @@ def parser() -> argparse.ArgumentParser:
     )
     search.add_argument("--beam", type=int, default=3, help="width of the beam search (default 3)")
     search.add_argument("--no-reuse", action="store_true", help="skip only")
+    search.add_argument("--exact", action="store_true", help="the printed algorithm's plan, slower (default: racing)")
+    search.add_argument(
+        "--delta", type=float, default=0.05, help="racing: about how likely a step loses one of its best (default 0.05)"
+    )
+    search.add_argument(
+        "--resume", metavar="STATE", help="file that keeps the state after each step, and is gone on from if it exists"
+    )
     search.add_argument("--quiet", action="store_true", help="no progress on stderr")
     search.set_defaults(command=run_search)
 
@@ -106,13 +120,27 @@ def parser() -> argparse.ArgumentParser:
 def run_search(options) -> None:
     """Search a plan for an encoder and write it."""
     from .search import Settings, search
+    from .state import State, fingerprint
 
-    settings = Settings(options.sparsity, parsed_levels(options.levels), options.beam, not options.no_reuse)
-    check_writable(options.out)
+    delta = 0.0 if options.exact else options.delta
+    settings = Settings(options.sparsity, parsed_levels(options.levels), options.beam, not options.no_reuse, delta)
+    check_writable(options.out, "--out")
+    if options.resume:
+        check_writable(options.resume, "--resume")
     encoder, meter, prompts, projection = prepare(options)
-    if projection is None:
+    if projection is None and meter.team.leads:
         print(f"skrr: {BARE}", file=sys.stderr)
-    entry = search(meter, settings, (lambda progress: None) if options.quiet else Reporter())
+    leads = meter.team.leads
+    report = (lambda progress: None) if options.quiet or not leads else Reporter()
+    if options.resume:
+        facts = [__version__, repr(settings), prompts_sha256(prompts), options.dtype, str(options.projection)]
+        state = State(options.resume, fingerprint(encoder.row, *facts, bring=encoder.bring))
+        save = state.save if leads else lambda beam: None
+        entry = search(meter, settings, report, save, state.load(len(encoder.row)))
+    else:
+        entry = search(meter, settings, report)
+    if not leads:
+        return
     provenance = Provenance(
         source="search",
         projection=projection and projection.name,
@@ -125,6 +153,8 @@ def run_search(options) -> None:
     name = options.name or encoder.name
     plan = Plan(format="skrr-plan", version=1, encoders={name: entry}, provenance=provenance)
     plan.write(options.out)
+    if options.resume:
+        state.forget()
     if not options.quiet:
         print("", file=sys.stderr)
     print(describe_plan(plan))
@@ -204,26 +234,35 @@ def prepare(options):
     """Encoder, meter, prompts and projection from the options."""
     import torch
 
+    from .budget import batch_tokens, free_memory
     from .discrepancy import Meter
     from .encoders import load
     from .projection import from_file
+    from .team import join
     from .trace import Tracer
 
+    if options.memory is not None and not 0.001 <= options.memory < 10**6:
+        raise UsageError(f"--memory {options.memory}: give gigabytes, like 4")
     if options.count < 1:
         raise UsageError(f"--count {options.count}: give at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no such device here; use --device cpu")
+    team = join(options.device)
     prompts = read_prompts(options.prompts) if options.prompts else generate_prompts(options.count)
     projection = from_file(options.projection).to(options.device) if options.projection else None
-    encoder = load(options.encoder, getattr(torch, options.dtype), options.device, options.tokenizer)
+    memory = free_memory(options.device) if options.memory is None else int(options.memory * 1e9)
+    budget = None if options.memory is None and options.device == "cpu" else memory // 2 // team.sharing
+    encoder = load(options.encoder, getattr(torch, options.dtype), options.device, options.tokenizer, budget)
     if projection is not None and projection.width != encoder.row.width:
         raise UsageError(
             f"--projection takes embeddings {projection.width} wide, but this encoder's are {encoder.row.width} wide:"
             " give the denoiser that this encoder belongs to"
         )
     torch.set_grad_enabled(False)
+    batches = encoder.batches(prompts, batch_tokens(memory, encoder.row.width, options.device))
     null = encoder.batch([encoder.tokenize("")])
-    meter = Meter(encoder.module, Tracer(encoder.module, encoder.row), encoder.batches(prompts), null, projection)
+    tracer = Tracer(encoder.module, encoder.row)
+    meter = Meter(encoder.module, tracer, batches, null, projection, memory=memory // 2 // team.sharing, team=team)
     return encoder, meter, prompts, projection
 
 
@@ -235,13 +274,13 @@ def parsed_levels(text: str) -> tuple[float, ...]:
         raise UsageError(f"--levels {text}: give numbers separated by commas, like 0.2,0.3") from None
 
 
-def check_writable(path: str) -> None:
+def check_writable(path: str, option: str) -> None:
     """Refuse an output that can't be written before hours are spent on it."""
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise UsageError(f"--out {path}: its folder does not exist; make it first")
+        raise UsageError(f"{option} {path}: its folder does not exist; make it first")
     if os.path.isdir(path):
-        raise UsageError(f"--out {path}: is a folder; name a file")
+        raise UsageError(f"{option} {path}: is a folder; name a file")
 
 
 class Reporter:

@@ -4,15 +4,20 @@ Paper, algorithm 1. The MSE covers exactly the tokens that the denoiser reads; w
 encoder (hidden states and a pooled vector), each has its own mean and the means add up. Sums are float64.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
+from .budget import Store, free_memory
+from .race import Board, rank
 from .rewire import Assignment
-from .trace import Reading, Run, Tracer, forwards
+from .team import Team
+from .trace import Reading, Run, Shelf, Trace, Tracer, forwards
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """The denoiser's own text projection, `[batch, tokens, width] -> [batch, tokens, features]` (see projection.py)."""
@@ -20,10 +25,15 @@ Projection = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of one length. run: the encoder's forward on them; prompts: how many."""
+    """Prompts of one length. run: the encoder's forward on them; prompts: how many; split: makes two batches of it,
+    where that is possible (used where a device runs out of memory)."""
 
     run: Run
     prompts: int
+    split: Callable[[], tuple["Batch", "Batch"]] | None = None
+
+    def halves(self) -> Sequence["Batch"]:
+        return [self] if self.split is None or self.prompts < 2 else self.split()
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,10 @@ class Meter:
 
     encoder: the dense encoder, as `Batch.run` takes it; never changed. tracer: of the same encoder. batches: of the
     calibration prompts; null: of the empty one. projection: see `Projection`. limit: states held at once by the walk
-    (0: any number).
+    (0: as many as the memory allows). memory: bytes that all of this may take beside the encoder (None: see
+    budget.free_memory); what does not fit is computed again when it is needed. team: processes that share the work.
+
+    share: of the work of measuring all candidates on all prompts (prefixes shared) that the last `rank` did.
     """
 
     def __init__(
@@ -91,40 +104,176 @@ class Meter:
         null: Batch,
         projection: Projection | None = None,
         limit: int = 0,
+        memory: int | None = None,
+        team: Team | None = None,
     ):
-        self.tracer, self.projection, self.limit = tracer, projection, limit
-        self.batches = [null, *batches]
-        self._dense = [
-            [(t.float().cpu(), mask) for t, mask in self._features(batch.run(encoder))] for batch in self.batches
-        ]
-        totals = [torch.stack([c.sum() for c in counts(d)]) for d in self._dense]
-        conditional = torch.stack(totals[1:]).sum(dim=0) if batches else torch.ones_like(totals[0])
-        self._scale = [totals[0], *[conditional] * len(batches)]
+        self.encoder, self.tracer, self.projection, self.limit = encoder, tracer, projection, limit
+        self.team = team or Team()
+        self.memory = free_memory(next(encoder.parameters()).device) if memory is None else memory
+        self._dense, self._traces, self._states = (Store(self.memory // n) for n in (4, 8, 4))
+        self._pieces = [[batch] for batch in (null, *batches)]
+        self._known: dict[frozenset, tuple[float, np.ndarray]] = {}
+        self.share = 0.5
+        elements = [self._guarded(b, functools.partial(self._elements, b)) for b in range(len(self._pieces))]
+        totals = np.concatenate([elements[0], *elements[1:]], axis=1)[:, elements[0].shape[1] :].sum(axis=1)
+        self._scale = [elements[0].sum(axis=1), *[totals] * len(batches)]
+        self._weights = [e[0] / totals[0] for e in elements[1:]]
+        self._tokens = [self._guarded(b, functools.partial(self._width, b)) for b in range(len(self._pieces))]
 
-    def _features(self, reading: Reading) -> Reading:
-        return features(reading, self.projection)
+    def _elements(self, batch: int) -> np.ndarray:
+        """Number of read elements, `[tensors, prompts]`."""
+        pieces = [counts(self._dense_features(batch, piece)) for piece in range(len(self._pieces[batch]))]
+        return np.concatenate([torch.stack(found).numpy() for found in pieces], axis=1)
+
+    def _width(self, batch: int) -> int:
+        """Number of tokens that a sub-block's forward on this batch takes."""
+        return sum(self._trace(batch, piece).x.shape[:2].numel() for piece in range(len(self._pieces[batch])))
+
+    def _dense_features(self, batch: int, piece: int) -> Reading:
+        def make() -> Reading:
+            reading = features(self._pieces[batch][piece].run(self.encoder), self.projection)
+            return [(t.float(), mask) for t, mask in reading]
+
+        return self._dense.get((batch, piece), make)
+
+    def _trace(self, batch: int, piece: int) -> Trace:
+        return self._traces.get((batch, piece), lambda: self.tracer.trace(self._pieces[batch][piece].run))
+
+    def readable(self) -> int:
+        """How many sub-blocks stand before the last state that the conditioning reads; those behind change nothing."""
+        if self.tracer.boundaries is None:
+            self.tracer.boundaries = self.tracer.find_boundaries(self._trace(0, 0))
+        return 2 * max(self.tracer.boundaries, default=0)
 
     def null_norm(self) -> float:
         """Of the dense encoder."""
-        return token_norm(self._dense[0])
+        return token_norm(self._dense_features(0, 0))
 
     def measure(
         self, candidates: Sequence[Assignment], tick: Callable[[float], None] | None = None
     ) -> list[Discrepancy]:
         """Each candidate's discrepancy. tick: called before every sub-block's forward with the share of this call's
         work that is done; what it raises ends the measurement."""
-        parts = torch.zeros(len(candidates), 2, dtype=torch.float64)
-        norms = [float("nan")] * len(candidates)
-        work = forwards(len(self.tracer.row), candidates) * len(self.batches)
-        ticks = itertools.count()
-        step = None if tick is None else lambda: tick(next(ticks) / work)
-        for k, batch in enumerate(self.batches):
-            trace = self.tracer.trace(batch.run)
-            dense = [(t.to(trace.x.device), mask) for t, mask in self._dense[k]]
-            for member, reading in self.tracer.walk(trace, candidates, self.limit, step):
-                pruned = self._features(reading)
-                errors = squared_errors(dense, pruned)
-                parts[member, min(k, 1)] += sum(e.sum() / n for e, n in zip(errors, self._scale[k], strict=True))
-                if k == 0:
-                    norms[member] = token_norm(pruned)
-        return [Discrepancy(float(c), float(z), n) for (z, c), n in zip(parts, norms, strict=True)]
+        board = Board(len(candidates), self._weights)
+        step = self._stepping(candidates, tick, 1.0)
+        norms = self._fill(board, candidates, range(len(candidates)), range(len(self._pieces)), len(candidates), step)
+        return [Discrepancy(board.conditional(c), float(board.null[c]), norm) for c, norm in enumerate(norms)]
+
+    def rank(
+        self,
+        candidates: Sequence[Assignment],
+        keep: int,
+        delta: float = 0.0,
+        below: float = math.inf,
+        tick: Callable[[float], None] | None = None,
+    ) -> list[float]:
+        """The total discrepancies of the `keep` best candidates (and of what ties with them), bit for bit those that
+        `measure` gives; infinity for the others, which are measured only as far as needed (see race.py).
+
+        delta: 0 for exactly the best; above it they race, and it is about how likely one of the best is lost. below:
+        candidates above this discrepancy are of no interest. tick: as for `measure`.
+        """
+        board = Board(len(candidates), self._weights)
+        for c, candidate in enumerate(candidates):
+            known = self._known.get(frozenset(candidate.items()))
+            if known is not None:
+                board.null[c], board.values[c] = known
+        step = self._stepping(candidates, tick, self.share)
+        self._states.turn()
+
+        def evaluate(members: Sequence[int], batches: Sequence[int]) -> None:
+            self._fill(board, candidates, members, batches, 2 * keep, step)
+
+        unknown = [c for c in range(len(candidates)) if np.isnan(board.null[c])]
+        if unknown:
+            evaluate(unknown, [0])
+        found = rank(board, lambda members, batches: evaluate(members, [b + 1 for b in batches]), keep, delta, below)
+        for c, candidate in enumerate(candidates):
+            if found[c] < math.inf:
+                self._known[frozenset(candidate.items())] = board.null[c], board.values[c].copy()
+        self.share = min(max(step.share(), 0.01), 1.0)
+        return found
+
+    def _stepping(self, candidates: Sequence[Assignment], tick, share: float) -> "Stepping":
+        work = forwards(len(self.tracer.row), candidates) * sum(self._tokens)
+        return Stepping(tick, work, share)
+
+    def _fill(
+        self, board: Board, candidates: Sequence[Assignment], members: Sequence[int], batches: Iterable[int], few: int,
+        step: "Stepping",
+    ) -> list[float]:  # fmt: skip
+        """Put some candidates' contributions on the board (batch 0 is the null prompt); returns their null norms."""
+        norms = [float("nan")] * len(members)
+        for batch in batches:
+            step.tokens = self._tokens[batch]
+            measure = functools.partial(self._contributions, batch, few=few, step=step)
+            for i, (*values, norm) in enumerate(self.team.shared([candidates[m] for m in members], measure)):
+                if batch == 0:
+                    board.null[members[i]], norms[i] = math.fsum(values), norm
+                else:
+                    board.values[members[i], board.spans[batch - 1]] = values
+        return norms
+
+    def _contributions(
+        self, batch: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None]
+    ) -> np.ndarray:
+        """Of each candidate: what each prompt of a batch adds to its discrepancy, and its readings' token norm."""
+
+        def act() -> np.ndarray:
+            pieces = [self._walk(batch, piece, candidates, few, step) for piece in range(len(self._pieces[batch]))]
+            return np.array([np.concatenate([v for v, _ in p] + [[p[0][1]]]) for p in zip(*pieces, strict=True)])
+
+        return self._guarded(batch, act)
+
+    def _walk(self, batch: int, piece: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None]):
+        trace, dense = self._trace(batch, piece), self._dense_features(batch, piece)
+        shelf = Shelf(self._states, (batch, piece), few)
+        limit = self.limit or max(4, (self.memory // 4 - 16 * trace.x.nbytes) // (2 * trace.x.nbytes))
+        found: list = [None] * len(candidates)
+        for member, reading in self.tracer.walk(trace, candidates, limit, step, shelf):
+            pruned = features(reading, self.projection)
+            errors = squared_errors(dense, pruned)
+            values = sum(e.numpy() / n for e, n in zip(errors, self._scale[batch], strict=True))
+            found[member] = values, token_norm(pruned) if batch == 0 else float("nan")
+        return found
+
+    def _guarded(self, batch: int, act: Callable):
+        """What `act` returns; where the device runs out of memory, the batch is halved, and it is tried again."""
+        while True:
+            try:
+                return act()
+            except torch.OutOfMemoryError:
+                if not self._shrink(batch):
+                    raise
+
+    def _shrink(self, batch: int) -> bool:
+        """Let go of what can be had again, hold fewer states and halve a batch; whether there was anything to halve."""
+        for store in (self._dense, self._traces, self._states):
+            store.clear()
+            store.capacity //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.memory //= 2
+        halves = [half for piece in self._pieces[batch] for half in piece.halves()]
+        smaller = len(halves) > len(self._pieces[batch]) or self.memory > 2**20
+        self._pieces[batch] = halves
+        return smaller
+
+
+class Stepping:
+    """Called before every sub-block's forward: counts the work done, and tells `tick` its share of what is expected.
+
+    work: sub-block x token forwards that would measure everything; share: of them that are expected to be needed;
+    tokens: of the batch at hand.
+    """
+
+    def __init__(self, tick: Callable[[float], None] | None, work: float, share: float):
+        self.tick, self.work, self.expected, self.done, self.tokens = tick, work, work * share, 0, 0
+
+    def __call__(self) -> None:
+        if self.tick is not None:
+            self.tick(min(self.done / max(self.expected, 1), 0.99))
+        self.done += self.tokens
+
+    def share(self) -> float:
+        return self.done / max(self.work, 1)

@@ -16,6 +16,7 @@ from .discrepancy import Batch
 from .errors import first_line
 from .projection import dequantised
 from .row import EncoderError, Row
+from .stream import Files, Stream
 from .trace import Reading
 
 MAX_TOKENS = 256
@@ -24,14 +25,16 @@ MAX_TOKENS = 256
 @dataclass(frozen=True)
 class Encoder:
     """A loaded encoder. name: the one that ComfyUI has for it where there is one (`t5xxl`, `clip_l`), else the
-    family's; tokenize: prompt -> token ids, at least one."""
+    family's; tokenize: prompt -> token ids, at least one; bring: has a sub-block's weights in memory, where they are
+    streamed from files."""
 
     name: str
     module: nn.Module
     row: Row
     tokenize: Callable[[str], list[int]]
+    bring: Callable[[int], None] = lambda index: None
 
-    def batches(self, prompts: Sequence[str], tokens: int = 4096) -> list[Batch]:
+    def batches(self, prompts: Sequence[str], tokens: int = 512) -> list[Batch]:
         """Prompts grouped by length, so that no padding is computed; at most about `tokens` tokens in a batch."""
         by_length: dict[int, list[list[int]]] = {}
         for prompt in prompts:
@@ -52,24 +55,66 @@ class Encoder:
             out = module(input_ids=torch.tensor(ids, device=device), **options)
             return [(out.last_hidden_state, None)]
 
-        return Batch(run, len(ids))
+        middle = len(ids) // 2
+        return Batch(run, len(ids), lambda: (self.batch(ids[:middle]), self.batch(ids[middle:])))
 
 
-def load(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", tokenizer: str | None = None) -> Encoder:
+def load(
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    tokenizer: str | None = None,
+    memory: int | None = None,
+) -> Encoder:
     """Load an encoder from a transformers folder or a `.safetensors` file. Raises EncoderError in one line.
 
-    tokenizer: folder of its tokenizer, where that is not the encoder's own folder.
+    tokenizer: folder of its tokenizer, where that is not the encoder's own folder. memory: bytes that its sub-blocks'
+    weights may take; where they need more, they are streamed from the files (see stream.py).
     """
     source = Path(path)
-    if source.is_dir():
-        module, folder = from_folder(source, dtype), source
-    elif source.is_file():
-        module, folder = from_file(source, dtype), source.parent
-    else:
+    if not source.exists():
         raise EncoderError(f"{path}: no such file or folder; give a transformers folder or a .safetensors file")
-    module = module.eval().requires_grad_(False).to(device)
+    folder = source if source.is_dir() else source.parent
+    files = Files(sorted(source.glob("*.safetensors")) if source.is_dir() else [source]) if memory is not None else None
+    if files is not None and files.elements() * dtype.itemsize > memory:
+        module, row, bring = streamed(source, files, dtype, device, memory)
+    else:
+        module = from_folder(source, dtype) if source.is_dir() else from_file(source, dtype)
+        module = module.eval().requires_grad_(False).to(device)
+        row, bring = families.find(module), Encoder.bring
+    return Encoder(usual_name(row), module, row, tokenizer_of(Path(tokenizer) if tokenizer else folder, row), bring)
+
+
+def streamed(source: Path, files: Files, dtype: torch.dtype, device: str, memory: int):
+    """An encoder whose sub-blocks' weights stay in their files, its row, and what brings a sub-block in."""
+    transformers = import_transformers()
+    if source.is_dir():
+        module = blank(source)
+    else:
+        prefix, shapes = stripped({key: tuple(shape) for key, (_, _, _, shape) in files.tensors.items()})
+        module = (t5 if "encoder.final_layer_norm.weight" in shapes else clip)(transformers, shapes, source)
+    module = module.eval().requires_grad_(False)
     row = families.find(module)
-    return Encoder(usual_name(row), module, row, tokenizer_of(Path(tokenizer) if tokenizer else folder, row))
+    names = set(files.tensors)
+    wanted = next(iter(row.sub_blocks[0].tensors()))
+    prefixes = [name.removesuffix(wanted) for name in names if name.endswith(wanted)]
+    if not prefixes:
+        raise EncoderError(f"{source}: {wanted} is missing; get the whole file")
+
+    def read(key: str) -> torch.Tensor:
+        stored = min(prefixes, key=len) + ("shared.weight" if key == "encoder.embed_tokens.weight" else key)
+        if stored not in names:
+            raise EncoderError(f"{source}: {stored} is missing; get the whole file")
+        return dequantised(stored, files.read, names, str(source)).to(device, dtype)
+
+    stream = Stream(row, read, memory)
+    coming = {key for sub_block in row.sub_blocks for key in sub_block.tensors()}
+    for key, parameter in module.named_parameters():
+        if key not in coming:
+            parameter.data = read(key)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+    return module, row, stream.bring
 
 
 def usual_name(row: Row) -> str:
@@ -98,6 +143,21 @@ def import_transformers():
 
 def from_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The text encoder of a transformers folder."""
+    return of_folder(folder, lambda chosen, config: chosen.from_pretrained(folder, dtype=dtype, local_files_only=True))
+
+
+def blank(folder: Path) -> nn.Module:
+    """The same, its weights still to come."""
+
+    def make(chosen, config) -> nn.Module:
+        with import_transformers().modeling_utils.no_init_weights():
+            return chosen.from_config(config) if hasattr(chosen, "from_config") else chosen(config)
+
+    return of_folder(folder, make)
+
+
+def of_folder(folder: Path, make: Callable) -> nn.Module:
+    """What `make(class, configuration)` gives for the encoder in a transformers folder. Raises EncoderError."""
     transformers = import_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -108,8 +168,7 @@ def from_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
             "clip": transformers.CLIPTextModel,
             "clip_text_model": transformers.CLIPTextModel,
         }
-        chosen = classes.get(config.model_type, transformers.AutoModel)
-        return chosen.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        return make(classes.get(config.model_type, transformers.AutoModel), config)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise EncoderError(f"{folder}: transformers can't load an encoder from it ({first_line(error)})") from None
 

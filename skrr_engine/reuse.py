@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .rewire import assignment
-from .skip import Score
+from .skip import Rank
 
 
 def neighbours(index: int, skipped: frozenset[int], length: int) -> list[int]:
@@ -13,7 +13,7 @@ def neighbours(index: int, skipped: frozenset[int], length: int) -> list[int]:
     return [i for i in (left, right) if i is not None]
 
 
-def search(score: Score, order: Sequence[int], length: int) -> tuple[dict[int, int], float]:
+def search(rank: Rank, order: Sequence[int], length: int) -> tuple[dict[int, int], float]:
     """The re-use map of one level and its discrepancy.
 
     order: the skipped sub-blocks in skip order; length: of the row. For each in turn, with the re-uses accepted so far
@@ -21,13 +21,11 @@ def search(score: Score, order: Sequence[int], length: int) -> tuple[dict[int, i
     """
     skipped = frozenset(order)
     reuse: dict[int, int] = {}
-    (current,) = score([assignment(order)])
+    (current,) = rank([assignment(order)], 1)
     for index in order:
-        options = neighbours(index, skipped, length)
-        if not options:
-            continue
-        scores = score([assignment(order, {**reuse, index: j}) for j in options])
+        options = [None, *neighbours(index, skipped, length)]
+        scores = rank([{**assignment(order, reuse), index: j} for j in options], 1)
         best = min(range(len(options)), key=lambda i: (scores[i], i))
-        if scores[best] < current:
+        if options[best] is not None:
             reuse[index], current = options[best], scores[best]
     return reuse, current

@@ -11,16 +11,21 @@ from .rewire import assignment
 from .row import describe
 from .skip import Path
 
+EXTENSION = "search"
+"""In an encoder's `extensions`: how its plan was searched."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """What a search is asked for. sparsity: target, as a fraction of all encoder parameters; levels: further
-    sparsities to give re-use maps for; beam: width k; reuse: whether algorithm 2 runs."""
+    sparsities to give re-use maps for; beam: width k; reuse: whether algorithm 2 runs; delta: about how likely a step
+    may lose one of its best candidates (race.py); 0 for the exact search."""
 
     sparsity: float = 0.42
     levels: tuple[float, ...] = ()
     beam: int = 3
     reuse: bool = True
+    delta: float = 0.05
 
     def __post_init__(self):
         for value in (self.sparsity, *self.levels):
@@ -34,6 +39,8 @@ class Settings:
             )
         if not 1 <= self.beam <= 64:
             raise skip.SearchError(f"a beam of {self.beam} makes no sense: use 1 to 64 (the paper uses 3)")
+        if not 0 <= self.delta < 0.5:
+            raise skip.SearchError(f"a delta of {self.delta} makes no sense: use 0 (exact) to 0.5, like 0.05")
 
 
 @dataclass(frozen=True)
@@ -52,14 +59,22 @@ class Progress:
 
 
 class Clock:
-    """Turns work done (in sub-block forwards) into a share and a time left."""
+    """Turns work done (in the sub-block forwards expected of it) into a time left, at the pace of the last two steps:
+    the share of a step's candidates that can be dropped early changes as removals add up."""
 
     def __init__(self):
-        self.start, self.worked = time.monotonic(), 0.0
+        self.worked = 0.0
+        self._marks = [(time.monotonic(), 0.0)] * 2
+
+    def mark(self) -> None:
+        """A step begins."""
+        self._marks = [self._marks[1], (time.monotonic(), self.worked)]
 
     def left(self, remaining: float) -> float | None:
-        elapsed = time.monotonic() - self.start
-        return elapsed / self.worked * remaining if self.worked > 0 and elapsed > 1 else None
+        """Seconds for the remaining work; None in the first second."""
+        since, worked = self._marks[0]
+        elapsed = time.monotonic() - since
+        return elapsed / (self.worked - worked) * remaining if self.worked > worked and elapsed > 1 else None
 
 
 def step_work(length: int, removed: int, beam: int) -> float:
@@ -88,7 +103,8 @@ def search(
     reached.
     """
     row = meter.tracer.row
-    costs, total, length = row.parameter_counts, row.total, len(row)
+    total, length = row.total, meter.readable()  # what nothing reads needs no search, and no place in a plan
+    costs = row.parameter_counts[:length]
     clock = Clock()
     best = beam[0] if beam else Path((), 0.0)
     targets = sorted({*settings.levels, settings.sparsity})
@@ -102,7 +118,7 @@ def search(
     def remaining(path: Path) -> float:
         """Work left once `path` has been found."""
         steps = range(len(path.order), steps_expected(path))
-        work = sum(step_work(length, step, settings.beam) for step in steps)
+        work = meter.share * sum(step_work(length, step, settings.beam) for step in steps)
         if settings.reuse:
             work += sum(reuse_work(length, int(steps_expected(path) * t / settings.sparsity)) for t in targets)
         return work
@@ -124,12 +140,13 @@ def search(
 
         return tick
 
-    def score_step(candidates: list[dict]) -> list[float]:
-        work = step_work(length, len(best.order), settings.beam)
+    def rank_step(candidates: list[dict], keep: int) -> list[float]:
+        clock.mark()
+        work = meter.share * step_work(length, len(best.order), settings.beam)
         tick = ticking(step_line(best, steps_expected(best)), len(candidates), remaining(best) - work, work)
-        return [d.total for d in meter.measure(candidates, tick)]
+        return meter.rank(candidates, keep, settings.delta, tick=tick)
 
-    for step in skip.search(score_step, costs, total, settings.sparsity, settings.beam, beam):
+    for step in skip.search(rank_step, costs, total, settings.sparsity, settings.beam, beam):
         best = step[0]
         save(step)
 
@@ -138,8 +155,11 @@ def search(
     order = best.order[: ends[-1]]
     for number, end in enumerate(ends):
         ahead = sum(reuse_work(length, e) for e in ends[number + 1 :]) if settings.reuse else 0.0
-        levels.append(find_level(meter, order[:end], settings.reuse, ticking, ahead))
-    return EncoderPlan(family=row.family, blocks=row.blocks, width=row.width, order=order, levels=tuple(levels))
+        levels.append(find_level(meter, order[:end], settings, ticking, ahead))
+    return EncoderPlan(
+        family=row.family, blocks=row.blocks, width=row.width, order=order, levels=tuple(levels),
+        extensions={EXTENSION: {"mode": "racing", "delta": settings.delta} if settings.delta else {"mode": "exact"}},
+    )  # fmt: skip
 
 
 def step_line(path: Path, steps: int) -> str:
@@ -149,23 +169,24 @@ def step_line(path: Path, steps: int) -> str:
     return f"step {len(path.order)} of {steps}: skipped {describe(path.order[-1])}, D {path.discrepancy:.4g}"
 
 
-def find_level(meter: Meter, order: Sequence[int], with_reuse: bool, ticking, ahead: float) -> Level:
-    """The level of a skip list: its re-use map (empty without `with_reuse`), sparsity and discrepancy."""
+def find_level(meter: Meter, order: Sequence[int], settings: Settings, ticking, ahead: float) -> Level:
+    """The level of a skip list: its re-use map (empty where none is asked for), sparsity and discrepancy."""
     row = meter.tracer.row
-    calls, work = 0, reuse_work(len(row), len(order))
-    expected = len(order) + 1 if with_reuse else 1
+    length = meter.readable()
+    calls, work = 0, reuse_work(length, len(order))
+    expected = len(order) + 1 if settings.reuse else 1
 
-    def score(candidates: list[dict]) -> list[float]:
+    def rank(candidates: list[dict], keep: int) -> list[float]:
         nonlocal calls
         left = max(expected - calls - 1, 0) / expected * work + ahead
         tick = ticking(f"finding re-uses for {len(order)} skipped sub-blocks", len(candidates), left, work / expected)
         calls += 1
-        return [d.total for d in meter.measure(candidates, tick)]
+        return meter.rank(candidates, keep, settings.delta, tick=tick)
 
-    if with_reuse:
-        mapping, discrepancy = reuse.search(score, order, len(row))
+    if settings.reuse:
+        mapping, discrepancy = reuse.search(rank, order, length)
     else:
-        mapping, (discrepancy,) = {}, score([assignment(order)])
+        mapping, (discrepancy,) = {}, rank([assignment(order)], 1)
     return Level(skipped=len(order), reuse=mapping, sparsity=round(row.sparsity(order), 6), discrepancy=discrepancy)
 
 

@@ -27,6 +27,9 @@ def describe_plan(plan: Plan) -> str:
     for name, entry in plan.encoders.items():
         order = ",".join(map(str, entry.order))
         lines.append(f"{name}: {entry.family}, {entry.blocks} blocks, {entry.width} wide; order {order}")
+        how = entry.extensions.get("search")
+        if isinstance(how, dict) and how.get("mode") == "racing":
+            lines.append(f"  found by racing, delta {how.get('delta')}: near-equal candidates may have been mistaken")
         lines += [describe_level(level) for level in entry.levels]
         lines += ["", *plan_map(entry, entry.levels[-1])]
     return "\n".join(lines)

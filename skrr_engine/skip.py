@@ -1,13 +1,14 @@
 """Which sub-blocks to skip: beam search on the discrepancy (paper, algorithm 1), equal sets merged."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .errors import SkrrError
 from .rewire import assignment
 
-Score = Callable[[list[dict]], list[float]]
-"""Discrepancies of a list of assignments (see rewire.Assignment)."""
+Rank = Callable[[list[dict], int], list[float]]
+"""Discrepancies of the so many best of a list of assignments (see rewire.Assignment), infinity for the others."""
 
 
 class SearchError(SkrrError):
@@ -35,15 +36,15 @@ def expand(beam: Sequence[Path], length: int) -> list[tuple[int, ...]]:
 def select(orders: Sequence[tuple[int, ...]], scores: Sequence[float], width: int) -> list[Path]:
     """The `width` best; of equals, the lower sub-block removed last wins, then the better parent (the earlier)."""
     ranked = sorted(range(len(orders)), key=lambda i: (scores[i], orders[i][-1], i))
-    return [Path(orders[i], scores[i]) for i in ranked[:width]]
+    return [Path(orders[i], scores[i]) for i in ranked[:width] if scores[i] < math.inf]
 
 
 def search(
-    score: Score, costs: Sequence[int], total: int, target: float, width: int, beam: Sequence[Path] = ()
+    rank: Rank, costs: Sequence[int], total: int, target: float, width: int, beam: Sequence[Path] = ()
 ) -> Iterator[list[Path]]:
     """Yield the beam after each step, until its best list reaches the target sparsity.
 
-    score: see `Score`. costs: parameters of each sub-block; total: of the encoder; target: fraction of `total` to
+    rank: see `Rank`. costs: parameters of each sub-block; total: of the encoder; target: fraction of `total` to
     remove; width: of the beam (k); beam: where to go on from, as yielded before. Raises SearchError where even removing
     everything would not reach the target.
     """
@@ -55,7 +56,7 @@ def search(
     beam = list(beam) or [Path((), 0.0)]
     while sum(costs[i] for i in beam[0].order) < target * total:
         orders = expand(beam, len(costs))
-        beam = select(orders, score([assignment(order) for order in orders]), width)
+        beam = select(orders, rank([assignment(order) for order in orders], width), width)
         yield beam
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .budget import Store
 from .rewire import Assignment, fork, replace
 from .row import Call, Placeholder, Row
 
@@ -94,21 +95,31 @@ class Tracer:
         return tuple(behind for behind in places if is_read(behind))
 
     def walk(
-        self, trace: Trace, candidates: Sequence[Assignment], limit: int = 0, step: Callable[[], None] | None = None
+        self,
+        trace: Trace,
+        candidates: Sequence[Assignment],
+        limit: int = 0,
+        step: Callable[[], None] | None = None,
+        shelf: "Shelf | None" = None,
     ) -> Iterator[tuple[int, Reading]]:
         """Yield `(candidate's position, its conditioning)` for every candidate, in the order in which they finish.
 
         Candidates share every state up to their first difference: the row is walked once, and a state is forked where
         candidates part. limit: how many states may be held at once (0: any number); where it is reached, the stream
         that most candidates share waits at its place while the others go to the end. step: called before each
-        sub-block's forward.
+        sub-block's forward. shelf: states that earlier walks over this trace left, to start from.
         """
         if self.boundaries is None:
             self.boundaries = self.find_boundaries(trace)
-        waiting = [(0, [Stream(trace.x, tuple(range(len(candidates))), {})])]
+        starts = self._starts(trace, candidates, shelf)
+        waiting = [(min(starts), [])] if starts else []
         while waiting:
             index, streams = waiting.pop()
             while index < len(self.row):
+                streams += starts.pop(index, [])
+                if shelf is not None and index % STRIDE == 0:
+                    for stream in streams:
+                        shelf.leave(index, stream, candidates)
                 if limit and 1 < len(streams) >= limit:
                     streams.sort(key=lambda stream: len(stream.members))
                     waiting.append((index, [streams.pop()]))
@@ -118,6 +129,18 @@ class Tracer:
                 reading = self.read(trace, stream.taps)
                 for member in stream.members:
                     yield member, reading
+
+    def _starts(self, trace: Trace, candidates: Sequence[Assignment], shelf: "Shelf | None") -> dict[int, list]:
+        """Sub-block index -> the streams that start before it: each candidate as late as the shelf allows."""
+        groups: dict[tuple, list[int]] = {}
+        for member, candidate in enumerate(candidates):
+            key = (0, ()) if shelf is None else shelf.latest(candidate, len(self.row))
+            groups.setdefault(key, []).append(member)
+        starts: dict[int, list[Stream]] = {}
+        for (index, prefix), members in groups.items():
+            x, taps = (trace.x, {}) if index == 0 else shelf.take(index, prefix)
+            starts.setdefault(index, []).append(Stream(x, tuple(members), taps))
+        return starts
 
     def _advance(self, stream: "Stream", index: int, trace: Trace, candidates: Sequence[Assignment], step):
         """The stream behind sub-block `index`, forked where its candidates treat that sub-block differently."""
@@ -158,3 +181,35 @@ class Stream:
     x: torch.Tensor
     members: tuple[int, ...]
     taps: dict[int, torch.Tensor]
+
+
+STRIDE = 4
+"""Every how many sub-blocks a walk leaves its states on the shelf."""
+
+
+def before(candidate: Assignment, index: int) -> tuple[tuple[int, int | None], ...]:
+    """What a candidate removes before a sub-block: candidates alike in this share their state there."""
+    return tuple(sorted((i, action) for i, action in candidate.items() if i < index))
+
+
+class Shelf:
+    """States of one trace kept between walks. store: where; tag: the trace's name there; few: walks of at most so many
+    candidates leave all their states, larger ones only those that several candidates share."""
+
+    def __init__(self, store: Store, tag, few: int):
+        self.store, self.tag, self.few = store, tag, few
+
+    def latest(self, candidate: Assignment, length: int) -> tuple[int, tuple]:
+        """The last place at which this candidate's state is held: `(index, what it removes before)`."""
+        for index in range((length - 1) // STRIDE * STRIDE, 0, -STRIDE):
+            if (self.tag, index, before(candidate, index)) in self.store:
+                return index, before(candidate, index)
+        return 0, ()
+
+    def take(self, index: int, prefix: tuple) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        return self.store.get((self.tag, index, prefix))
+
+    def leave(self, index: int, stream: Stream, candidates: Sequence[Assignment]) -> None:
+        if index and (len(stream.members) > 1 or len(candidates) <= self.few):
+            prefix = before(candidates[stream.members[0]], index)
+            self.store.put((self.tag, index, prefix), (stream.x, stream.taps))

@@ -4,10 +4,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+import comfy.model_management
 import torch
 
 from ...skrr_engine import __version__
 from ...skrr_engine import search as engine
+from ...skrr_engine.budget import free_memory
 from ...skrr_engine.discrepancy import Meter
 from ...skrr_engine.plan import Plan, Provenance
 from ...skrr_engine.prompts import sha256 as prompts_sha256
@@ -45,7 +47,10 @@ def find_plan(
         return known[1]
 
     tracer = Tracer(conditioning.encoder, row, TRANSFORMER)
-    meter = Meter(conditioning.encoder, tracer, conditioning.batches(prompts), conditioning.null(), projection)
+    device = clip.patcher.load_device
+    memory = free_memory(device) if device.type == "cpu" else comfy.model_management.get_free_memory(device) * 9 // 10
+    batches, null = conditioning.batches(prompts), conditioning.null()
+    meter = Meter(conditioning.encoder, tracer, batches, null, projection, memory=int(memory))
     beam = library.load_state(key, len(row))
     if beam:
         say(f"going on with an interrupted search, {len(beam[0].order)} sub-blocks skipped so far", node_id)
@@ -53,7 +58,7 @@ def find_plan(
     plan = Plan(
         format="skrr-plan",
         version=1,
-        encoders={view.name: entry.model_copy(update={"extensions": {library.SEARCH_KEY: key}})},
+        encoders={view.name: entry.model_copy(update={"extensions": {**entry.extensions, library.SEARCH_KEY: key}})},
         provenance=Provenance(
             source="search",
             projection=projection and projection.name,

@@ -1,0 +1,294 @@
+"""What the search costs: the naive loop, the exact search and racing in one run; `--quick` ends in 10 minutes.
+
+Work is counted in sub-block x token forwards by the sub-blocks themselves, whoever calls them. The naive loop measures
+each candidate by whole passes over what it keeps, equal sets merged. Where it would take hours, its forwards are
+counted from the candidates, its seconds from a sample of them, and both are marked.
+
+Writes docs/images/search_scaling.png and prints the tables of docs/search.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from benchmarks.smollm2 import ensure  # noqa: E402
+from skrr_engine import families, skip  # noqa: E402
+from skrr_engine.discrepancy import Batch, Meter  # noqa: E402
+from skrr_engine.encoders import import_transformers, load  # noqa: E402
+from skrr_engine.prompts import generate  # noqa: E402
+from skrr_engine.rewire import assignment  # noqa: E402
+from skrr_engine.search import Settings, search  # noqa: E402
+from skrr_engine.trace import Tracer  # noqa: E402
+
+ORDER = (
+    52, 34, 14, 10, 36, 16, 35, 50, 24, 18, 12, 58, 32, 33, 37, 40, 8, 11, 9, 28, 29, 46, 38, 39, 44, 27, 26, 25, 13,
+    22, 7, 6, 51, 53, 56, 47,
+)  # fmt: skip
+"""SmolLM2's skip list to 42 %, exact, k = 3, on `generate(4, 1)`: where single steps are measured from."""
+
+MODES = {"exact": 0.0, "racing": 0.05}
+
+
+@dataclass
+class Count:
+    """Sub-block forwards: tokens x sub-blocks; weight bytes, counted anew whenever another sub-block is applied."""
+
+    work: int = 0
+    touched: int = 0
+    last: object = field(default=None, repr=False)
+
+    def watch(self, row) -> Count:
+        """Count what this row's sub-blocks are asked for from now on."""
+        for sub_block in row.sub_blocks:
+            apply = type(sub_block).apply
+
+            def counting(x, call, apply=apply, sub_block=sub_block):
+                self.work += x.shape[0] * x.shape[1]
+                if self.last is not sub_block:
+                    self.last = sub_block
+                    self.touched += sum(t.nbytes for t in sub_block.tensors().values())
+                return apply(sub_block, x, call)
+
+            sub_block.apply = counting
+        return self
+
+
+class Naive(Meter):
+    """Every candidate by whole passes of its own, all prompts, nothing shared, nothing kept."""
+
+    def rank(self, candidates, keep, delta=0.0, below=math.inf, tick=None):
+        found = []
+        for candidate in candidates:
+            self._states.clear()
+            found.append(self.measure([candidate])[0].total)
+        return found
+
+
+@dataclass
+class Run:
+    """One search. work, touched: see `Count`; seconds: of the search alone; plan: an EncoderPlan."""
+
+    work: int
+    touched: int
+    seconds: float
+    plan: object
+
+
+def run_search(meter: Meter, settings: Settings) -> Run:
+    count = Count().watch(meter.tracer.row)
+    start = time.perf_counter()
+    plan = search(meter, settings)
+    return Run(count.work, count.touched, time.perf_counter() - start, plan)
+
+
+def synthetic(blocks: int, seed: int = 0, width: int = 64):
+    """A T5 with random weights whose sub-blocks matter to very different degrees."""
+    transformers = import_transformers()
+    torch.manual_seed(seed)
+    config = transformers.T5Config(
+        num_layers=blocks, vocab_size=1000, d_model=width, d_kv=16, d_ff=2 * width, num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    module = transformers.T5EncoderModel(config).eval().requires_grad_(False)
+    draw = torch.Generator().manual_seed(seed)
+    for sub_block in families.find(module).sub_blocks:
+        gain = 10 ** float(torch.empty(()).uniform_(-1.0, 0.0, generator=draw))
+        for tensor in sub_block.tensors().values():
+            if tensor.ndim == 2:
+                tensor.copy_(torch.randn(tensor.shape, generator=draw) * gain / tensor.shape[1] ** 0.5)
+    return module
+
+
+def synthetic_meter(module, prompts: int, seed: int = 0, kind=Meter) -> Meter:
+    """Random prompts of 8 to 23 tokens, batches of up to 8."""
+    draw = torch.Generator().manual_seed(seed)
+    by_length: dict[int, list] = {}
+    for _ in range(prompts):
+        length = int(torch.randint(8, 24, (), generator=draw))
+        by_length.setdefault(length, []).append(torch.randint(3, 1000, (length,), generator=draw))
+    groups = [group[i : i + 8] for _, group in sorted(by_length.items()) for i in range(0, len(group), 8)]
+
+    def batch(ids) -> Batch:
+        ids = torch.stack(ids)
+        return Batch(lambda module: [(module(input_ids=ids).last_hidden_state, None)], len(ids))
+
+    null = batch([torch.tensor([1])])
+    return kind(module, Tracer(module, families.find(module)), [batch(g) for g in groups], null, memory=2**31)
+
+
+def whole(prompts: int, seeds: int) -> list[dict]:
+    """The three searches from nothing to 42 % with re-use, on synthetic encoders of 24 sub-blocks."""
+    rows = []
+    for seed in range(seeds):
+        module = synthetic(12, seed)
+        runs = {"naive": run_search(synthetic_meter(module, prompts, seed, Naive), Settings(delta=0.0))}
+        runs |= {m: run_search(synthetic_meter(module, prompts, seed), Settings(delta=d)) for m, d in MODES.items()}
+        naive = runs["naive"]
+        d = {mode: run.plan.levels[-1].discrepancy for mode, run in runs.items()}
+        for mode, run in runs.items():
+            row = {"seed": seed, "mode": mode, "work": run.work, "seconds": run.seconds, "touched": run.touched}
+            row |= {"fewer": naive.work / run.work, "faster": naive.seconds / run.seconds, "D": d[mode]}
+            same = (run.plan.order, run.plan.levels) == (naive.plan.order, naive.plan.levels)
+            rows.append({**row, "same plan": same, "D above naive": d[mode] / d["naive"] - 1})
+            show(rows[-1])
+        assert rows[-2]["same plan"], "the exact search must give the naive loop's plan"
+    return rows
+
+
+def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
+    """One step at k = 3 with `depth` sub-blocks gone: its beam is ORDER's prefix and two lists beside it."""
+    encoder = load(str(ensure(ROOT / ".cache" / "smollm2")))
+    batches, null = encoder.batches(generate(prompts, seed)), encoder.batch([encoder.tokenize("")])
+    rows = []
+    for depth in depths:
+        beam = [skip.Path((*ORDER[: depth - 1], ORDER[depth - 1 + i]), 0.0) for i in range(3)] if depth else []
+        orders = skip.expand(beam or [skip.Path((), 0.0)], len(encoder.row))
+        candidates = [assignment(order) for order in orders]
+        found = {}
+        for mode, delta in MODES.items():
+            meter = Meter(encoder.module, Tracer(encoder.module, encoder.row), batches, null, memory=4 * 2**30)
+            tokens = sum(meter._tokens)
+            naive = {"work": tokens * sum(len(encoder.row) - len(c) for c in candidates)}
+            naive["touched"] = sum(
+                (sum(encoder.row.parameter_counts) - sum(encoder.row.parameter_counts[i] for i in c)) * 4
+                for c in candidates
+            ) * len(meter._tokens)
+            if mode == "exact":
+                sampled = candidates[:: max(1, len(candidates) // 3)][:3]
+                pace = naive_pace(meter, sampled)
+                meter._states.clear()
+            count = Count().watch(encoder.row)
+            start = time.perf_counter()
+            scores = meter.rank(candidates, 3, delta)
+            seconds = time.perf_counter() - start
+            best = sorted(range(len(scores)), key=lambda i: (scores[i], orders[i][-1], i))[:3]
+            found[mode] = [orders[i] for i in best]
+            rows.append({
+                "removed": depth, "candidates": len(candidates), "mode": mode, "work": count.work, "seconds": seconds,
+                "fewer": naive["work"] / count.work, "faster (naive sampled)": pace * naive["work"] / seconds,
+                "weights touched, fewer": naive["touched"] / count.touched,
+                "microseconds a forward": seconds / count.work * 1e6,
+                "naive microseconds": pace * 1e6, "kept as exact": sum(o in found["exact"] for o in found[mode]),
+            })  # fmt: skip
+            show(rows[-1])
+    return rows
+
+
+def naive_pace(meter: Meter, candidates: list[dict]) -> float:
+    """Seconds a sub-block x token forward of the naive loop, from some candidates."""
+    count = Count().watch(meter.tracer.row)
+    start = time.perf_counter()
+    Naive.rank(meter, candidates, 1)
+    return (time.perf_counter() - start) / count.work
+
+
+def scaling() -> list[dict]:
+    """How the first four removals' work grows with prompts, sub-blocks and k, on synthetic encoders."""
+    cases = [("prompts", n, (n, 24, 3)) for n in (16, 32, 64, 128, 256, 512)]
+    cases += [("sub-blocks", n, (64, n, 3)) for n in (24, 48, 96)]
+    cases += [("k", n, (64, 24, n)) for n in (1, 2, 3, 4)]
+    rows = []
+    for what, value, (prompts, sub_blocks, width) in cases:
+        module = synthetic(sub_blocks // 2)
+        row = families.find(module)
+        for mode, delta in MODES.items():
+            meter = synthetic_meter(module, prompts)
+            count = Count().watch(meter.tracer.row)
+            start = time.perf_counter()
+
+            def rank(candidates, keep, meter=meter, delta=delta):
+                return meter.rank(candidates, keep, delta)
+
+            steps = skip.search(rank, row.parameter_counts, row.total, 0.8, width)
+            for _ in range(4):
+                next(steps)
+            seconds = time.perf_counter() - start
+            rows.append({"by": what, what: value, "mode": mode, "work": count.work, "seconds": seconds})
+            show(rows[-1])
+    return rows
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Work against prompts, sub-blocks and k, both axes logarithmic, beside a linear slope."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.2), sharey=True)
+    for axis, what in zip(axes, ("prompts", "sub-blocks", "k"), strict=True):
+        for mode in MODES:
+            points = [(r[what], r["work"]) for r in rows if r["by"] == what and r["mode"] == mode]
+            axis.plot(*zip(*points, strict=True), marker="o", label=mode)
+        first = points[0]
+        ends = [first[0], points[-1][0]]
+        axis.plot(ends, [first[1], first[1] * ends[1] / ends[0]], ":", color="grey", label="linear")
+        axis.set(xlabel=what, xscale="log", yscale="log", xticks=[p[0] for p in points])
+        axis.set_xticklabels([str(p[0]) for p in points])
+        axis.minorticks_off()
+    axes[0].set_ylabel("sub-block x token forwards")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def gemm_rate(tokens: int = 256, width: int = 576, hidden: int = 1536) -> float:
+    """GFLOP/s of a matrix product of SmolLM2's feed-forward's shape."""
+    x, w = torch.randn(tokens, width), torch.randn(hidden, width)
+    best = math.inf
+    for _ in range(50):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        best = min(best, time.perf_counter() - start)
+    return 2 * tokens * width * hidden / best / 1e9
+
+
+def show(row: dict) -> None:
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--quick", action="store_true", help="within 10 minutes on 2 cores")
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--prompts", type=int, help="SmolLM2's (default: 256, quick 32)")
+    options.add_argument("--depths", help="removals before the step measured on SmolLM2 (default: 0,6,12,18,24,30,33)")
+    options.add_argument("--only", choices=("whole", "smollm2", "scaling"))
+    options = options.parse_args()
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(options.threads)
+    quick = options.quick
+    depths = [int(d) for d in (options.depths or ("0,12,24" if quick else "0,6,12,18,24,30,33")).split(",")]
+    rate = gemm_rate()
+    print(f"GEMM floor: {rate:.1f} GFLOP/s on {options.threads} thread(s)")
+    if options.only in (None, "whole"):
+        whole(64 if quick else 256, 2 if quick else 5)
+    if options.only in (None, "smollm2"):
+        rows = smollm2_steps(options.prompts or (32 if quick else 256), depths, 0)
+        flops = 2 * 106_168_320 / 60  # SmolLM2's weights in sub-blocks, a mean sub-block
+        for mode in MODES:
+            chosen = [r for r in rows if r["mode"] == mode]
+            spent = sum(r["work"] for r in chosen) * flops / sum(r["seconds"] for r in chosen) / 1e9
+            print(f"{mode}: {spent:.1f} GFLOP/s, {spent / rate:.0%} of the GEMM rate")
+    if options.only in (None, "scaling"):
+        path = ROOT / "docs" / "images" / "search_scaling.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot(scaling(), path)
+        print(f"plot: {path}")
+    print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""How much memory a search may take, and stores that stay within their share of it."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import is_dataclass
+
+import torch
+
+
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that a search may take by default: a quarter of the RAM that is free now, nine tenths of the free VRAM."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.9)
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024 // 4
+    except (OSError, KeyError, ValueError):
+        import psutil
+
+        return psutil.virtual_memory().available // 4
+
+
+def batch_tokens(memory: int, width: int, device: torch.device | str = "cpu") -> int:
+    """Tokens in a batch: as many as keep the device busy (races want small batches), fewer where a 64th of the memory
+    holds fewer residual streams of this width."""
+    busy = 2048 if torch.device(device).type == "cuda" else 512
+    return max(1, min(busy, memory // 64 // (4 * width)))
+
+
+def nbytes(value, seen: set[int] | None = None) -> int:
+    """Bytes of the tensors in a value: a tensor, a container or a dataclass; what is held twice counts once."""
+    seen = set() if seen is None else seen
+    if torch.is_tensor(value):
+        new = value.data_ptr() not in seen
+        seen.add(value.data_ptr())
+        return value.nbytes if new else 0
+    if isinstance(value, dict):
+        return sum(nbytes(part, seen) for part in value.values())
+    if isinstance(value, list | tuple):
+        return sum(nbytes(part, seen) for part in value)
+    return nbytes(vars(value), seen) if is_dataclass(value) else 0
+
+
+class Store:
+    """Values that can be had again, held up to `capacity` bytes.
+
+    Where there is no more room, values that were not used since the turn before the last one go, else the new one is
+    not held: values in use would push each other out in turn, and none would ever be found.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity, self.used, self._turn = capacity, 0, 0
+        self._held: OrderedDict[Hashable, tuple[object, int, int]] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held
+
+    def turn(self) -> None:
+        """Another round of use begins."""
+        self._turn += 1
+
+    def get(self, key: Hashable, make: Callable[[], object] | None = None):
+        """The value of a key; where it is not held, what `make` gives, held from now on if it fits."""
+        if key not in self._held and make is not None:
+            value = make()
+            self.put(key, value)
+            return value
+        value, size, _ = self._held.pop(key)
+        self._held[key] = value, size, self._turn
+        return value
+
+    def put(self, key: Hashable, value) -> None:
+        """Hold a value if there is room."""
+        size = nbytes(value)
+        while self.used + size > self.capacity and self._held:
+            oldest = next(iter(self._held))
+            if self._held[oldest][2] >= self._turn - 1:
+                return
+            self.used -= self._held.pop(oldest)[1]
+        if key not in self._held and size <= self.capacity:
+            self._held[key] = value, size, self._turn
+            self.used += size
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._held.clear()
+        self.used = 0

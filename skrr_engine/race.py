@@ -1,0 +1,184 @@
+"""Which of many candidates have the smallest discrepancy, without measuring all of them on all prompts.
+
+`D` is a sum of non-negative contributions, one of each prompt and one of the null prompt. A candidate drops out
+
+- exactly: once its contributions so far add up to more than the keep-th smallest complete sum. It can't be among the
+  best, so what is returned does not depend on the order in which things were measured;
+- in a race (delta > 0): once it is behind the keep-th best with confidence, by the paired differences of their
+  contributions on the same prompts. Those left get all prompts.
+
+Sums are correctly rounded (`math.fsum`): they depend on no order, and never fall as contributions come in.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+Evaluate = Callable[[Sequence[int], Sequence[int]], None]
+"""Measures candidates on batches, and puts the contributions on the board."""
+
+FIRST_LOOK, GROWTH = 8, 1.5
+"""Prompts that a race measures before its first look, and by how much their number grows from look to look."""
+
+
+class Board:
+    """What is known of candidates' contributions.
+
+    weights: each batch's prompts' shares of all read tokens, adding up to 1 over all prompts.
+    """
+
+    def __init__(self, candidates: int, weights: Sequence[np.ndarray]):
+        self.weights = np.concatenate(weights)
+        ends = np.cumsum([len(w) for w in weights])
+        self.spans = [slice(end - len(w), end) for w, end in zip(weights, ends, strict=True)]
+        self.null = np.full(candidates, np.nan)
+        self.values = np.full((candidates, len(self.weights)), np.nan)
+        self._sums: dict[int, tuple[int, float]] = {}
+
+    def known(self, candidate: int) -> np.ndarray:
+        """Mask over prompts."""
+        return ~np.isnan(self.values[candidate])
+
+    def has(self, candidate: int, batch: int) -> bool:
+        return not math.isnan(self.values[candidate, self.spans[batch].start])
+
+    def complete(self, candidate: int) -> bool:
+        return bool(self.known(candidate).all())
+
+    def conditional(self, candidate: int) -> float:
+        """The sum of the contributions known so far, without the null prompt's."""
+        known = self.known(candidate)
+        count = int(known.sum())
+        if self._sums.get(candidate, (-1,))[0] != count:
+            self._sums[candidate] = count, math.fsum(self.values[candidate, known].tolist())
+        return self._sums[candidate][1]
+
+    def bound(self, candidate: int) -> float:
+        """What the candidate's discrepancy is at least; its discrepancy itself where it is complete."""
+        return self.conditional(candidate) + float(self.null[candidate])
+
+    def estimate(self, candidate: int) -> float:
+        """The discrepancy that the prompts known so far let expect."""
+        share = self.weights[self.known(candidate)].sum()
+        return float(self.null[candidate]) + (self.conditional(candidate) / share if share else 0.0)
+
+
+def rank(board: Board, evaluate: Evaluate, keep: int, delta: float = 0.0, below: float = math.inf) -> list[float]:
+    """The discrepancies of the `keep` best candidates, and of those that tie with them; infinity for others.
+
+    evaluate: see `Evaluate`; the null prompt is already on the board. delta: about how likely a race may lose one of
+    the best; 0 for none. below: candidates above it are of no interest.
+    """
+    lanes = Lanes(board, evaluate, keep, delta, below)
+    (lanes.race if delta > 0 else lanes.exact)()
+    limit = lanes.threshold()
+    sums = [board.bound(c) if board.complete(c) else math.inf for c in range(len(board.null))]
+    return [s if s <= limit else math.inf for s in sums]
+
+
+class Lanes:
+    """A ranking under way: which candidates are still in it."""
+
+    def __init__(self, board: Board, evaluate: Evaluate, keep: int, delta: float, below: float):
+        self.board, self.evaluate, self.keep, self.delta, self.below = board, evaluate, keep, delta, below
+        self.live = list(range(len(board.null)))
+        self.batches = list(range(len(board.spans)))
+
+    def threshold(self) -> float:
+        """No candidate whose discrepancy is above this is among the best."""
+        sums = sorted(self.board.bound(c) for c in range(len(self.board.null)) if self.board.complete(c))
+        return min(self.below, sums[self.keep - 1] if len(sums) >= self.keep else math.inf)
+
+    def incomplete(self) -> list[int]:
+        return [c for c in self.live if not self.board.complete(c)]
+
+    def measure(self, candidates: Sequence[int], batches: Sequence[int]) -> None:
+        """Have what is missing evaluated, a batch at a time; between batches, those that can't win drop out."""
+        for batch in batches:
+            lacking = [c for c in candidates if c in self.live and not self.board.has(c, batch)]
+            if lacking:
+                self.evaluate(lacking, [batch])
+                self.abandon()
+
+    def abandon(self) -> None:
+        """Candidates that can't be among the best any more are out."""
+        limit = self.threshold()
+        self.live = [c for c in self.live if not self.board.bound(c) > limit]
+
+    def exact(self) -> None:
+        """The most promising candidates are completed first, so that the others are abandoned early."""
+        self.abandon()
+        order = sorted(self.batches, key=lambda b: -self.board.weights[self.board.spans[b]].sum())
+        for batch in order:
+            self.measure(self.incomplete(), [batch])
+            while True:
+                limit = self.threshold()
+                lacking = sorted(self.incomplete(), key=self.board.estimate)
+                promising = [c for c in lacking if self.board.estimate(c) < limit]
+                if not promising:
+                    break
+                self.measure(promising[: self.keep], order)
+
+    def race(self) -> None:
+        """All on the same growing set of prompts, in an order drawn by lot (but the same on every run)."""
+        self.abandon()
+        order = self.batches[:]
+        random.Random(0).shuffle(order)
+        looks = list(chunks(order, [len(self.board.weights[s]) for s in self.board.spans]))
+        seen: list[int] = []
+        for chunk in looks:
+            if len(self.live) <= self.keep:
+                break
+            self.measure(self.incomplete(), chunk)
+            seen += chunk
+            self.drop(seen, len(looks))
+        self.measure(self.incomplete(), order)
+
+    def drop(self, seen: Sequence[int], looks: int) -> None:
+        """Candidates that are behind the keep-th best with confidence, on the prompts of the batches seen, are out."""
+        if len(self.live) <= self.keep:
+            return
+        prompts = np.concatenate([np.arange(s.start, s.stop) for s in (self.board.spans[b] for b in seen)])
+        values, null = self.board.values[self.live][:, prompts], self.board.null[self.live]
+        weights, total = self.board.weights[prompts], len(self.board.weights)
+        rates = values.sum(axis=1) / weights.sum()
+        estimates = null + rates
+        rival = int(np.argsort(estimates, kind="stable")[self.keep - 1])
+        ahead = estimates - estimates[rival]
+        # A ratio estimate's error, from the residuals of the paired differences; prompts are drawn without replacement.
+        count = len(prompts)
+        residuals = (values - values[rival]) - np.outer(rates - rates[rival], weights)
+        variance = (residuals**2).sum(axis=1) / max(count - 1, 1) * total**2 / count * (1 - count / total)
+        margin = t_quantile(1 - self.delta / (self.keep * looks), count - 1) * np.sqrt(variance)
+        self.live = [c for c, lead, m in zip(self.live, ahead, margin, strict=True) if not lead > m]
+
+
+def chunks(order: Sequence[int], sizes: Sequence[int]):
+    """The batches of each look: FIRST_LOOK prompts at first, then GROWTH times as many in all from look to look."""
+    chunk: list[int] = []
+    count, wanted = 0, float(FIRST_LOOK)
+    for batch in order:
+        chunk.append(batch)
+        count += sizes[batch]
+        if count >= wanted:
+            yield chunk
+            chunk, wanted = [], count * GROWTH
+    if chunk:
+        yield chunk
+
+
+def t_quantile(p: float, freedom: int) -> float:
+    """Quantile of Student's t, by its expansion around the normal's; infinite below 3 degrees of freedom."""
+    if freedom < 3:
+        return math.inf
+    z = NormalDist().inv_cdf(p)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / freedom**i for i, term in enumerate(terms))

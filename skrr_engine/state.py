@@ -1,0 +1,72 @@
+"""The state of a search in a file: written whole or not at all after each step, taken up again by the same search."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from .errors import SkrrError
+from .row import Row
+from .skip import Path as SkipList
+
+
+class StateError(SkrrError):
+    """A state that can't be gone on with; one line that says why and what to do."""
+
+
+class State:
+    """One search's state. path: its file, which need not exist yet; key: of the search (see `fingerprint`)."""
+
+    def __init__(self, path: str | os.PathLike[str], key: str):
+        self.path, self.key = Path(path), key
+
+    def load(self, length: int) -> list[SkipList]:
+        """The saved beam over `length` sub-blocks; empty where there is no file. Raises StateError."""
+        try:
+            saved = json.loads(self.path.read_text())
+            beam = [SkipList(tuple(map(int, e["order"])), float(e["discrepancy"])) for e in saved["beam"]]
+            whole = all(len(set(p.order)) == len(p.order) and set(p.order) <= set(range(length)) for p in beam)
+            if not beam or not whole:
+                raise ValueError
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError, KeyError):
+            raise StateError(f"{self.path}: no state of a search; remove it or name another file") from None
+        if saved.get("key") != self.key:
+            raise StateError(
+                f"{self.path}: belongs to a search with another encoder, other prompts or settings; remove it or name"
+                " another file"
+            )
+        return beam
+
+    def save(self, beam: Sequence[SkipList]) -> None:
+        """Replace the file by one with this beam; a crash at any moment leaves the old or the new one."""
+        partial = self.path.with_name(self.path.name + ".tmp")
+        with partial.open("w") as file:
+            entries = [{"order": p.order, "discrepancy": p.discrepancy} for p in beam]
+            json.dump({"key": self.key, "beam": entries}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path)
+
+    def forget(self) -> None:
+        """The search has ended: its plan is written."""
+        self.path.unlink(missing_ok=True)
+
+
+def fingerprint(row: Row, *facts, bring: Callable[[int], None] = lambda index: None) -> str:
+    """SHA-256 over what decides the outcome of a search: samples of every sub-block's weights, and whatever `facts`.
+
+    bring: called with each sub-block's index before its weights are looked at.
+    """
+    digest = hashlib.sha256(json.dumps([row.family, row.width, row.total, *facts]).encode())
+    for sub_block in row.sub_blocks:
+        bring(sub_block.index)
+        for key, tensor in sorted(sub_block.tensors().items()):
+            digest.update(f"{key}{tensor.dtype}{list(tensor.shape)}".encode())
+            sample = tensor.detach().flatten()[:16].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""Ranking without measuring everything: exact at delta 0 whatever the contributions, seldom wrong when racing."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from skrr_engine.race import Board, rank, t_quantile
+
+CONTRIBUTION = st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0, 1.0000000000000002, 1e-16, 7.0])
+
+
+def measured(null, values, sizes, keep, delta=0.0, below=math.inf):
+    """The ranking of candidates with these contributions, and how many of them were looked at."""
+    null, values = np.array(null), np.array(values)
+    weights = np.split(np.full(sum(sizes), 1 / sum(sizes)), np.cumsum(sizes)[:-1])
+    board = Board(len(null), weights)
+    board.null[:] = null
+
+    def evaluate(members, batches):
+        for batch in batches:
+            span = board.spans[batch]
+            assert np.isnan(board.values[members, span]).all(), "measured twice"
+            board.values[members, span] = values[members, span]
+
+    return rank(board, evaluate, keep, delta, below), int((~np.isnan(board.values)).sum())
+
+
+@st.composite
+def tables(draw):
+    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=5))
+    candidates = draw(st.integers(1, 8))
+    row = st.lists(CONTRIBUTION, min_size=sum(sizes), max_size=sum(sizes))
+    values = draw(st.lists(row, min_size=candidates, max_size=candidates))
+    null = draw(st.lists(CONTRIBUTION, min_size=candidates, max_size=candidates))
+    return null, values, sizes
+
+
+@settings(max_examples=300, deadline=None)
+@given(tables(), st.integers(1, 4))
+@example(([0.0, 0.0, 0.0], [[1.0], [1.0], [1.0]], [1]), 2)
+def test_exact_finds_the_best_and_their_ties(table, keep):
+    null, values, sizes = table
+    found, _ = measured(null, values, sizes, keep)
+    sums = [math.fsum(row) + n for row, n in zip(values, null, strict=True)]
+    limit = sorted(sums)[min(keep, len(sums)) - 1]
+    assert found == [s if s <= limit else math.inf for s in sums]
+
+
+@given(tables(), st.sampled_from([0.05, 0.5, 2.0]))
+def test_nothing_above_a_limit_is_returned(table, below):
+    null, values, sizes = table
+    found, _ = measured(null, values, sizes, 1, 0.0, below)
+    sums = [math.fsum(row) + n for row, n in zip(values, null, strict=True)]
+    best = min(min(sums), below)
+    assert found == [s if s <= best else math.inf for s in sums]
+
+
+def synthetic(seed, candidates=100, prompts=256):
+    """Contributions as calibration gives them: prompts differ much, candidates differ alike on all of them."""
+    draw = np.random.default_rng(seed)
+    level = draw.gamma(4.0, 0.25, candidates) + 0.5
+    hardness = draw.lognormal(0.0, 0.5, prompts)
+    values = level[:, None] * hardness * draw.lognormal(0.0, 0.15, (candidates, prompts)) / prompts
+    return 0.1 * level, values, [4] * (prompts // 4)
+
+
+@pytest.mark.parametrize("delta, most, share", [(0.05, 0.25, 0.25), (0.0, 0.0, 0.8)])
+def test_races_are_short_and_seldom_wrong(delta, most, share):
+    wrong, looked = 0, 0
+    for seed in range(12):
+        null, values, sizes = synthetic(seed)
+        found, count = measured(null, values, sizes, 3, delta)
+        sums = values.sum(axis=1) + null
+        kept = sorted(range(len(sums)), key=found.__getitem__)[:3]
+        wrong += set(kept) != set(np.argsort(sums)[:3])
+        looked += count
+        assert all(found[c] < math.inf for c in kept), "fewer than asked for came through"
+        assert sums[kept[0]] <= 1.02 * sums.min() and sums[kept].sum() <= 1.02 * np.sort(sums)[:3].sum()
+    assert wrong <= most * 12
+    assert looked < share * 12 * values.size
+
+
+def test_equals_are_not_raced_against_each_other():
+    values = np.tile(np.random.default_rng(0).random(64), (6, 1))
+    found, _ = measured(np.zeros(6), values, [1] * 64, 2, 0.05)
+    assert len({*found}) == 1 and found[0] < math.inf
+
+
+@pytest.mark.parametrize(
+    "p, freedom, expected", [(0.99, 7, 2.998), (0.999, 7, 4.785), (0.999, 20, 3.552), (0.95, 100, 1.660)]
+)
+def test_t_quantile(p, freedom, expected):
+    assert t_quantile(p, freedom) == pytest.approx(expected, rel=0.02)
+    assert t_quantile(p, 2) == math.inf

@@ -1,0 +1,162 @@
+"""The search on the command line: exit codes, the state after kill -9, several processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small
+
+REPO = Path(__file__).resolve().parents[1]
+PROMPTS = ["a red cube", "two blue cats on a mat", "an oil painting of a lighthouse at sea", "seven small cups", "rain"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A small Llama with a tokenizer, as a transformers folder, and prompts.txt in it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("encoder")
+    small.build("llama", 4).save_pretrained(path)
+    words = sorted({word for prompt in PROMPTS for word in prompt.split()})
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<s>", "?", *words])}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(path)
+    (path / "prompts.txt").write_text("\n".join(PROMPTS))
+    return path
+
+
+def command(folder: Path, out: Path, *options: str) -> list[str]:
+    given = ["--encoder", folder, "--prompts", folder / "prompts.txt", "--out", out, "--beam", "2", "--sparsity", "0.4"]
+    return ["-m", "skrr_engine", "search", *map(str, given), *options]
+
+
+def start(*arguments: str, **options) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=REPO, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        **options,
+    )  # fmt: skip
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    process = start(*arguments)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def plan(folder, tmp_path_factory) -> dict:
+    """The plan of one undisturbed process."""
+    out = tmp_path_factory.mktemp("plan") / "plan.json"
+    code, _, err = run(*command(folder, out, "--exact", "--memory", "0.5"))
+    assert code == 0, err
+    return json.loads(out.read_text())
+
+
+def test_modes_say_what_they_are(folder, plan, tmp_path):
+    assert plan["encoders"]["llama"]["extensions"] == {"search": {"mode": "exact"}}
+    code, out, err = run(*command(folder, tmp_path / "plan.json", "--delta", "0.1"))
+    assert code == 0 and "found by racing, delta 0.1" in out and "step 1 of" in err
+    raced = json.loads((tmp_path / "plan.json").read_text())
+    assert raced["encoders"]["llama"]["extensions"] == {"search": {"mode": "racing", "delta": 0.1}}
+
+
+def test_kill_9_at_any_moment(folder, plan, tmp_path):
+    out, state = tmp_path / "plan.json", tmp_path / "state.json"
+    draw = random.Random(1)
+    kills = 0
+    for _ in range(2):
+        process = start(*command(folder, out, "--exact", "--resume", str(state)))
+        awaited, begun = draw.randint(1, 2), time.monotonic()
+        seen = state.read_text() if state.exists() else None
+        while process.poll() is None and time.monotonic() - begun < 60:  # killed some moments after some step
+            now = state.read_text() if state.exists() else None
+            if now != seen:
+                json.loads(now)
+                seen, awaited = now, awaited - 1
+            if awaited == 0:
+                time.sleep(draw.random() * 0.1)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        process.communicate(timeout=60)
+        kills += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+        assert json.loads(state.read_text())["beam"], "the saved step is gone"
+    assert kills
+    if not out.exists():
+        code, _, err = run(*command(folder, out, "--exact", "--resume", str(state)))
+        assert code == 0, err
+        assert "step 0" not in err, "it began anew"
+    assert json.loads(out.read_text()) == plan
+    assert not state.exists()
+
+
+def test_two_processes_find_the_same_plan(folder, plan, tmp_path):
+    out, state = tmp_path / "plan.json", tmp_path / "state.json"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    code, said, err = run(*torchrun, *command(folder, out, "--exact", "--resume", str(state)))
+    assert code == 0, err
+    assert json.loads(out.read_text()) == plan
+    assert said.count("written to") == 1 and not state.exists()
+
+
+def test_a_process_that_dies_ends_all_and_the_saved_step_stays_good(folder, plan, tmp_path):
+    out, state = tmp_path / "plan.json", tmp_path / "state.json"
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    team = []
+    for rank in range(2):
+        os.environ.update(env, RANK=str(rank))
+        team.append(start(*command(folder, out, "--exact", "--resume", str(state))))
+    for name in (*env, "RANK"):
+        del os.environ[name]
+    deadline = time.monotonic() + 60
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    team[1].kill()
+    _, err = team[0].communicate(timeout=60)
+    team[1].communicate()
+    assert team[0].returncode == 1
+    assert "another process of this search has ended" in err.splitlines()[-1] and "Traceback" not in err
+    assert json.loads(state.read_text())["beam"] and not out.exists()
+    code, _, err = run(*command(folder, out, "--exact", "--resume", str(state)))
+    assert code == 0 and "step 0" not in err, err
+    assert json.loads(out.read_text()) == plan
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_users_errors_are_one_line(folder, tmp_path):
+    (tmp_path / "state.json").write_text("half a sta")
+    for options, message in [
+        (["--resume", str(tmp_path / "state.json")], "no state of a search"),
+        (["--resume", str(tmp_path / "nowhere" / "state")], "its folder does not exist"),
+        (["--memory", "-1"], "give gigabytes"),
+        (["--delta", "3"], "a delta of 3.0 makes no sense"),
+    ]:
+        code, _, err = run(*command(folder, tmp_path / "plan.json", "--quiet", *options))
+        assert code == 1 and message in err and "Traceback" not in err
+        assert len([line for line in err.splitlines() if line.startswith("skrr:") and message in line]) == 1
+
+
+def test_ctrl_c(folder, tmp_path):
+    process = start(*command(folder, tmp_path / "plan.json"))
+    process.stderr.readline()
+    process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and not (tmp_path / "plan.json").exists()

@@ -1,0 +1,229 @@
+"""The search: the exact mode gives the naive loop's plan, whatever the encoder; memory, interruption and resuming."""
+
+import math
+
+import pytest
+import reference
+import small
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from skrr_engine import families, skip
+from skrr_engine.budget import Store, batch_tokens, free_memory, nbytes
+from skrr_engine.discrepancy import Batch, Meter
+from skrr_engine.rewire import assignment
+from skrr_engine.search import Settings, search
+from skrr_engine.state import State, StateError, fingerprint
+from skrr_engine.trace import Tracer
+
+FEW = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ENCODERS = ["t5", "clip", "llama"]
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def without(module, row, indices):
+    """Make sub-blocks do nothing: candidates that skip them tie."""
+    for index in indices:
+        for tensor in row.sub_blocks[index % len(row)].tensors().values():
+            tensor.data.zero_()
+
+
+def double(row, pairs):
+    """Make sub-blocks copies of the next one of their type."""
+    for index in pairs:
+        index %= len(row) - 2
+        source = list(row.sub_blocks[index + 2].tensors().values())
+        for tensor, other in zip(row.sub_blocks[index].tensors().values(), source, strict=False):
+            if tensor.shape == other.shape:
+                tensor.data.copy_(other)
+
+
+def naive(name, module, row, batches, null, target, width):
+    """The plan of the printed algorithms by whole passes: `(order, D, re-use, D with it)`."""
+    runs = [small.forward(name, ids) for ids in batches]
+    run_null = small.forward(name, [null])
+    discrepancy = reference.naive_discrepancy(
+        module, small.family_of(name), lambda: [run(module) for run in runs], lambda: run_null(module)
+    )
+    order, d = reference.naive_skip(discrepancy, row.parameter_counts, row.total, target, width)
+    return order, d, *reference.naive_reuse(discrepancy, order, len(row))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@FEW
+@given(data=st.data())
+def test_exact_is_the_naive_loop(name, data):
+    layers, seed = data.draw(st.integers(2, 4)), data.draw(st.integers(0, 10**6))
+    module = small.build(name, layers, seed)
+    row = families.find(module)
+    without(module, row, data.draw(st.lists(st.integers(0, 20), max_size=3), "zeroed"))
+    double(row, data.draw(st.lists(st.integers(0, 20), max_size=2), "doubled"))
+    batches = small.prompts(data.draw(st.lists(st.integers(2, 12), min_size=1, max_size=6), "lengths"), seed)
+    width = data.draw(st.integers(1, 4), "k")
+    target = data.draw(st.sampled_from([0.1, 0.3, 0.4]), "target")
+    meter = small.meter(name, module, batches, [2], limit=data.draw(st.sampled_from([0, 2, 5])))
+    plan = search(meter, Settings(target, (), width, True, 0.0))
+    order, d, reuse, d_reuse = naive(name, module, row, batches, [2], target, width)
+    level = plan.levels[-1]
+    assert list(plan.order) == order
+    assert level.reuse == reuse
+    assert level.discrepancy == pytest.approx(d_reuse, rel=1e-5, abs=1e-12)
+    assert level.discrepancy == meter.measure([assignment(order, reuse)])[0].total, "not bit for bit"
+    assert plan.extensions == {"search": {"mode": "exact"}}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_rank_is_measure_for_the_best(name):
+    module = small.build(name, 5)
+    batches = small.prompts([5, 7, 9, 12, 3] * 2)
+    meter = small.meter(name, module, batches, [2])
+    candidates = [assignment(order) for order in skip.expand([skip.Path((3,), 0.0), skip.Path((6,), 0.0)], 10)]
+    full = [d.total for d in small.meter(name, module, batches, [2]).measure(candidates)]
+    limit = sorted(full)[2]
+    for _ in range(2):  # the second time, states and results are taken from the first
+        assert meter.rank(candidates, 3) == [d if d <= limit else math.inf for d in full]
+    assert meter.share < 0.5
+    raced = meter.rank(candidates, 3, 0.05)
+    assert sum(d < math.inf for d in raced) >= 3 and all(d in (f, math.inf) for d, f in zip(raced, full, strict=True))
+
+
+@pytest.mark.parametrize("name", ["t5", "clip"])
+def test_racing_is_close_cheaper_and_says_so(name):
+    module = small.build(name, 5)
+    batches = [[p for (p,) in small.prompts([length] * 4, seed)] for seed, length in enumerate([4, 5, 6, 7] * 8)]
+    plans = {}
+    work = {}
+    for delta in (0.0, 0.05):
+        meter = small.meter(name, module, batches, [2])
+        steps = []
+        plans[delta] = search(
+            meter, Settings(0.35, (), 2, True, delta), save=lambda beam, m=meter, s=steps: s.append(m.share)
+        )
+        work[delta] = sum(steps)
+        again = search(small.meter(name, module, batches, [2]), Settings(0.35, (), 2, True, delta))
+        assert again == plans[delta], "the same inputs gave another plan"
+    assert plans[0.05].extensions == {"search": {"mode": "racing", "delta": 0.05}}
+    assert plans[0.05].levels[-1].discrepancy <= 1.05 * plans[0.0].levels[-1].discrepancy
+    assert work[0.05] < work[0.0] < 0.9 * len(plans[0.0].order)
+
+
+def test_little_memory_same_plan():
+    module = small.build("t5", 4)
+    batches = [small.batch("t5", ids) for ids in small.prompts([5, 7, 9, 12] * 3)]
+    tracer, null = Tracer(module, families.find(module)), small.batch("t5", [[2]])
+    plans = [
+        search(Meter(module, tracer, batches, null, memory=memory), Settings(0.3, (0.1,), 3, True, 0.0))
+        for memory in (2**30, 200_000, 1)
+    ]
+    assert plans[0] == plans[1] == plans[2]
+
+
+def test_stores_stay_within_their_share():
+    store = Store(1000)
+    for i in range(5):
+        store.put(i, torch.zeros(100))
+    assert store.used == 800 and 0 in store and 4 not in store, "values in use must not push each other out"
+    store.turn()
+    store.get(0)
+    store.turn()
+    store.turn()
+    store.put("new", torch.zeros(200))
+    assert "new" in store and store.used <= 1000
+    store.clear()
+    assert store.used == 0 and "new" not in store
+    tensor = torch.zeros(10)
+    assert nbytes({"a": [tensor, (tensor,)], "b": None}) == 40
+    assert 0 < free_memory() < 2**50
+    assert batch_tokens(2**33, 4096) == 512 and batch_tokens(2**33, 4096, "cuda") == 2048
+    assert batch_tokens(2**26, 4096) == 64 and batch_tokens(1, 4096) == 1
+
+
+def test_out_of_memory_halves_the_batch():
+    module = small.build("llama", 3)
+    ids = [[5, 6, 7, 8], [9, 10, 11, 12], [3, 4, 5, 6], [7, 7, 7, 7]]
+    refused = []
+
+    def batch(ids):
+        inner, half = small.batch("llama", ids), len(ids) // 2
+
+        def run(encoder):
+            if len(ids) > 1:
+                refused.append(len(ids))
+                raise torch.OutOfMemoryError("as CUDA says it")
+            return inner.run(encoder)
+
+        return Batch(run, len(ids), lambda: (batch(ids[:half]), batch(ids[half:])))
+
+    roomy = small.meter("llama", module, [ids], [2])
+    scarce = Meter(module, roomy.tracer, [batch(ids)], small.batch("llama", [[2]]))
+    wanted = search(roomy, Settings(0.3, (), 2, True, 0.0))
+    found = search(scarce, Settings(0.3, (), 2, True, 0.0))
+    assert found.order == wanted.order and found.levels[-1].reuse == wanted.levels[-1].reuse
+    assert found.levels[-1].discrepancy == pytest.approx(wanted.levels[-1].discrepancy, rel=1e-5)
+    assert refused[0] == 4 and set(refused[1:]) == {2}
+    with pytest.raises(torch.OutOfMemoryError):  # nothing left to halve
+        Meter(module, roomy.tracer, [Batch(batch(ids).run, 4)], small.batch("llama", [[2]]))
+
+
+def test_interruption_and_resuming_at_every_step(tmp_path):
+    module = small.build("clip", 4)
+    batches = small.prompts([5, 7, 9, 12] * 3)
+    chosen = Settings(0.35, (0.1,), 2, True, 0.05)
+
+    def make():
+        return small.meter("clip", module, batches, [2])
+
+    wanted = search(make(), chosen)
+    state = State(tmp_path / "state.json", fingerprint(families.find(module), "facts"))
+
+    class Interrupt(Exception):
+        pass
+
+    ticks, runs = 0, 0
+
+    def report(progress):
+        nonlocal ticks
+        ticks += 1
+        assert 0 <= progress.done <= 1 and 1 <= progress.candidate <= progress.candidates
+        if ticks > 100 + 50 * runs:
+            raise Interrupt
+
+    while True:
+        ticks, runs = 0, runs + 1
+        try:
+            found = search(make(), chosen, report, state.save, state.load(8))
+            break
+        except Interrupt:
+            assert runs < 200
+    assert found == wanted and runs > 2
+    state.forget()
+    assert state.load(8) == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no state of a search"),
+        ("{}", "no state of a search"),
+        ('{"key": "k", "beam": [{"order": [9], "discrepancy": 1}]}', "no state of a search"),
+        ('{"key": "k", "beam": [{"order": [1, 1], "discrepancy": 1}]}', "no state of a search"),
+        ('{"key": "k", "beam": []}', "no state of a search"),
+        ('{"key": "other", "beam": [{"order": [1], "discrepancy": 1}]}', "belongs to a search with another"),
+    ],
+)
+def test_states_that_cannot_be_gone_on_with(tmp_path, text, message):
+    (tmp_path / "s").write_text(text)
+    with pytest.raises(StateError, match=message):
+        State(tmp_path / "s", "k").load(8)
+
+
+def test_fingerprint_tells_encoders_apart():
+    rows = [families.find(small.build("t5", 3, seed)) for seed in (0, 0, 1)]
+    keys = [fingerprint(row, "x") for row in rows]
+    assert keys[0] == keys[1] != keys[2] and fingerprint(rows[0], "y") != keys[0]
