@@ -205,7 +205,7 @@ def run_apply(options) -> None:
     from .level import at_sparsity
 
     plan, source = Plan.read(options.plan), Checkpoint(options.encoder)
-    check_writable(options.out)
+    check_writable(options.out, "--out")
     layout = source.layout
     shape = (layout.family, layout.blocks, layout.width)
     alike = [n for n, e in plan.encoders.items() if (e.family, e.blocks, e.width) == shape]

