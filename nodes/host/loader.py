@@ -9,7 +9,7 @@ kept ones are copied from the file.
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import comfy.sd
@@ -49,12 +49,14 @@ class Sheltered(dict):
 
 @dataclass(frozen=True)
 class EncoderFile:
-    """One file to load from. tensors: all of them, memory-mapped, stand-ins for those that a pruned file has left out;
-    places: name -> sub-block, for those of sub-blocks."""
+    """One file to load from. tensors: all of them, also those that a pruned file has left out, but for small ones only
+    their dtypes and shapes (mapped from the file where ComfyUI maps); places: name -> sub-block, for those of
+    sub-blocks; origin: name -> name in the file, for those that are yet to be read."""
 
     checkpoint: Checkpoint
     tensors: Mapping[str, torch.Tensor]
     places: Mapping[str, int]
+    origin: Mapping[str, str]
 
     @classmethod
     def open(cls, path: str) -> "EncoderFile":
@@ -66,31 +68,45 @@ class EncoderFile:
             )
         checkpoint = Checkpoint(path)
         mapped = features.mapped_state_dict(path)
-        kept = [key for key, entry in checkpoint.entries.items() if entry.kept]
-        tensors = mapped if mapped is not None else {key: checkpoint.tensor(key) for key in kept}
-        tensors = features.converted_quants(tensors, checkpoint.metadata)
+        kept = {key: entry for key, entry in checkpoint.entries.items() if entry.kept}
+        stored = mapped or {k: checkpoint.read(k) if e.nbytes <= SMALL else e.stand_in() for k, e in kept.items()}
+        names = {} if mapped else {id(tensor): key for key, tensor in stored.items() if kept[key].nbytes > SMALL}
+        tensors = features.converted_quants(dict(stored), checkpoint.metadata)
+        origin = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
         stand_ins = {key: entry.stand_in() for key, entry in checkpoint.entries.items() if not entry.kept}
         layout = checkpoint.known_layout
         if layout is None and (checkpoint.record or any(f.FILE_KEY.fullmatch(k) for f in FAMILIES for k in tensors)):
             raise CheckpointError(f"{checkpoint.path.name}: parts of this text encoder are missing; get the file again")
         places = {key: place for key in tensors if (place := layout.place(key)) is not None} if layout else {}
-        return cls(checkpoint, {**tensors, **stand_ins}, places)
+        return cls(checkpoint, {**tensors, **stand_ins}, places, origin)
+
+    def fetch(self, key: str):
+        """A tensor with its bytes."""
+        return self.checkpoint.read(self.origin[key]) if key in self.origin else self.tensors[key]
+
+    def sheltered(self, visible: Iterable[str]) -> Sheltered:
+        """A state dict of these tensors, from which all others can be asked for."""
+        visible = set(visible)
+        hidden = {key: tensor for key, tensor in self.tensors.items() if key not in visible}
+        return Sheltered({key: self.fetch(key) for key in visible}, hidden)
 
     def hollow(self) -> Sheltered:
         """Everything but the sub-blocks."""
-        hidden = {k: t for k, t in self.tensors.items() if self._hides(k)}
-        return Sheltered({k: t for k, t in self.tensors.items() if k not in hidden}, hidden)
+        return self.sheltered(key for key in self.tensors if not self._hides(key))
 
     def _hides(self, key: str) -> bool:
         place, tensor = self.places.get(key), self.tensors[key]
         left_out = key in self.checkpoint.entries and not self.checkpoint.entries[key].kept
         return left_out or (place is not None and torch.is_tensor(tensor) and tensor.nbytes > SMALL)
 
-    def sub_blocks(self, removed) -> Sheltered:
-        """The kept sub-blocks alone."""
-        kept = {key for key, place in self.places.items() if place not in removed}
-        visible = {k: t for k, t in self.tensors.items() if k in kept}
-        return Sheltered(visible, {k: t for k, t in self.tensors.items() if k not in kept})
+    def sub_blocks(self, removed) -> Iterator[Sheltered]:
+        """The kept sub-blocks, one after the other, so that no more than one is held twice; all at once where they
+        stay in the file until they are used."""
+        kept: dict[int, list[str]] = {}
+        for key, place in self.places.items():
+            if place not in removed:
+                kept.setdefault(place if self.origin else 0, []).append(key)
+        return (self.sheltered(keys) for keys in kept.values())
 
 
 def load(
@@ -208,21 +224,19 @@ def home_of(file: EncoderFile, known: Mapping[str, View]) -> View | None:
 def fill(clip, file: EncoderFile, home: View, removed) -> None:
     """Copy a file's kept sub-blocks into the pruned CLIP. Raises CheckpointError where one is missing or misshapen."""
     name = file.checkpoint.path.name
-    state = file.sub_blocks(removed)
     kept = {key for i, s in enumerate(home.row.sub_blocks) if i not in removed for key in s.tensors()}
     missing = min(kept - file.tensors.keys(), default=None)
     if missing is not None:
         raise CheckpointError(f"{name}: lacks {missing}; get the file again")
-    try:
-        _, unexpected = clip.load_sd(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise CheckpointError(f"{name}: {lines[-1]}; get the file again") from None
-    lost = [key for key in unexpected if state[key].nbytes > SMALL]
-    if lost:
-        raise CheckpointError(
-            f"{name}: ComfyUI has no place for {lost[0]} and {len(lost) - 1} more; choose another type"
-        )
+    for state in file.sub_blocks(removed):
+        try:
+            _, unexpected = clip.load_sd(state)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise CheckpointError(f"{name}: {lines[-1]}; get the file again") from None
+        lost = [key for key in unexpected if torch.is_tensor(state[key]) and state[key].nbytes > SMALL]
+        if lost:
+            raise CheckpointError(f"{name}: ComfyUI has no place for {lost[0]}; choose another type")
 
 
 def load_gguf(names: Sequence[str], type_name: str):
