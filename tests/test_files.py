@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def scaled_fp8(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The form in which artists have scaled fp8 files: weights in fp8, a scale beside each, and a marker."""
     found = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
     for key, t in tensors.items():
-        if t.ndim == 2 and ("q." in key or "k." in key or "v." in key or "o." in key or "wi" in key or "wo" in key):
+        if re.search(r"\.(q|k|v|o|wi_\d|wo)\.weight$", key):
             scale = t.abs().max().float() / 448
             found[key] = (t.float() / scale).to(torch.float8_e4m3fn)
             found[key.removesuffix("weight") + "scale_weight"] = scale.reshape(())
@@ -68,6 +69,13 @@ FILES = {
     "fp8": lambda: t5xxl_tensors(torch.float8_e4m3fn),
     "scaled_fp8": lambda: scaled_fp8(t5xxl_tensors(torch.float16)),
 }
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    """As ComfyUI runs all of its nodes."""
+    with torch.inference_mode():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +129,7 @@ def choice(host, plan: Plan | None, sparsity: float = 1.0, gigabytes: float = 0.
 def encode(clip) -> torch.Tensor:
     """Tokens that the small vocabulary holds."""
     tokens = {"t5xxl": [[(t, 1.0) for t in (5, 9, 33, 60, 1, 0, 0)]]}
-    with torch.inference_mode():
-        return clip.encode_from_tokens(tokens)
+    return clip.encode_from_tokens(tokens)
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -140,7 +147,8 @@ def test_loading_pruned_equals_pruning_what_was_loaded(comfy, host, small_heads,
     gone = Checkpoint(files[kind]).layout.dropped(ORDER)
     kept = {k: t.shape for k, t in load_file(files[kind]).items() if k not in gone}
     stored = {k: t.shape for k, t in loaded.cond_stage_model.t5xxl.transformer.state_dict().items()}
-    assert stored == kept
+    assert {k: s for k, s in stored.items() if k in kept} == {k: s for k, s in kept.items() if k in stored}
+    assert not gone & stored.keys() and {k for k in kept if k.endswith(".weight")} <= stored.keys()
     assert loaded.patcher.loaded_size() == loaded.patcher.model_size()
 
 
@@ -264,7 +272,7 @@ def test_files_that_do_not_fit(host, comfy, small_heads, text_encoders, files):
     names = text_encoders.folder_names_and_paths["text_encoders"][1] | {".pt"}
     text_encoders.folder_names_and_paths["text_encoders"] = (text_encoders.get_folder_paths("text_encoders"), names)
     for name, plan, message in [
-        ("wrong_shape.safetensors", plan_for(), "wrong_shape.safetensors: size mismatch .*block.3.layer.1"),
+        ("wrong_shape.safetensors", plan_for(), "wrong_shape.safetensors: encoder.block.3.layer.1: size mismatch"),
         ("missing.safetensors", None, 'no text encoder "missing.safetensors": put the file into'),
         ("../../etc/passwd", None, "no text encoder"),
         ("fp16.safetensors", plan_for("clip_l"), "the plan is for clip_l .* but this CLIP holds t5xxl"),

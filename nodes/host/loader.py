@@ -99,14 +99,13 @@ class EncoderFile:
         left_out = key in self.checkpoint.entries and not self.checkpoint.entries[key].kept
         return left_out or (place is not None and torch.is_tensor(tensor) and tensor.nbytes > SMALL)
 
-    def sub_blocks(self, removed) -> Iterator[Sheltered]:
-        """The kept sub-blocks, one after the other, so that no more than one is held twice; all at once where they
-        stay in the file until they are used."""
-        kept: dict[int, list[str]] = {}
+    def kept(self, removed) -> dict[int, list[str]]:
+        """Sub-block -> names of its tensors, for those that stay."""
+        found: dict[int, list[str]] = {}
         for key, place in self.places.items():
             if place not in removed:
-                kept.setdefault(place if self.origin else 0, []).append(key)
-        return (self.sheltered(keys) for keys in kept.values())
+                found.setdefault(place, []).append(key)
+        return found
 
 
 def load(
@@ -222,21 +221,30 @@ def home_of(file: EncoderFile, known: Mapping[str, View]) -> View | None:
 
 
 def fill(clip, file: EncoderFile, home: View, removed) -> None:
-    """Copy a file's kept sub-blocks into the pruned CLIP. Raises CheckpointError where one is missing or misshapen."""
+    """Put a file's kept sub-blocks into the pruned CLIP. Raises CheckpointError where one is missing or misshapen.
+
+    Each is read and copied on its own, so that no more than one is held twice; where ComfyUI maps files, all are handed
+    over at once, with what the hollow CLIP has already (a tensor that is not handed over would be taken as missing).
+    """
     name = file.checkpoint.path.name
-    kept = {key for i, s in enumerate(home.row.sub_blocks) if i not in removed for key in s.tensors()}
-    missing = min(kept - file.tensors.keys(), default=None)
+    needed = {key for i, s in enumerate(home.row.sub_blocks) if i not in removed for key in s.tensors()}
+    missing = min(needed - file.tensors.keys(), default=None)
     if missing is not None:
         raise CheckpointError(f"{name}: lacks {missing}; get the file again")
-    for state in file.sub_blocks(removed):
-        try:
-            _, unexpected = clip.load_sd(state)
-        except RuntimeError as error:
-            lines = [line.strip() for line in str(error).splitlines()]
-            raise CheckpointError(f"{name}: {lines[-1]}; get the file again") from None
-        lost = [key for key in unexpected if torch.is_tensor(state[key]) and state[key].nbytes > SMALL]
-        if lost:
-            raise CheckpointError(f"{name}: ComfyUI has no place for {lost[0]}; choose another type")
+    where = ""
+    try:
+        if not file.origin:
+            dropped = {key for key, place in file.places.items() if place in removed}
+            clip.load_sd(file.sheltered(key for key in file.tensors if key not in dropped))
+            return
+        for index, keys in file.kept(removed).items():
+            for path, part in home.row.sub_blocks[index].parts.items():
+                own = {key.removeprefix(f"{path}."): file.fetch(key) for key in keys if key.startswith(f"{path}.")}
+                where = f"{path}: "
+                part.load_state_dict(own, strict=False)
+    except RuntimeError as error:
+        lines = [line.strip(" \t.") for line in str(error).splitlines()]
+        raise CheckpointError(f"{name}: {where}{lines[-1]}; get the file again") from None
 
 
 def load_gguf(names: Sequence[str], type_name: str):

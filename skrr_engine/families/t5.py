@@ -18,12 +18,12 @@ FILE_KEY = re.compile(
     r"(?P<prefix>(?:.*\.)?)encoder\.block\.(?P<block>\d+)\.layer\.(?:(?P<attention>0)|(?P<feed_forward>1))\.(?P<rest>.+)"
 )
 FILE_WIDTH = "layer.0.layer_norm.weight"
-BIAS = "SelfAttention.relative_attention_bias.weight"
+BIAS = "SelfAttention.relative_attention_bias."
 
 
 def stays(block: int, rest: str, keys: Collection[str]) -> bool:
     """Whether a tensor of block 0's attention belongs to the whole encoder: its bias, where block 1 has none."""
-    return block == 0 and rest == BIAS and not any(f"encoder.block.1.layer.0.{BIAS}" in key for key in keys)
+    return block == 0 and rest.startswith(BIAS) and not any(f"encoder.block.1.layer.0.{BIAS}" in key for key in keys)
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
