@@ -179,8 +179,8 @@ class PrunedPatcher:
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False, **kwargs):
         # A full load moves the whole tree, dropped sub-blocks too; a load without a limit moves what is listed.
-        budget = EVERYTHING if full_load else lowvram_model_memory
-        super().load(device_to, budget, force_patch_weights, False, **kwargs)
+        options = {"device_to": device_to, "force_patch_weights": force_patch_weights, "full_load": False, **kwargs}
+        super().load(lowvram_model_memory=EVERYTHING if full_load else lowvram_model_memory, **options)
         if full_load:
             self.model.model_loaded_weight_memory = self.model_size()
 
