@@ -273,3 +273,36 @@ def test_projection_of_a_model(comfy, builders, host, lora):
     assert (projection.denoiser, projection.name) == ("flux", "txt_in")
     other = host("nodes.host.encoders").choose(builders.sdxl(), "clip_g")
     assert host("nodes.host.projection").from_model(model, other)  # as wide: nothing tells them apart
+
+
+def test_low_vram(comfy, builders, derive):
+    """Loaded in part, as --lowvram does: patches go on at the call, and what is unloaded comes back whole."""
+    clip = builders.flux()
+    lora = lora_for(comfy, clip, "t5xxl.transformer.encoder.block.1.", "t5xxl.transformer.encoder.block.4.")
+    dense = encode(with_lora(comfy, clip, lora))
+    plain = encode(clip)
+    pruned = with_lora(comfy, derive(clip, {"t5xxl": {0: None, 5: 7}}), lora)
+    whole = encode(pruned)
+    device = pruned.patcher.load_device
+    pruned.patcher.detach()
+    pruned.patcher.partially_load(device, extra_memory=pruned.patcher.model_size() // 3)
+    assert pruned.patcher.loaded_size() < pruned.patcher.model_size() and pruned.patcher.model.model_lowvram
+    tokens = pruned.tokenize(TEXT)
+    part = pruned.cond_stage_model.encode_token_weights(tokens)
+    torch.testing.assert_close(part[0], whole[0], rtol=1e-5, atol=1e-5)
+    pruned.patcher.partially_unload(pruned.patcher.offload_device, memory_to_free=1 << 40)
+    torch.testing.assert_close(pruned.cond_stage_model.encode_token_weights(tokens)[0], whole[0], rtol=1e-5, atol=1e-5)
+    assert same(encode(clip), plain) and same(encode(with_lora(comfy, clip, lora)), dense)
+    assert same(encode(pruned), whole)
+
+
+def test_patches_of_both_orders_and_saving(comfy, builders, derive):
+    """CLIPSave's way to a state dict: of the pruned CLIP what is kept, of the incoming one everything, unpatched."""
+    clip = builders.flux()
+    keys = set(clip.get_sd())
+    pruned = derive(clip, {"t5xxl": LEVELS[1]})
+    encode(pruned)
+    assert set(clip.get_sd()) == keys, "while the pruned one is loaded"
+    kept = set(pruned.get_sd())
+    assert kept < keys and set(pruned.patcher.get_key_patches()) == set(pruned.patcher.model_state_dict())
+    assert {k for k in keys - kept if not k.startswith("t5xxl.transformer.encoder.block.")} == set()

@@ -155,3 +155,111 @@ def test_errors_say_what_to_do(server, inputs, message):
     with pytest.raises(comfy_runtime.PromptError, match=f"(?s){message}"):
         server.run(graph("flux", **inputs))
     server.run(graph("flux"))
+
+
+@pytest.fixture(scope="module", params=["--cache-none", "--disable-smart-memory"])
+def other_server(server_factory, request):
+    """ComfyUI with another memory policy. --lowvram and --gpu-only exclude --cpu, so they need a GPU: test_comfy.py
+    loads in part as the one does, and on a CPU all loading is from and to one device, as under the other."""
+    with server_factory(request.param) as running:
+        yield running
+
+
+def test_dense_and_pruned_in_one_workflow(other_server):
+    """Both encode in one run, in either order, several times; each gives what it gives alone."""
+    shipped = json.dumps(
+        {
+            "format": "skrr-plan", "version": 1,
+            "encoders": {"t5xxl": {"family": "t5", "blocks": 5, "width": 64, "order": [3, 0, 6],
+                                   "levels": [{"skipped": 3, "reuse": {"6": 4}, "sparsity": 0.02}]}},
+            "provenance": {"source": "manual"},
+        }
+    )  # fmt: skip
+    nodes = graph("flux", class_type="SkrrLoadPlan", plan="pasted", sparsity=1.0, plan_json=shipped)
+    nodes["13"] = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 0], "text": PROMPT}}
+    nodes["14"] = {"class_type": "SkrrTestSaveConditioning", "inputs": {"conditioning": ["13", 0], "name": "dense"}}
+    first = None
+    for number in range(5):
+        nodes["3"]["inputs"]["text"] = nodes["13"]["inputs"]["text"] = PROMPT + " " * number
+        other_server.run(dict(reversed(nodes.items())) if number % 2 else nodes)
+        found = [load_file(other_server.base / "output" / f"{name}.safetensors") for name in ("flux", "dense")]
+        assert not torch.equal(found[0]["cond"], found[1]["cond"])
+        first = first or found
+        for now, before in zip(found, first, strict=True):
+            assert all(torch.equal(now[key], before[key]) for key in before)
+
+
+def test_files_through_the_loader_nodes(server, builders, tmp_path_factory):
+    """A CLIP-L file: loaded by ComfyUI, by Load CLIP (Skrr) with and without a plan; saved, and loaded again."""
+    from safetensors.torch import save_file
+
+    folder = server.base / "models" / "text_encoders"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(clip_l_tensors(), folder / "clip_l.safetensors", {"format": "pt"})
+    plan = json.dumps(
+        {
+            "format": "skrr-plan", "version": 1,
+            "encoders": {"clip_l": {"family": "clip", "blocks": 12, "width": 768, "order": [3, 8, 21],
+                                    "levels": [{"skipped": 3, "reuse": {"8": 10}, "sparsity": 0.1}]}},
+            "provenance": {"source": "manual"},
+        }
+    )  # fmt: skip
+    loader = {"clip_name": "clip_l.safetensors", "type": "stable_diffusion"}
+    ours = {"class_type": "SkrrCLIPLoader", "inputs": {**loader, "plan": "none", "sparsity": 1.0}}
+
+    def encoded(node: dict, name: str, *more: tuple[str, dict]) -> torch.Tensor:
+        last = more[-1][0] if more else "1"
+        nodes = {
+            "1": node, **dict(more),
+            "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": [last, 0], "text": PROMPT}},
+            "4": {"class_type": "SkrrTestSaveConditioning", "inputs": {"conditioning": ["3", 0], "name": name}},
+        }  # fmt: skip
+        server.run(nodes)
+        return conditioning(server, name)["cond"]
+
+    dense = encoded({"class_type": "CLIPLoader", "inputs": loader}, "dense")
+    assert torch.equal(encoded(ours, "ours"), dense)
+    planned = {"class_type": "SkrrCLIPLoader", "inputs": {**ours["inputs"], "plan_json": plan}}
+    pruned = encoded(planned, "planned")
+    apply = {
+        "class_type": "SkrrLoadPlan",
+        "inputs": {"clip": ["1", 0], "plan": "x", "sparsity": 1.0, "plan_json": plan},
+    }
+    behind = encoded({"class_type": "CLIPLoader", "inputs": loader}, "behind", ("2", apply))
+    assert torch.equal(pruned, behind) and not torch.equal(pruned, dense)
+    save = {"class_type": "SkrrSaveEncoder", "inputs": {"clip": ["1", 0], "encoder": "auto", "file_name": "small"}}
+    server.run({"1": planned, "2": save})
+    assert (folder / "small.safetensors").stat().st_size < (folder / "clip_l.safetensors").stat().st_size
+    again = {"class_type": "SkrrCLIPLoader", "inputs": {**ours["inputs"], "clip_name": "small.safetensors"}}
+    assert torch.equal(encoded(again, "again"), pruned)
+    trimmed = {"class_type": "SkrrTrimUnread", "inputs": {"clip": ["9", 0]}}
+    skip = {"class_type": "CLIPSetLastLayer", "inputs": {"clip": ["1", 0], "stop_at_clip_layer": -2}}
+    source = {"class_type": "CLIPLoader", "inputs": loader}
+    earlier = encoded(source, "earlier", ("9", skip))
+    assert torch.equal(encoded(source, "trimmed", ("9", skip), ("2", trimmed)), earlier)
+    with pytest.raises(comfy_runtime.PromptError, match="was loaded without its removed parts"):
+        encoded(planned, "twice", ("2", apply))
+
+
+def clip_l_tensors() -> dict[str, torch.Tensor]:
+    """A CLIP-L of the true shape with seeded noise for weights, in fp16."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape):
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).half()
+
+    found = {
+        "text_model.embeddings.token_embedding.weight": noise(49408, 768),
+        "text_model.embeddings.position_embedding.weight": noise(77, 768),
+        "text_projection.weight": noise(768, 768),
+    }
+    norms = ["text_model.final_layer_norm"]
+    for layer in range(12):
+        start = f"text_model.encoder.layers.{layer}."
+        norms += [f"{start}layer_norm1", f"{start}layer_norm2"]
+        for name, shape in [*((f"self_attn.{n}_proj", (768, 768)) for n in ("q", "k", "v", "out")),
+                            ("mlp.fc1", (3072, 768)), ("mlp.fc2", (768, 3072))]:  # fmt: skip
+            found[f"{start}{name}.weight"], found[f"{start}{name}.bias"] = noise(*shape), noise(shape[0])
+    for norm in norms:
+        found[f"{norm}.weight"], found[f"{norm}.bias"] = 1 + 0.1 * noise(768), 0.1 * noise(768)
+    return found

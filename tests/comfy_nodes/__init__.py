@@ -38,6 +38,7 @@ class TestSaveConditioning:
         pooled = conditioning[0][1].get("pooled_output")
         if torch.is_tensor(pooled):
             tensors["pooled"] = pooled.contiguous().clone()
+        os.makedirs(folder_paths.get_output_directory(), exist_ok=True)
         save_file(tensors, os.path.join(folder_paths.get_output_directory(), f"{name}.safetensors"))
         return {}
 
