@@ -194,6 +194,24 @@ def test_what_the_conditioning_reads(builders, host, smollm2_folder):
     assert reads(builders.random_llama(folder=smollm2_folder), "auto") == (True, False, (5,))
 
 
+def test_template_tokens_are_not_read(builders, host):
+    """HunyuanVideo reads a hidden state before the last one, without the system prompt around it."""
+    clip = builders.hunyuan_video()
+    view = host("nodes.host.encoders").choose(clip, "llama")
+    conditioning = host("nodes.host.conditioning").Conditioning(clip, view)
+    tracer = host("skrr_engine.trace").Tracer(conditioning.encoder, view.row, "transformer.")
+    null = conditioning.null()
+    trace = tracer.trace(null.run)
+    assert tracer.find_boundaries(trace) == (4,) and (conditioning.hidden, conditioning.pooled) == (True, False)
+    (section,) = conditioning.sections(TEXT)
+    cond = encode(clip)[0]
+    start, end = conditioning.read_range(TEXT, len(section))
+    assert 0 < start < end <= len(section) and cond.shape[1] == end - start
+    (batch,) = conditioning.batches([TEXT])
+    ((tokens, mask),) = batch.run(conditioning.encoder)
+    assert torch.equal(tokens, cond) and mask is None
+
+
 def test_long_prompts_and_weights(builders, host):
     clip = builders.flux()
     conditioning = host("nodes.host.conditioning").Conditioning(

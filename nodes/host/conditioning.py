@@ -5,7 +5,7 @@ The wrapper is asked, on a fork of it whose encoders only play back what they ga
 poisoned with NaN and shows up in the conditioning is read.
 """
 
-import functools
+import bisect
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -20,6 +20,11 @@ from .encoders import TRANSFORMER, View, dense_model, views
 
 class Wanted(Exception):
     """Carries an encoder's tokens out of its wrapper."""
+
+
+def copied(output: tuple) -> tuple:
+    """An encoder's output whose dictionaries are its own."""
+    return tuple(dict(part) if isinstance(part, dict) else part for part in output)
 
 
 class Conditioning:
@@ -64,8 +69,9 @@ class Conditioning:
             original = child.encode_token_weights
 
             def recording(tokens, *args, name=name, original=original, **kwargs):
-                outputs[name] = original(tokens, *args, **kwargs)
-                return outputs[name]
+                out = original(tokens, *args, **kwargs)
+                outputs[name] = copied(out)  # wrappers may take things out of it
+                return out
 
             child.encode_token_weights = recording
         self._encode("")
@@ -79,27 +85,48 @@ class Conditioning:
     def _play(self, prompt: str, name: str, act: Callable) -> tuple:
         """Run the wrapper with every encoder's output played back, but `act(tokens)` for the encoder `name`."""
         for other, child in self._children.items():
-            play_back = functools.partial(self._outputs.get, other)
-            child.encode_token_weights = act if other == name else lambda tokens, play_back=play_back: play_back()
+            out = copied(self._outputs[other]) if other in self._outputs else None
+            child.encode_token_weights = act if other == name else lambda tokens, out=out: out
         try:
             return self._encode(prompt)
         finally:
             for child in self._children.values():
                 child.__dict__.pop("encode_token_weights", None)
 
+    def _shows(self, prompt: str, output: tuple) -> bool:
+        """Whether NaN in an output of this encoder is in the conditioning of a prompt."""
+        out = self._play(prompt, self.view.name, lambda tokens: copied(output))
+        return any(torch.is_tensor(t) and bool(t.isnan().any()) for t in out[:2])
+
     def _used(self) -> tuple[bool, bool, bool]:
         """Whether the conditioning reads the hidden states, the pooled vector and the attention mask."""
         hidden, pooled, *extra = self._outputs[self.view.name]
-
-        def shows(poisoned: tuple) -> bool:
-            out = self._play("", self.view.name, lambda tokens: poisoned)
-            return any(torch.is_tensor(t) and bool(t.isnan().any()) for t in out[:2])
-
-        reads_hidden = shows((torch.full_like(hidden, float("nan")), pooled, *extra))
-        reads_pooled = pooled is not None and shows((hidden, torch.full_like(pooled, float("nan")), *extra))
-        out = self._play("", self.view.name, lambda tokens: self._outputs[self.view.name])
+        reads_hidden = self._shows("", (torch.full_like(hidden, float("nan")), pooled, *extra))
+        reads_pooled = pooled is not None and self._shows("", (hidden, torch.full_like(pooled, float("nan")), *extra))
+        out = self._play("", self.view.name, lambda tokens: copied(self._outputs[self.view.name]))
         reads_mask = bool(extra) and "attention_mask" in extra[0] and len(out) > 2 and "attention_mask" in out[2]
         return reads_hidden, reads_pooled, reads_mask
+
+    def read_range(self, prompt: str, tokens: int) -> tuple[int, int]:
+        """The tokens of a prompt of one section that the conditioning reads, as `(first, behind the last)`: wrappers
+        cut away the template that they put around a prompt."""
+        if not self.hidden:
+            return 0, tokens
+        hidden, pooled, *extra = self._outputs[self.view.name]
+        clean = hidden.new_zeros((*hidden.shape[:-2], tokens, hidden.shape[-1]))
+        extra = [{k: v.new_ones(1, tokens) if k == "attention_mask" else v for k, v in e.items()} for e in extra]
+
+        def shows(start: int, end: int) -> bool:
+            poisoned = clean.clone()
+            poisoned[..., start:end, :] = float("nan")
+            return self._shows(prompt, (poisoned, pooled, *extra))
+
+        first, last = 0, tokens
+        if not shows(0, 1):
+            first = bisect.bisect_left(range(tokens), True, key=lambda i: shows(0, i + 1))
+        if not shows(tokens - 1, tokens):
+            last = tokens - bisect.bisect_left(range(tokens), True, key=lambda i: shows(tokens - 1 - i, tokens))
+        return (first, last) if first < last else (0, tokens)
 
     def sections(self, prompt: str) -> list[list]:
         """The encoder's tokens of a prompt, as its wrapper hands them over: one list a section, no weights."""
@@ -114,22 +141,31 @@ class Conditioning:
         return []
 
     def batches(self, prompts: Sequence[str], tokens: int = 2048) -> list[Batch]:
-        """Prompts as batches of sections of one length, at most about `tokens` tokens each."""
-        by_length: dict[int, list[tuple[list, bool]]] = {}
+        """Prompts as batches of sections of one length and read range, at most about `tokens` tokens each."""
+        alike: dict[tuple[int, int, int], list[tuple[list, bool]]] = {}
         for prompt in prompts:
-            for number, section in enumerate(self.sections(prompt)):
-                by_length.setdefault(len(section), []).append((section, number == 0))
+            for key, section, is_first in self._read_sections(prompt):
+                alike.setdefault(key, []).append((section, is_first))
         batches = []
-        for length, group in sorted(by_length.items()):
+        for (length, start, end), group in sorted(alike.items()):
             step = max(1, tokens // max(1, length))
-            batches += [self._batch(group[i : i + step]) for i in range(0, len(group), step)]
+            batches += [self._batch(group[i : i + step], start, end) for i in range(0, len(group), step)]
         return batches
 
     def null(self) -> Batch:
         """The empty prompt."""
-        return self._batch([(section, number == 0) for number, section in enumerate(self.sections(""))])
+        ((_, start, end), *_), *_ = found = list(self._read_sections(""))
+        return self._batch([(section, is_first) for _, section, is_first in found], start, end)
 
-    def _batch(self, sections: list[tuple[list, bool]]) -> Batch:
+    def _read_sections(self, prompt: str):
+        """Yield `((length, first token read, behind the last), tokens, whether it is the prompt's first)`."""
+        sections = self.sections(prompt)
+        for number, section in enumerate(sections):
+            length = len(section)
+            start, end = self.read_range(prompt, length) if len(sections) == 1 else (0, length)
+            yield (length, start, end), section, number == 0
+
+    def _batch(self, sections: list[tuple[list, bool]], start: int, end: int) -> Batch:
         tokens = [section for section, _ in sections]
         first = torch.tensor([[is_first] for _, is_first in sections])
 
@@ -139,7 +175,8 @@ class Conditioning:
             if self.hidden:
                 # Layer taps [batch, taps, tokens, width] are joined on the feature axis, as the wrappers do.
                 hidden = hidden.movedim(1, 2).flatten(2) if hidden.ndim == 4 else hidden
-                reading.append((hidden, extra[0]["attention_mask"] if self.mask else None))
+                mask = extra[0]["attention_mask"][:, start:end] if self.mask else None
+                reading.append((hidden[:, start:end], mask))
             if self.pooled:
                 reading.append((pooled.unsqueeze(1), first.to(pooled.device)))
             return reading

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import comfy.sd
 import comfy.sdxl_clip
 import comfy.text_encoders.flux
+import comfy.text_encoders.hunyuan_video
 import comfy.text_encoders.llama as llama
 import torch
 from comfy import sd1_clip
@@ -58,6 +59,20 @@ def sdxl(seed: int = 0):
             comfy.sdxl_clip.SDXLTokenizer,
             clip_l_model_config=SMALL_CLIP,
             clip_g_model_config={**SMALL_CLIP, "num_hidden_layers": 5},
+        ),
+        seed,
+    )
+
+
+def hunyuan_video(seed: int = 0):
+    """CLIP-L pooled + a Llama whose hidden state -3 is read, behind a template that is cut away."""
+    llama = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 2}
+    return seeded(
+        build(
+            comfy.text_encoders.hunyuan_video.hunyuan_video_clip(),
+            comfy.text_encoders.hunyuan_video.HunyuanVideoTokenizer,
+            llama_model_config={**llama, "num_key_value_heads": 1},
+            clip_l_model_config=SMALL_CLIP,
         ),
         seed,
     )
@@ -156,4 +171,8 @@ def random_llama(seed: int = 0, layers: int = 5, folder: str = ""):
 
 def build_kind(kind: str, seed: int = 0, folder: str = ""):
     """A CLIP by the name that the test nodes have for it."""
-    return smollm2(folder) if kind == "smollm2" else {"flux": flux, "sdxl": sdxl}[kind](seed)
+    return (
+        smollm2(folder)
+        if kind == "smollm2"
+        else {"flux": flux, "sdxl": sdxl, "hunyuan_video": hunyuan_video}[kind](seed)
+    )
