@@ -1,17 +1,15 @@
 """Where plans live: `models/skrr_plans/`, those that ship with the pack, and searches that were interrupted."""
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import folder_paths
 
 from ...skrr_engine import plan as plans
 from ...skrr_engine.plan import Plan, PlanError
-from ...skrr_engine.skip import Path as SkipList
+from ...skrr_engine.state import State
 
 FOLDER = "skrr_plans"
 SHIPPED = " (shipped)"
@@ -87,31 +85,8 @@ def searched(key: str) -> tuple[str, Plan] | None:
     return None
 
 
-def state_path(key: str) -> Path:
-    """Where an interrupted search with this key is kept."""
-    return Path(folder_paths.get_user_directory()) / "skrr_searches" / f"{key}.json"
-
-
-def save_state(key: str, beam: Sequence[SkipList]) -> None:
-    """Keep the beam after a step: whole or not at all."""
-    path = state_path(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps([{"order": p.order, "discrepancy": p.discrepancy} for p in beam]))
-    os.replace(partial, path)
-
-
-def load_state(key: str, length: int) -> list[SkipList]:
-    """The beam of an interrupted search over `length` sub-blocks; empty where there is none that makes sense."""
-    try:
-        entries = json.loads(state_path(key).read_text())
-        beam = [SkipList(tuple(map(int, e["order"])), float(e["discrepancy"])) for e in entries]
-    except (OSError, ValueError, TypeError, KeyError):
-        return []
-    whole = all(len(set(p.order)) == len(p.order) and all(0 <= i < length for i in p.order) for p in beam)
-    return beam if whole else []
-
-
-def forget_state(key: str) -> None:
-    """The search has ended."""
-    state_path(key).unlink(missing_ok=True)
+def state(key: str) -> State:
+    """Where the search with this key is kept while it runs."""
+    folder = Path(folder_paths.get_user_directory()) / "skrr_searches"
+    folder.mkdir(parents=True, exist_ok=True)
+    return State(folder / f"{key}.json", key)

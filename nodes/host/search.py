@@ -13,6 +13,7 @@ from ...skrr_engine.budget import free_memory
 from ...skrr_engine.discrepancy import Meter
 from ...skrr_engine.plan import Plan, Provenance
 from ...skrr_engine.prompts import sha256 as prompts_sha256
+from ...skrr_engine.state import StateError
 from ...skrr_engine.trace import Tracer
 from . import library
 from .conditioning import Conditioning
@@ -51,10 +52,14 @@ def find_plan(
     memory = free_memory(device) if device.type == "cpu" else comfy.model_management.get_free_memory(device) * 9 // 10
     batches, null = conditioning.batches(prompts), conditioning.null()
     meter = Meter(conditioning.encoder, tracer, batches, null, projection, memory=int(memory))
-    beam = library.load_state(key, len(row))
+    state = library.state(key)
+    try:
+        beam = state.load(len(row))
+    except StateError:
+        beam = []  # damaged: the next step writes over it
     if beam:
         say(f"going on with an interrupted search, {len(beam[0].order)} sub-blocks skipped so far", node_id)
-    entry = engine.search(meter, settings, Reporter(node_id), lambda beam: library.save_state(key, beam), beam)
+    entry = engine.search(meter, settings, Reporter(node_id), state.save, beam)
     plan = Plan(
         format="skrr-plan",
         version=1,
@@ -70,7 +75,7 @@ def find_plan(
         ),
     )
     say(f'saved as "{library.save(plan, name)}" in models/{library.FOLDER}', node_id)
-    library.forget_state(key)
+    state.forget()
     return plan
 
 
