@@ -102,5 +102,6 @@ class SkrrPrune(io.ComfyNode):
         pruned = trimmed(clip, view, Pruned(entry, level))
         gone = f"{level.skipped} of {len(view.row)} sub-blocks skipped, {level.sparsity:.1%} of it gone"
         unread = f", {len(pruned.unread)} more that no conditioning reads" if pruned.unread else ""
-        say(f"{view.name}: {gone}{unread}", node)
+        bare = "" if model is not None else "; searched without a MODEL's text projection: connect one for better plans"
+        say(f"{view.name}: {gone}{unread}{bare}", node)
         return io.NodeOutput(derive(clip, {view.name: pruned}), plan)
