@@ -1,4 +1,4 @@
-"""The nodes of the pack, one file each."""
+"""The nodes of the pack, one file each. What only running them needs is imported there, so that ComfyUI starts fast."""
 
 from .load_clip import SkrrCLIPLoader, SkrrDualCLIPLoader, SkrrTripleCLIPLoader
 from .load_plan import SkrrLoadPlan

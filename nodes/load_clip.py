@@ -3,7 +3,6 @@
 from comfy_api.latest import io
 
 from .host import choice, features, library
-from .host.loader import load, path_of
 from .types import CATEGORY
 
 NO_PLAN = "none"
@@ -57,6 +56,8 @@ class LoadCLIP(io.ComfyNode):
     def execute(
         cls, plan, sparsity, type="sd3", size_gb=0.0, plan_json="", trim=True, device="default", **files
     ) -> io.NodeOutput:
+        from .host.loader import load, path_of
+
         names = [files[key] for key in cls.file_inputs()]
         for name in names:
             path_of(name)

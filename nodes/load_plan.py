@@ -3,9 +3,6 @@
 from comfy_api.latest import io
 
 from .host import choice, library
-from .host.apply import derive, match
-from .host.encoders import Pruned, views
-from .host.progress import say
 from .types import CATEGORY, SkrrPlan
 
 
@@ -41,6 +38,10 @@ class SkrrLoadPlan(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, plan, sparsity, size_gb=0.0, plan_json="") -> io.NodeOutput:
+        from .host.apply import derive, match
+        from .host.encoders import Pruned, views
+        from .host.progress import say
+
         chosen = choice.read(plan, plan_json, sparsity, size_gb)
         pruned, lines = {}, []
         for name, view in match(views(clip), chosen.plan).items():

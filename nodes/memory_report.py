@@ -2,9 +2,6 @@
 
 from comfy_api.latest import io, ui
 
-from .host import memory
-from .host.progress import show
-from .report import as_image, as_text
 from .types import CATEGORY
 
 
@@ -36,6 +33,10 @@ class SkrrMemoryReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, model=None, vae=None) -> io.NodeOutput:
+        from .host import memory
+        from .host.progress import show
+        from .report import as_image, as_text
+
         encoders = memory.encoders(clip)
         others = {
             "model": memory.model_bytes(model) if model is not None else 0,

@@ -2,13 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..skrr_engine.prompts import from_text, generate
-from ..skrr_engine.search import Settings
-from .host.apply import derive
-from .host.encoders import Pruned, choose
-from .host.progress import say
-from .host.search import find_plan
-from .host.trim import trimmed
 from .types import CATEGORY, SkrrPlan, advanced
 
 
@@ -92,6 +85,14 @@ class SkrrPrune(io.ComfyNode):
     def execute(
         cls, clip, encoder, sparsity, beam, reuse, prompts, plan_name, model=None, own_prompts="", exact=False
     ) -> io.NodeOutput:
+        from ..skrr_engine.prompts import from_text, generate
+        from ..skrr_engine.search import Settings
+        from .host.apply import derive
+        from .host.encoders import Pruned, choose
+        from .host.progress import say
+        from .host.search import find_plan
+        from .host.trim import trimmed
+
         texts = from_text(own_prompts) if own_prompts.strip() else generate(prompts)
         view = choose(clip, encoder.strip())
         node = cls.hidden.unique_id

@@ -2,12 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..skrr_engine.row import EncoderError
-from .host.encoders import choose, pruning
-from .host.progress import say
-from .host.saving import save
-from .host.trim import trimmed
-from .report import human
 from .types import CATEGORY
 
 
@@ -45,6 +39,13 @@ class SkrrSaveEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, encoder, file_name, trim=True) -> io.NodeOutput:
+        from ..skrr_engine.row import EncoderError
+        from .host.encoders import choose, pruning
+        from .host.progress import say
+        from .host.saving import save
+        from .host.trim import trimmed
+        from .report import human
+
         view = choose(clip, encoder.strip())
         pruned = pruning(clip).get(view.name)
         if trim and view.whole is not None:

@@ -2,11 +2,6 @@
 
 from comfy_api.latest import io
 
-from .host.apply import derive
-from .host.encoders import views
-from .host.progress import say
-from .host.trim import trimmed
-from .report import human
 from .types import CATEGORY
 
 
@@ -33,6 +28,12 @@ class SkrrTrimUnread(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip) -> io.NodeOutput:
+        from .host.apply import derive
+        from .host.encoders import views
+        from .host.progress import say
+        from .host.trim import trimmed
+        from .report import human
+
         whole = [view for view in views(clip).values() if view.whole is not None]
         pruned = {view.name: trimmed(clip, view) for view in whole}
         saved = {view.name: view.shape.bytes_of(pruned[view.name].unread) for view in whole}

@@ -1,13 +1,17 @@
 """Which plan and which of its levels a node's inputs ask for."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ...skrr_engine.level import at_size, at_sparsity
-from ...skrr_engine.plan import EncoderPlan, Level, Plan
 from . import library
-from .encoders import Shape
+
+if TYPE_CHECKING:
+    from ...skrr_engine.plan import EncoderPlan, Level, Plan
+    from .encoders import Shape
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class Choice:
 
     def level(self, name: str, shape: Shape, entry: EncoderPlan) -> tuple[Level | None, str]:
         """The level for an encoder (None: it fits dense), and a line that says the choice. Raises PlanError."""
+        from ...skrr_engine.level import at_size, at_sparsity
+
         if self.gigabytes > 0:
             level = at_size(shape.sub_block_bytes, shape.total_bytes, entry, self.gigabytes * 1e9)
             asked = f"asked for at most {self.gigabytes:.2f} GB"
@@ -73,6 +79,8 @@ def inputs(none: str | None = None) -> list:
 
 def read(plan: str, plan_json: str, sparsity: float, size_gb: float, none: str | None = None) -> Choice:
     """The choice that a node's inputs stand for. Raises PlanError."""
+    from ...skrr_engine.plan import Plan
+
     if plan_json.strip():
         return Choice(Plan.from_json(plan_json.strip(), "the pasted plan"), sparsity, size_gb)
     if plan == none:

@@ -9,7 +9,6 @@ import folder_paths
 
 from ...skrr_engine import plan as plans
 from ...skrr_engine.plan import Plan, PlanError
-from ...skrr_engine.state import State
 
 FOLDER = "skrr_plans"
 SHIPPED = " (shipped)"
@@ -85,8 +84,10 @@ def searched(key: str) -> tuple[str, Plan] | None:
     return None
 
 
-def state(key: str) -> State:
-    """Where the search with this key is kept while it runs."""
+def state(key: str):
+    """The state.State of the search with this key, kept while it runs."""
+    from ...skrr_engine.state import State
+
     folder = Path(folder_paths.get_user_directory()) / "skrr_searches"
     folder.mkdir(parents=True, exist_ok=True)
     return State(folder / f"{key}.json", key)
