@@ -45,5 +45,6 @@ class SkrrMemoryReport(io.ComfyNode):
         text = as_text(encoders, others, memory.loaded_bytes(clip))
         saved = sum(encoder.saved for encoder in encoders)
         image = as_image(encoders, others)
-        show(text, cls.hidden.unique_id)  # frontends that show no text of an output node show this
-        return io.NodeOutput(text, image, saved, ui=ui.PreviewText(text))
+        show("\n".join(line for line in text.splitlines() if "saved" in line), cls.hidden.unique_id)
+        on_node = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
+        return io.NodeOutput(text, image, saved, ui=on_node)
