@@ -86,8 +86,8 @@ class View:
         """The dense row. Raises EncoderError where it is not in memory."""
         if self.whole is None:
             raise EncoderError(
-                f"{self.name} was loaded without its removed parts, so no other plan can be put on it: choose the plan in"
-                " the loader, or load it there with neither plan nor trim"
+                f"{self.name} was loaded without its removed parts, so no other plan can be put on it: choose the plan"
+                " in the loader, or load it there with neither plan nor trim"
             )
         return self.whole
 
