@@ -181,4 +181,8 @@ class Conditioning:
                 reading.append((pooled.unsqueeze(1), first.to(pooled.device)))
             return reading
 
-        return Batch(run, len(tokens))
+        def split() -> tuple[Batch, Batch]:
+            half = len(sections) // 2
+            return self._batch(sections[:half], start, end), self._batch(sections[half:], start, end)
+
+        return Batch(run, len(tokens), split)
