@@ -81,6 +81,13 @@ def parser() -> argparse.ArgumentParser:
         "--levels", default="", metavar="A,B", help="further sparsities to find re-use for, e.g. 0.2,0.3"
     )
     search.add_argument("--beam", type=int, default=3, help="width of the beam search (default 3)")
+    search.add_argument(
+        "--method",
+        default="skrr",
+        choices=("skrr", "finercut", "shortgpt", "random"),
+        help="how sub-blocks are chosen: skrr, or, to compare with, another paper's way (baselines.py)",
+    )
+    search.add_argument("--seed", type=int, default=0, help="of --method random (default 0)")
     search.add_argument("--no-reuse", action="store_true", help="skip only")
     search.add_argument("--exact", action="store_true", help="the printed algorithm's plan, slower (default: racing)")
     search.add_argument(
@@ -132,7 +139,9 @@ def run_search(options) -> None:
         print(f"skrr: {BARE}", file=sys.stderr)
     leads = meter.team.leads
     report = (lambda progress: None) if options.quiet or not leads else Reporter()
-    if options.resume:
+    if options.method != "skrr":
+        entry = baseline(options, settings, meter)
+    elif options.resume:
         facts = [__version__, repr(settings), prompts_sha256(prompts), options.dtype, str(options.projection)]
         state = State(options.resume, fingerprint(encoder.row, *facts, bring=encoder.bring))
         save = state.save if leads else lambda beam: None
@@ -142,7 +151,7 @@ def run_search(options) -> None:
     if not leads:
         return
     provenance = Provenance(
-        source="search",
+        source="search" if options.method == "skrr" else options.method,
         projection=projection and projection.name,
         denoiser=projection and projection.denoiser,
         prompts=len(prompts),
@@ -153,12 +162,32 @@ def run_search(options) -> None:
     name = options.name or encoder.name
     plan = Plan(format="skrr-plan", version=1, encoders={name: entry}, provenance=provenance)
     plan.write(options.out)
-    if options.resume:
+    if options.resume and options.method == "skrr":
         state.forget()
     if not options.quiet:
         print("", file=sys.stderr)
     print(describe_plan(plan))
     print(f"written to {options.out}")
+
+
+def baseline(options, settings, meter):
+    """An encoder's entry by another method; its levels' discrepancies are Skrr's."""
+    from . import baselines
+    from .discrepancy import Meter
+
+    if options.resume:
+        raise UsageError("--resume: only --method skrr can be gone on with")
+    if options.method == "random":
+        order = baselines.random_order(meter, options.seed)
+    elif options.method == "shortgpt":
+        order = baselines.shortgpt_order(meter)
+    else:
+        batches, null = meter.batches()
+        own = Meter(
+            meter.encoder, meter.tracer, batches, null, memory=meter.memory, criterion=baselines.ANGLE_OF_OUTPUT
+        )
+        order = baselines.finercut_order(own, settings.sparsity)
+    return baselines.plan_of(meter, order, [*settings.levels, settings.sparsity], options.method)
 
 
 def run_show(options) -> None:

@@ -6,7 +6,7 @@ encoder (hidden states and a pooled vector), each has its own mean and the means
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,31 @@ def counts(reading: Reading) -> list[torch.Tensor]:
     return found
 
 
+def angles(dense: Reading, pruned: Reading) -> list[torch.Tensor]:
+    """Sum of `1 - cosine` over the read tokens, one float64 vector `[batch]` per tensor of the readings."""
+    sums = []
+    for (d, mask), (p, _) in zip(dense, pruned, strict=True):
+        angle = (1 - torch.cosine_similarity(p.double(), d.to(p.device).double(), dim=-1)).clamp_(min=0)
+        if mask is not None:
+            angle *= mask.to(angle)
+        sums.append(angle.sum(dim=1).cpu())
+    return sums
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What `D` is made of. errors: contributions of each prompt, not negative; elementwise: whether they are summed
+    over a token's features, too; null: weight of the null prompt's term."""
+
+    errors: Callable[[Reading, Reading], list[torch.Tensor]] = squared_errors
+    elementwise: bool = True
+    null: float = 1.0
+
+
+COSINE = Criterion(angles, elementwise=False)
+"""The angle to the dense embedding instead of the squared error (the paper's ablation)."""
+
+
 def token_norm(reading: Reading) -> float:
     """Mean L2 norm of the read tokens of the first tensor of a reading."""
     t, mask = reading[0]
@@ -92,6 +117,7 @@ class Meter:
     calibration prompts; null: of the empty one. projection: see `Projection`. limit: states held at once by the walk
     (0: as many as the memory allows). memory: bytes that all of this may take beside the encoder (None: see
     budget.free_memory); what does not fit is computed again when it is needed. team: processes that share the work.
+    criterion: what is measured.
 
     share: of the work of measuring all candidates on all prompts (prefixes shared) that the last `rank` did.
     """
@@ -106,7 +132,9 @@ class Meter:
         limit: int = 0,
         memory: int | None = None,
         team: Team | None = None,
+        criterion: Criterion = Criterion(),  # noqa: B008 - frozen
     ):
+        self.criterion = criterion
         self.encoder, self.tracer, self.projection, self.limit = encoder, tracer, projection, limit
         self.team = team or Team()
         self.memory = free_memory(next(encoder.parameters()).device) if memory is None else memory
@@ -122,7 +150,10 @@ class Meter:
 
     def _elements(self, batch: int) -> np.ndarray:
         """Number of read elements, `[tensors, prompts]`."""
-        pieces = [counts(self._dense_features(batch, piece)) for piece in range(len(self._pieces[batch]))]
+        readings = [self._dense_features(batch, piece) for piece in range(len(self._pieces[batch]))]
+        if not self.criterion.elementwise:  # one element a token
+            readings = [[(t[..., :1], mask) for t, mask in reading] for reading in readings]
+        pieces = [counts(reading) for reading in readings]
         return np.concatenate([torch.stack(found).numpy() for found in pieces], axis=1)
 
     def _width(self, batch: int) -> int:
@@ -138,6 +169,17 @@ class Meter:
 
     def _trace(self, batch: int, piece: int) -> Trace:
         return self._traces.get((batch, piece), lambda: self.tracer.trace(self._pieces[batch][piece].run))
+
+    def batches(self) -> tuple[list[Batch], Batch]:
+        """The calibration prompts' batches and the null prompt's, as they are split now."""
+        null, *others = self._pieces
+        return [piece for pieces in others for piece in pieces], null[0]
+
+    def calibration_traces(self) -> Iterator[Trace]:
+        """The calibration prompts' batches, embedded."""
+        for batch in range(1, len(self._pieces)):
+            for piece in range(len(self._pieces[batch])):
+                yield self._trace(batch, piece)
 
     def readable(self) -> int:
         """How many sub-blocks stand before the last state that the conditioning reads; those behind change nothing."""
@@ -209,7 +251,7 @@ class Meter:
             measure = functools.partial(self._contributions, batch, few=few, step=step)
             for i, (*values, norm) in enumerate(self.team.shared([candidates[m] for m in members], measure)):
                 if batch == 0:
-                    board.null[members[i]], norms[i] = math.fsum(values), norm
+                    board.null[members[i]], norms[i] = self.criterion.null * math.fsum(values), norm
                 else:
                     board.values[members[i], board.spans[batch - 1]] = values
         return norms
@@ -232,7 +274,7 @@ class Meter:
         found: list = [None] * len(candidates)
         for member, reading in self.tracer.walk(trace, candidates, limit, step, shelf):
             pruned = features(reading, self.projection)
-            errors = squared_errors(dense, pruned)
+            errors = self.criterion.errors(dense, pruned)
             values = sum(e.numpy() / n for e, n in zip(errors, self._scale[batch], strict=True))
             found[member] = values, token_norm(pruned) if batch == 0 else float("nan")
         return found

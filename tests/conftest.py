@@ -59,6 +59,29 @@ def smollm2_folder() -> str:
 
 
 @pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small word-level tokenizer that ends texts with a special token, as T5's and CLIP's do."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {
+        word: i
+        for i, word in enumerate(
+            dict.fromkeys(["<pad>", "<unk>", "</s>", *"a red cube two blue cats under a table a dog".split()])
+        )
+    }
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def server_factory(comfyui_root: Path) -> Callable[..., Server]:
     """`with server_factory("--cache-none") as server:` is a server of its own, with the pack and the tests' nodes."""
     custom_nodes = {"skrr": REPO}

@@ -22,20 +22,8 @@ PROMPTS = "a red cube\ntwo blue cats under a table\na dog\n"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    """A folder with a small word-level tokenizer that ends texts with a special token, as T5's and CLIP's do."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<unk>", "</s>", *PROMPTS.split()]))}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    folder = tmp_path_factory.mktemp("tokenizer")
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
-    )
-    fast.save_pretrained(folder)
-    return folder
+def tokenizer(tokenizer_folder) -> Path:
+    return tokenizer_folder
 
 
 @pytest.fixture(scope="module")
