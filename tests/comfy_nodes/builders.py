@@ -1,17 +1,24 @@
 """Small and real CLIPs for the tests, through ComfyUI's own classes."""
 
+import importlib.util
 import os
-from dataclasses import dataclass
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.sd
 import comfy.sdxl_clip
 import comfy.text_encoders.flux
 import comfy.text_encoders.hunyuan_video
-import comfy.text_encoders.llama as llama
+import comfy.text_encoders.pixart_t5 as pixart
 import torch
-from comfy import sd1_clip
-from transformers import AutoTokenizer
+
+# ComfyUI loads this folder by its path, outside any package.
+SHAPES = Path(__file__).resolve().parents[2] / "benchmarks" / "shapes" / "comfy_nodes"
+_spec = importlib.util.spec_from_file_location("smollm2_clip", SHAPES / "smollm2_clip.py")
+smollm2_clip = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = smollm2_clip  # its dataclasses look for their module there
+_spec.loader.exec_module(smollm2_clip)
 
 SMALL_T5 = {"d_model": 64, "d_ff": 160, "d_kv": 16, "num_heads": 4, "num_layers": 5}
 SMALL_CLIP = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -78,83 +85,18 @@ def hunyuan_video(seed: int = 0):
     )
 
 
-@dataclass
-class SmolLM2Config(llama.Llama2Config):
-    """SmolLM2-135M; `head_dim` is no field of ComfyUI's class."""
-
-    vocab_size: int = 49152
-    hidden_size: int = 576
-    intermediate_size: int = 1536
-    num_hidden_layers: int = 30
-    num_attention_heads: int = 9
-    num_key_value_heads: int = 3
-    rope_theta: float = 100000.0
-    head_dim = 64
-
-
-class SmolLM2(llama.BaseLlama, torch.nn.Module):
-    """Architecture class, as ComfyUI's Llama2 beside it."""
-
-    def __init__(self, config_dict, dtype, device, operations):
-        super().__init__()
-        config = SmolLM2Config(**config_dict)
-        self.num_layers = config.num_hidden_layers
-        self.model = llama.Llama2_(config, device=device, dtype=dtype, ops=operations)
-        self.dtype = dtype
-
-
-class SmolLM2Model(sd1_clip.SDClipModel):
-    """Its SDClipModel: last hidden state after the final norm."""
-
-    def __init__(self, device="cpu", dtype=None, model_options=None):
-        model_options = {**(model_options or {}), "model_name": "smollm2"}
-        super().__init__(
-            device=device,
-            layer="last",
-            textmodel_json_config={},
-            dtype=dtype,
-            special_tokens={"pad": 0},
-            layer_norm_hidden_state=False,
-            model_class=SmolLM2,
-            model_options=model_options,
-        )
-
-
-class SmolLM2ClipModel(sd1_clip.SD1ClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options=None):
-        super().__init__(
-            device=device, dtype=dtype, name="smollm2", clip_model=SmolLM2Model, model_options=model_options or {}
-        )
-
-
-def smollm2_tokenizer(folder: str):
-    """Tokenizer class over the tokenizer in a transformers folder."""
-
-    class Tokenizer(sd1_clip.SDTokenizer):
-        def __init__(self, embedding_directory=None, tokenizer_data=None):
-            super().__init__(
-                folder, pad_with_end=False, embedding_size=576, embedding_key="smollm2", tokenizer_class=AutoTokenizer,
-                has_start_token=False, has_end_token=False, pad_to_max_length=False, max_length=99999999, min_length=1,
-                pad_token=0, tokenizer_data=tokenizer_data or {},
-            )  # fmt: skip
-
-    class SmolLM2Tokenizer(sd1_clip.SD1Tokenizer):
-        def __init__(self, embedding_directory=None, tokenizer_data=None):
-            super().__init__(
-                embedding_directory=embedding_directory,
-                tokenizer_data=tokenizer_data or {},
-                name="smollm2",
-                tokenizer=Tokenizer,
-            )
-
-    return SmolLM2Tokenizer
+def shapes_of_t5xxl():
+    """T5-XXL in PixArt's layout in fp16 whose tensors are shapes without bytes: nothing can be encoded with it."""
+    options = {"dtype": torch.float16, "initial_device": torch.device("meta")}
+    target = SimpleNamespace(clip=pixart.pixart_te(), tokenizer=pixart.PixArtTokenizer, params={})
+    return comfy.sd.CLIP(target, model_options=options)
 
 
 def smollm2(folder: str):
     """SmolLM2-135M with its real weights, from its transformers folder."""
     from safetensors.torch import load_file
 
-    clip = build(SmolLM2ClipModel, smollm2_tokenizer(folder))
+    clip = build(smollm2_clip.SmolLM2ClipModel, smollm2_clip.tokenizer_class(folder, ends=False))
     state = load_file(os.path.join(folder, "model.safetensors"))
     missing, _ = clip.load_sd(state)
     if missing:
@@ -166,13 +108,18 @@ def random_llama(seed: int = 0, layers: int = 5, folder: str = ""):
     """A small Llama with noise for weights and SmolLM2's tokenizer."""
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": 4}
     config = {**small, "num_key_value_heads": 2}
-    return seeded(build(SmolLM2ClipModel, smollm2_tokenizer(folder), smollm2_model_config=config), seed)
+    return seeded(
+        build(
+            smollm2_clip.SmolLM2ClipModel, smollm2_clip.tokenizer_class(folder, ends=False), smollm2_model_config=config
+        ),
+        seed,
+    )
 
 
 def build_kind(kind: str, seed: int = 0, folder: str = ""):
     """A CLIP by the name that the test nodes have for it."""
-    return (
-        smollm2(folder)
-        if kind == "smollm2"
-        else {"flux": flux, "sdxl": sdxl, "hunyuan_video": hunyuan_video}[kind](seed)
-    )
+    if kind == "smollm2":
+        return smollm2(folder)
+    if kind == "t5xxl shapes":
+        return shapes_of_t5xxl()
+    return {"flux": flux, "sdxl": sdxl, "hunyuan_video": hunyuan_video}[kind](seed)
