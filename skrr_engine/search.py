@@ -8,7 +8,7 @@ from . import reuse, skip
 from .discrepancy import Discrepancy, Meter
 from .plan import EncoderPlan, Level
 from .rewire import assignment
-from .row import describe
+from .row import Row, describe
 from .skip import Path
 
 EXTENSION = "search"
@@ -158,7 +158,30 @@ def search(
         levels.append(find_level(meter, order[:end], settings, ticking, ahead))
     return EncoderPlan(
         family=row.family, blocks=row.blocks, width=row.width, order=order, levels=tuple(levels),
-        extensions={EXTENSION: {"mode": "racing", "delta": settings.delta} if settings.delta else {"mode": "exact"}},
+        extensions={EXTENSION: {**how(settings), **steps_of(best.trail[: len(order)])}},
+    )  # fmt: skip
+
+
+def how(settings: Settings) -> dict:
+    """What a plan says of the search that it comes from."""
+    return {"mode": "racing", "delta": settings.delta} if settings.delta else {"mode": "exact"}
+
+
+def steps_of(trail: Sequence[float]) -> dict:
+    """What a plan says of each step of its order: the discrepancies after it, without re-use, where they are known."""
+    return {"steps": [float(f"{d:.6g}") for d in trail]} if trail else {}
+
+
+def unfinished(row: Row, path: Path, settings: Settings) -> EncoderPlan:
+    """The plan of a search that was stopped at `path`: each step that it got to is a level, without re-use."""
+    trail = path.trail or (None,) * (len(path.order) - 1) + (path.discrepancy,)
+    levels = [
+        Level(skipped=n + 1, reuse={}, sparsity=round(row.sparsity(path.order[: n + 1]), 6), discrepancy=d)
+        for n, d in enumerate(trail)
+    ]
+    return EncoderPlan(
+        family=row.family, blocks=row.blocks, width=row.width, order=path.order, levels=tuple(levels),
+        extensions={EXTENSION: {**how(settings), **steps_of(path.trail), "unfinished": True}},
     )  # fmt: skip
 
 

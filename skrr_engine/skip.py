@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .errors import SkrrError
 from .rewire import assignment
@@ -17,10 +17,12 @@ class SearchError(SkrrError):
 
 @dataclass(frozen=True)
 class Path:
-    """A skip list in the order of removal, with its discrepancy."""
+    """A skip list in the order of removal, with its discrepancy. trail: the discrepancies of its first sub-blocks, one
+    more from entry to entry, up to its own; empty where they are not known."""
 
     order: tuple[int, ...]
     discrepancy: float
+    trail: tuple[float, ...] = field(default=(), compare=False)
 
 
 def expand(beam: Sequence[Path], length: int) -> list[tuple[int, ...]]:
@@ -33,10 +35,19 @@ def expand(beam: Sequence[Path], length: int) -> list[tuple[int, ...]]:
     return list(found.values())
 
 
-def select(orders: Sequence[tuple[int, ...]], scores: Sequence[float], width: int) -> list[Path]:
-    """The `width` best; of equals, the lower sub-block removed last wins, then the better parent (the earlier)."""
+def select(
+    orders: Sequence[tuple[int, ...]], scores: Sequence[float], width: int, beam: Sequence[Path] = ()
+) -> list[Path]:
+    """The `width` best; of equals, the lower sub-block removed last wins, then the better parent (the earlier). beam:
+    the parents, which hand down their trails."""
     ranked = sorted(range(len(orders)), key=lambda i: (scores[i], orders[i][-1], i))
-    return [Path(orders[i], scores[i]) for i in ranked[:width] if scores[i] < math.inf]
+    trails = {path.order: path.trail for path in beam}
+
+    def path(order: tuple[int, ...], score: float) -> Path:
+        trail = trails.get(order[:-1], ())
+        return Path(order, score, (*trail, score) if len(trail) == len(order) - 1 else ())
+
+    return [path(orders[i], scores[i]) for i in ranked[:width] if scores[i] < math.inf]
 
 
 def search(
@@ -56,7 +67,7 @@ def search(
     beam = list(beam) or [Path((), 0.0)]
     while sum(costs[i] for i in beam[0].order) < target * total:
         orders = expand(beam, len(costs))
-        beam = select(orders, rank([assignment(order) for order in orders], width), width)
+        beam = select(orders, rank([assignment(order) for order in orders], width), width, beam)
         yield beam
 
 

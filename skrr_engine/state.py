@@ -27,7 +27,7 @@ class State:
         """The saved beam over `length` sub-blocks; empty where there is no file. Raises StateError."""
         try:
             saved = json.loads(self.path.read_text())
-            beam = [SkipList(tuple(map(int, e["order"])), float(e["discrepancy"])) for e in saved["beam"]]
+            beam = [skip_list(entry) for entry in saved["beam"]]
             whole = all(len(set(p.order)) == len(p.order) and set(p.order) <= set(range(length)) for p in beam)
             if not beam or not whole:
                 raise ValueError
@@ -46,7 +46,7 @@ class State:
         """Replace the file by one with this beam; a crash at any moment leaves the old or the new one."""
         partial = self.path.with_name(self.path.name + ".tmp")
         with partial.open("w") as file:
-            entries = [{"order": p.order, "discrepancy": p.discrepancy} for p in beam]
+            entries = [{"order": p.order, "discrepancy": p.discrepancy, "trail": p.trail} for p in beam]
             json.dump({"key": self.key, "beam": entries}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -55,6 +55,12 @@ class State:
     def forget(self) -> None:
         """The search has ended: its plan is written."""
         self.path.unlink(missing_ok=True)
+
+
+def skip_list(entry: dict) -> SkipList:
+    """A saved entry of a beam. Raises ValueError, TypeError, KeyError."""
+    order, trail = tuple(map(int, entry["order"])), tuple(map(float, entry.get("trail", ())))
+    return SkipList(order, float(entry["discrepancy"]), trail if len(trail) == len(order) else ())
 
 
 def fingerprint(row: Row, *facts, bring: Callable[[int], None] = lambda index: None) -> str:

@@ -61,11 +61,11 @@ def plan(folder, tmp_path_factory) -> dict:
 
 
 def test_modes_say_what_they_are(folder, plan, tmp_path):
-    assert plan["encoders"]["llama"]["extensions"] == {"search": {"mode": "exact"}}
+    assert plan["encoders"]["llama"]["extensions"]["search"]["mode"] == "exact"
     code, out, err = run(*command(folder, tmp_path / "plan.json", "--delta", "0.1"))
     assert code == 0 and "found by racing, delta 0.1" in out and "step 1 of" in err
     raced = json.loads((tmp_path / "plan.json").read_text())
-    assert raced["encoders"]["llama"]["extensions"] == {"search": {"mode": "racing", "delta": 0.1}}
+    assert raced["encoders"]["llama"]["extensions"]["search"].items() >= {"mode": "racing", "delta": 0.1}.items()
 
 
 def test_kill_9_at_any_moment(folder, plan, tmp_path):

@@ -75,7 +75,8 @@ def test_exact_is_the_naive_loop(name, data):
     assert level.reuse == reuse
     assert level.discrepancy == pytest.approx(d_reuse, rel=1e-5, abs=1e-12)
     assert level.discrepancy == meter.measure([assignment(order, reuse)])[0].total, "not bit for bit"
-    assert plan.extensions == {"search": {"mode": "exact"}}
+    steps = [meter.measure([assignment(order[: n + 1])])[0].total for n in range(len(order))]
+    assert plan.extensions == {"search": {"mode": "exact", "steps": pytest.approx(steps, rel=1e-5)}}
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -108,7 +109,7 @@ def test_racing_is_close_cheaper_and_says_so(name):
         work[delta] = sum(steps)
         again = search(small.meter(name, module, batches, [2]), Settings(0.35, (), 2, True, delta))
         assert again == plans[delta], "the same inputs gave another plan"
-    assert plans[0.05].extensions == {"search": {"mode": "racing", "delta": 0.05}}
+    assert plans[0.05].extensions["search"].items() >= {"mode": "racing", "delta": 0.05}.items()
     assert plans[0.05].levels[-1].discrepancy <= 1.05 * plans[0.0].levels[-1].discrepancy
     assert work[0.05] < work[0.0] < 0.9 * len(plans[0.0].order)
 

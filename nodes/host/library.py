@@ -18,6 +18,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
 SEARCH_KEY = "search_key"
 """In an encoder's `extensions`: which inputs the plan was searched with (see search.fingerprint)."""
 
+UNFINISHED_KEY = "unfinished_search_key"
+"""The same, where the search was stopped before its end."""
+
 
 def register() -> None:
     """Make `models/skrr_plans` known to ComfyUI; folders from extra_model_paths.yaml stay."""
@@ -72,14 +75,23 @@ def save(plan: Plan, name: str) -> str:
     return wanted
 
 
-def searched(key: str) -> tuple[str, Plan] | None:
-    """The saved plan that a search with this key gave, and its name."""
+def save_unfinished(plan: Plan, name: str, key: str) -> str:
+    """Write what a stopped search has found, as `name`_so_far; over what an earlier stop of the same search left."""
+    known = searched(key, UNFINISHED_KEY)
+    if known is None:
+        return save(plan, file_name(name).removesuffix(".json")[:90] + "_so_far")
+    plan.write(path_of(known[0]))
+    return known[0]
+
+
+def searched(key: str, mark: str = SEARCH_KEY) -> tuple[str, Plan] | None:
+    """The saved plan that a search with this key gave, and its name. mark: see SEARCH_KEY, UNFINISHED_KEY."""
     for name in folder_paths.get_filename_list(FOLDER):
         try:
             plan = Plan.read(path_of(name))
         except PlanError:
             continue  # told to whoever loads it
-        if any((entry.extensions or {}).get(SEARCH_KEY) == key for entry in plan.encoders.values()):
+        if any((entry.extensions or {}).get(mark) == key for entry in plan.encoders.values()):
             return name, plan
     return None
 

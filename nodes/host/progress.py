@@ -7,7 +7,11 @@ import time
 import comfy.model_management
 import comfy.utils
 
+from ...skrr_engine.row import Row
+from ...skrr_engine.search import Progress
 from ...skrr_engine.show import duration
+from ...skrr_engine.skip import Path
+from ..curve import draw
 
 STEPS = 1000
 """Resolution of the progress bar."""
@@ -28,14 +32,17 @@ def show(text: str, node_id: str | None) -> None:
 
 
 class Reporter:
-    """What a search calls before every sub-block's forward: moves the bar, shows the line, ends it when interrupted."""
+    """What a search calls before every sub-block's forward: moves the bar, shows the line and the curve, ends it when
+    interrupted. row: of the encoder; target: sparsity; path: the best list so far."""
 
-    def __init__(self, node_id: str | None):
-        self.node_id = node_id
+    def __init__(self, node_id: str | None, row: Row, target: float):
+        self.node_id, self.row, self.target = node_id, row, target
         self.bar = comfy.utils.ProgressBar(STEPS, node_id=node_id)
         self.shown, self.line = 0.0, ""
+        self.path = Path((), 0.0)
 
-    def __call__(self, progress) -> None:
+    def __call__(self, progress: Progress) -> None:
+        grown, self.path = progress.path is not self.path, progress.path
         comfy.model_management.throw_exception_if_processing_interrupted()
         now = time.monotonic()
         if progress.line == self.line and now - self.shown < 0.25:
@@ -43,6 +50,14 @@ class Reporter:
         if progress.line != self.line:
             logging.info("[Skrr] %s", progress.line)
         self.shown, self.line = now, progress.line
-        self.bar.update_absolute(int(progress.done * STEPS), STEPS)
+        picture = ("JPEG", self.curve(), None) if grown and self.path.order else None
+        self.bar.update_absolute(int(progress.done * STEPS), STEPS, picture)
         left = "" if progress.seconds_left is None else f", {duration(progress.seconds_left)} left"
         show(f"{progress.line}\ncandidate {progress.candidate} of {progress.candidates}{left}", self.node_id)
+
+    def curve(self):
+        """Discrepancy against sparsity so far; of a resumed search whose steps are not known, its last one."""
+        order, trail = self.path.order, self.path.trail or (self.path.discrepancy,)
+        first = len(order) - len(trail)
+        points = [(self.row.sparsity(order[: first + n + 1]), d) for n, d in enumerate(trail)]
+        return draw(points, self.target, f"{points[-1][0]:.1%} removed, D {points[-1][1]:.4g}, {len(order)} steps")

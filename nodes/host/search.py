@@ -11,7 +11,7 @@ from ...skrr_engine import __version__
 from ...skrr_engine import search as engine
 from ...skrr_engine.budget import free_memory
 from ...skrr_engine.discrepancy import Meter
-from ...skrr_engine.plan import Plan, Provenance
+from ...skrr_engine.plan import EncoderPlan, Plan, Provenance
 from ...skrr_engine.prompts import sha256 as prompts_sha256
 from ...skrr_engine.state import StateError
 from ...skrr_engine.trace import Tracer
@@ -59,21 +59,30 @@ def find_plan(
         beam = []  # damaged: the next step writes over it
     if beam:
         say(f"going on with an interrupted search, {len(beam[0].order)} sub-blocks skipped so far", node_id)
-    entry = engine.search(meter, settings, Reporter(node_id), state.save, beam)
-    plan = Plan(
-        format="skrr-plan",
-        version=1,
-        encoders={view.name: entry.model_copy(update={"extensions": {**entry.extensions, library.SEARCH_KEY: key}})},
-        provenance=Provenance(
-            source="search",
-            projection=projection and projection.name,
-            denoiser=projection and projection.denoiser,
-            prompts=len(prompts),
-            prompts_sha256=prompts_sha256(prompts),
-            beam=settings.beam,
-            created_with=f"skrr {__version__}",
-        ),
+    provenance = Provenance(
+        source="search",
+        projection=projection and projection.name,
+        denoiser=projection and projection.denoiser,
+        prompts=len(prompts),
+        prompts_sha256=prompts_sha256(prompts),
+        beam=settings.beam,
+        created_with=f"skrr {__version__}",
     )
+
+    def plan_of(entry: EncoderPlan, mark: str) -> Plan:
+        marked = entry.model_copy(update={"extensions": {**entry.extensions, mark: key}})
+        return Plan(encoders={view.name: marked}, provenance=provenance)
+
+    reporter = Reporter(node_id, row, settings.sparsity)
+    try:
+        entry = engine.search(meter, settings, reporter, state.save, beam)
+    except comfy.model_management.InterruptProcessingException:
+        if reporter.path.order:
+            so_far = plan_of(engine.unfinished(row, reporter.path, settings), library.UNFINISHED_KEY)
+            saved = library.save_unfinished(so_far, name, key)
+            say(f'stopped: the best so far is saved as "{saved}"; run again to go on', node_id)
+        raise
+    plan = plan_of(entry, library.SEARCH_KEY)
     say(f'saved as "{library.save(plan, name)}" in models/{library.FOLDER}', node_id)
     state.forget()
     return plan
