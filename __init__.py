@@ -8,9 +8,10 @@ async def comfy_entrypoint():
     from comfy_api.latest import ComfyExtension
 
     from .nodes import NODES
-    from .nodes.host import library
+    from .nodes.host import library, routes
 
     library.register()
+    routes.register()
 
     class Skrr(ComfyExtension):
         async def get_node_list(self) -> list:

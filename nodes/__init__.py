@@ -1,5 +1,7 @@
 """The nodes of the pack, one file each. What only running them needs is imported there, so that ComfyUI starts fast."""
 
+from .compare import SkrrCompare
+from .edit_plan import SkrrEditPlan
 from .load_clip import SkrrCLIPLoader, SkrrDualCLIPLoader, SkrrTripleCLIPLoader
 from .load_plan import SkrrLoadPlan
 from .memory_report import SkrrMemoryReport
@@ -10,10 +12,12 @@ from .trim import SkrrTrimUnread
 NODES = [
     SkrrPrune,
     SkrrLoadPlan,
+    SkrrEditPlan,
     SkrrCLIPLoader,
     SkrrDualCLIPLoader,
     SkrrTripleCLIPLoader,
     SkrrSaveEncoder,
     SkrrTrimUnread,
     SkrrMemoryReport,
+    SkrrCompare,
 ]

@@ -32,6 +32,7 @@ class LoadCLIP(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             description=" ".join(LoadCLIP.__doc__.split()),
+            **features.aliases("load text encoder", "t5", "save memory", "low vram"),
             inputs=[
                 *(io.Combo.Input(name, options=files, tooltip="A text encoder's file.") for name in cls.file_inputs()),
                 *([io.Combo.Input("type", options=types, tooltip="The model that they are for.")] if types else []),
@@ -39,8 +40,8 @@ class LoadCLIP(io.ComfyNode):
                 io.Boolean.Input("trim", default=True, optional=True, tooltip=TRIM),
                 io.Combo.Input("device", options=["default", "cpu"], optional=True, tooltip="Where to encode."),
             ],
-            outputs=[io.Clip.Output(display_name="CLIP")],
-            hidden=[io.Hidden.unique_id],
+            outputs=[io.Clip.Output(display_name="CLIP", tooltip="The text encoders, without what the plan removes.")],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -57,12 +58,14 @@ class LoadCLIP(io.ComfyNode):
         cls, plan, sparsity, type="sd3", size_gb=0.0, plan_json="", trim=True, device="default", **files
     ) -> io.NodeOutput:
         from .host.loader import load, path_of
+        from .plan_map import shown
 
         names = [files[key] for key in cls.file_inputs()]
         for name in names:
             path_of(name)
         chosen = choice.read(plan, plan_json, sparsity, size_gb, NO_PLAN)
-        return io.NodeOutput(load(names, type, chosen, device, trim, cls.hidden.unique_id))
+        clip = load(names, type, chosen, device, trim, cls.hidden.unique_id)
+        return io.NodeOutput(clip, ui=shown(clip, cls.hidden, chosen.plan))
 
 
 class SkrrCLIPLoader(LoadCLIP):

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .host import choice, library
+from .host import choice, features, library
 from .types import CATEGORY, SkrrPlan
 
 
@@ -19,12 +19,16 @@ class SkrrLoadPlan(io.ComfyNode):
             display_name="Load Skrr Plan",
             category=CATEGORY,
             description=" ".join(cls.__doc__.split()),
+            **features.aliases("prune", "smaller text encoder", "skip layers", "save memory"),
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoders. They stay as they are; the output is a smaller one."),
                 *choice.inputs(),
             ],
-            outputs=[io.Clip.Output(display_name="CLIP"), SkrrPlan.Output(display_name="plan")],
-            hidden=[io.Hidden.unique_id],
+            outputs=[
+                io.Clip.Output(display_name="CLIP", tooltip="The smaller text encoders."),
+                SkrrPlan.Output(display_name="plan", tooltip="The plan, for other nodes of Skrr."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -41,6 +45,7 @@ class SkrrLoadPlan(io.ComfyNode):
         from .host.apply import derive, match
         from .host.encoders import Pruned, views
         from .host.progress import say
+        from .plan_map import shown
 
         chosen = choice.read(plan, plan_json, sparsity, size_gb)
         pruned, lines = {}, []
@@ -50,4 +55,5 @@ class SkrrLoadPlan(io.ComfyNode):
             pruned[view.name] = Pruned(entry, level) if level else Pruned()
             lines.append(line)
         say("\n".join(lines), cls.hidden.unique_id)
-        return io.NodeOutput(derive(clip, pruned), chosen.plan)
+        out = derive(clip, pruned)
+        return io.NodeOutput(out, chosen.plan, ui=shown(out, cls.hidden, chosen.plan))

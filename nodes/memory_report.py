@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from .host import features
 from .types import CATEGORY
 
 
@@ -15,6 +16,7 @@ class SkrrMemoryReport(io.ComfyNode):
             display_name="Memory Report",
             category=CATEGORY,
             description=" ".join(cls.__doc__.split()),
+            **features.aliases("vram", "size of clip", "memory map"),
             inputs=[
                 io.Clip.Input("clip", tooltip="Text encoders, pruned or not."),
                 io.Model.Input(
@@ -23,11 +25,11 @@ class SkrrMemoryReport(io.ComfyNode):
                 io.Vae.Input("vae", optional=True, tooltip="The VAE, to show its share of the pipeline."),
             ],
             outputs=[
-                io.String.Output(display_name="report"),
-                io.Image.Output(display_name="map"),
-                io.Int.Output(display_name="saved_bytes"),
+                io.String.Output(display_name="report", tooltip="Where the bytes are, in words."),
+                io.Image.Output(display_name="map", tooltip="Which parts are left, as a picture."),
+                io.Int.Output(display_name="saved_bytes", tooltip="How many bytes Skrr saves."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -35,6 +37,7 @@ class SkrrMemoryReport(io.ComfyNode):
     def execute(cls, clip, model=None, vae=None) -> io.NodeOutput:
         from .host import memory
         from .host.progress import show
+        from .plan_map import shown
         from .report import as_image, as_text
 
         encoders = memory.encoders(clip)
@@ -44,7 +47,6 @@ class SkrrMemoryReport(io.ComfyNode):
         }
         text = as_text(encoders, others, memory.loaded_bytes(clip))
         saved = sum(encoder.saved for encoder in encoders)
-        image = as_image(encoders, others)
         show("\n".join(line for line in text.splitlines() if "saved" in line), cls.hidden.unique_id)
-        on_node = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
-        return io.NodeOutput(text, image, saved, ui=on_node)
+        on_node = {**ui.PreviewText(text).as_dict(), **shown(clip, cls.hidden)}
+        return io.NodeOutput(text, as_image(encoders, others), saved, ui=on_node)

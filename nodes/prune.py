@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .host import features
 from .types import CATEGORY, SkrrPlan, advanced
 
 
@@ -19,10 +20,9 @@ class SkrrPrune(io.ComfyNode):
             display_name="Skrr Prune",
             category=CATEGORY,
             description=" ".join(cls.__doc__.split()),
+            **features.aliases("search plan", "smaller text encoder", "t5", "save memory"),
             inputs=[
-                io.Clip.Input(
-                    "clip", tooltip="The text encoders. They stay as they are; the output is a smaller copy."
-                ),
+                io.Clip.Input("clip", tooltip="The text encoders. They stay as they are; the output is a smaller one."),
                 io.Model.Input(
                     "model",
                     optional=True,
@@ -77,8 +77,11 @@ class SkrrPrune(io.ComfyNode):
                     )
                 ),
             ],
-            outputs=[io.Clip.Output(display_name="CLIP"), SkrrPlan.Output(display_name="plan")],
-            hidden=[io.Hidden.unique_id],
+            outputs=[
+                io.Clip.Output(display_name="CLIP", tooltip="The smaller text encoders."),
+                SkrrPlan.Output(display_name="plan", tooltip="The plan, for other nodes of Skrr."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -92,6 +95,7 @@ class SkrrPrune(io.ComfyNode):
         from .host.progress import say
         from .host.search import find_plan
         from .host.trim import trimmed
+        from .plan_map import shown
 
         texts = from_text(own_prompts) if own_prompts.strip() else generate(prompts)
         view = choose(clip, encoder.strip())
@@ -105,4 +109,5 @@ class SkrrPrune(io.ComfyNode):
         unread = f", {len(pruned.unread)} more that no conditioning reads" if pruned.unread else ""
         bare = "" if model is not None else "; searched without a MODEL's text projection: connect one for better plans"
         say(f"{view.name}: {gone}{unread}{bare}", node)
-        return io.NodeOutput(derive(clip, {view.name: pruned}), plan)
+        out = derive(clip, {view.name: pruned})
+        return io.NodeOutput(out, plan, ui=shown(out, cls.hidden, plan))

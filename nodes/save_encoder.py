@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .host import features
 from .types import CATEGORY
 
 
@@ -18,6 +19,7 @@ class SkrrSaveEncoder(io.ComfyNode):
             display_name="Save Skrr Encoder",
             category=CATEGORY,
             description=" ".join(cls.__doc__.split()),
+            **features.aliases("save clip", "pruned file"),
             inputs=[
                 io.Clip.Input("clip", tooltip="A CLIP from Skrr Prune, Load Skrr Plan or Load CLIP (Skrr)."),
                 io.String.Input(
@@ -32,7 +34,7 @@ class SkrrSaveEncoder(io.ComfyNode):
                     "trim", default=True, optional=True, tooltip="Leave out layers that the model never reads, too."
                 ),
             ],
-            outputs=[io.String.Output(display_name="file_name")],
+            outputs=[io.String.Output(display_name="file_name", tooltip="Name of the file that was written.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )

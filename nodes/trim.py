@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .host import features
 from .types import CATEGORY
 
 
@@ -19,11 +20,15 @@ class SkrrTrimUnread(io.ComfyNode):
             display_name="Trim Unread Layers",
             category=CATEGORY,
             description=" ".join(cls.__doc__.split()),
+            **features.aliases("unused layers", "save memory"),
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoders, as your model uses them (after CLIP Set Last Layer).")
             ],
-            outputs=[io.Clip.Output(display_name="CLIP"), io.Int.Output(display_name="saved_bytes")],
-            hidden=[io.Hidden.unique_id],
+            outputs=[
+                io.Clip.Output(display_name="CLIP", tooltip="The text encoders without unread layers."),
+                io.Int.Output(display_name="saved_bytes", tooltip="How many bytes that saves."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -32,6 +37,7 @@ class SkrrTrimUnread(io.ComfyNode):
         from .host.encoders import views
         from .host.progress import say
         from .host.trim import trimmed
+        from .plan_map import shown
         from .report import human
 
         whole = [view for view in views(clip).values() if view.whole is not None]
@@ -39,4 +45,5 @@ class SkrrTrimUnread(io.ComfyNode):
         saved = {view.name: view.shape.bytes_of(pruned[view.name].unread) for view in whole}
         lines = [f"{n}: {len(p.unread)} unread sub-blocks, {human(saved[n])}" for n, p in pruned.items() if p.unread]
         say("\n".join(lines) or "every layer is read: nothing to trim", cls.hidden.unique_id)
-        return io.NodeOutput(derive(clip, pruned), sum(saved.values()))
+        out = derive(clip, pruned)
+        return io.NodeOutput(out, sum(saved.values()), ui=shown(out, cls.hidden))

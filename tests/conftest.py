@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from types import ModuleType
 
 import pytest
 
+import browser
 import comfy_runtime
 from comfy_runtime import Server
 
@@ -104,6 +106,47 @@ def chromium() -> str:
     if found is None:
         pytest.skip("no chromium on this machine: the browser tests are left out")
     return found
+
+
+def second_frontend() -> Path | None:
+    """The folder of ComfyUI's frontend 1.58.1: the one that SKRR_FRONTEND names, or the one that `make env` has got."""
+    folder = Path(os.environ.get("SKRR_FRONTEND") or REPO / ".cache" / "frontend-1.58.1")
+    found = folder / "comfyui_frontend_package" / "static"
+    return found if found.is_dir() else None
+
+
+@pytest.fixture(scope="session", params=["1.32.9", "1.58.1"])
+def any_page(request, chromium, server_factory):
+    """The frontend in a browser, in two versions; `server` is what it talks to, `problems` its uncaught errors."""
+    from playwright.sync_api import sync_playwright
+
+    with contextlib.ExitStack() as stack:
+        if request.param == "1.32.9":
+            server = request.getfixturevalue("server")
+        elif (folder := second_frontend()) is not None:
+            server = stack.enter_context(server_factory("--front-end-root", str(folder)))
+        else:
+            pytest.skip(f"no frontend {request.param} here: make env gets it")
+        server.post("/api/settings", browser.FIRST_RUN)
+        playwright = stack.enter_context(sync_playwright())
+        chrome = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        context = chrome.new_context(viewport={"width": 1600, "height": 1000})
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page = context.new_page()
+        page.server, page.frontend, page.problems = server, request.param, []
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.set_default_timeout(30_000)
+        browser.start(page, server)
+        yield page
+        chrome.close()
+
+
+@pytest.fixture
+def page(any_page):
+    """`any_page` for one test, which may leave no uncaught error behind."""
+    any_page.problems.clear()
+    yield any_page
+    assert any_page.problems == []
 
 
 @pytest.hookimpl(wrapper=True)

@@ -139,6 +139,28 @@ def match(known: Mapping[str, View], plan: Plan) -> dict[str, View]:
     return found
 
 
+def replaced(clip, plan: Plan) -> dict[str, Pruned]:
+    """What is left out of a CLIP's encoders when a plan's strongest levels take the place of what is left out by plan
+    now; encoders that are so already are not named. Raises PlanError, and EncoderError for an encoder that was loaded
+    without its removed parts."""
+    known, now = views(clip), pruning(clip)
+    wanted = {view.name: plan.encoder(name) for name, view in match(known, plan).items()}
+    found = {}
+    for name, view in known.items():
+        before = now.get(name, Pruned())
+        entry = wanted.get(name)
+        level = entry and entry.levels[-1]
+        if entry:
+            exact = round(view.shape.sparsity(entry.order[: level.skipped]), 6)
+            level = level.model_copy(update={"sparsity": exact})
+            entry = entry.model_copy(update={"levels": (level,)})
+        after = dataclasses.replace(before, plan=entry, level=level)
+        if after.removed != before.removed:
+            _ = view.row  # refuses an encoder that was loaded pruned
+            found[name] = after
+    return found
+
+
 class PrunedPatcher:
     """Mixed into the class of the incoming patcher. skrr_views: of the dense tree; skrr_tree: the fork."""
 

@@ -3,6 +3,7 @@
 import comfy.utils
 import folder_paths
 import nodes
+from comfy_api.latest import io
 
 
 def loader_types(node: str) -> list[str]:
@@ -62,3 +63,8 @@ def set_reload(patcher, factory, arguments: tuple) -> None:
     """Tell ComfyUI how to load a patcher's model anew, where it wants to know (multi-GPU, dynamic VRAM)."""
     if hasattr(patcher, "cached_patcher_init"):
         patcher.cached_patcher_init = (factory, arguments)
+
+
+def aliases(*words: str) -> dict[str, list[str]]:
+    """A schema's search aliases, as its keyword arguments: other words that artists search a node by."""
+    return {"search_aliases": ["skrr", *words]} if "search_aliases" in io.Schema.__dataclass_fields__ else {}
