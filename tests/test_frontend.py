@@ -6,12 +6,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from browser import HELP_IMAGES, picture, wait_for_map
+
 REPO = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((REPO / "example_workflows").glob("*.json"))
-IN_WORKFLOWS = ["SkrrLoadPlan", "SkrrMemoryReport", "SkrrPrune"]
+IN_WORKFLOWS = ["SkrrLoadPlan", "SkrrMemoryReport", "SkrrPrune", "SkrrEditPlan", "SkrrCompare", "SkrrSaveEncoder"]
+IN_WORKFLOWS += ["SkrrDualCLIPLoader", "SkrrTripleCLIPLoader"]
 LOADERS = ["SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader"]
-NODES = [*IN_WORKFLOWS, *LOADERS, "SkrrSaveEncoder", "SkrrTrimUnread"]
-FIRST_RUN = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.32.9"}
+NODES = [*dict.fromkeys([*IN_WORKFLOWS, *LOADERS]), "SkrrTrimUnread"]
 
 LOAD = """
 async (workflow) => {
@@ -41,38 +43,14 @@ SELECT = """
 """
 
 
-@pytest.fixture(scope="module")
-def page(server, chromium):
-    """The frontend; `page.problems` collects its uncaught errors."""
-    from playwright.sync_api import sync_playwright
-
-    server.post("/api/settings", FIRST_RUN)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1600, "height": 900})
-        page.problems = []
-        page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.set_default_timeout(15_000)
-        page.goto(server.url)
-        ready = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.SkrrPrune"
-        page.wait_for_function(ready, timeout=60_000)
-        yield page
-        browser.close()
-
-
-@pytest.fixture(autouse=True)
-def no_uncaught_error(page):
-    """No test may leave one behind."""
-    yield
-    assert page.problems == []
-
-
 def test_nodes_are_in_the_menu(page):
     script = "(keys) => keys.map((k) => [LiteGraph.registered_node_types[k]].map((n) => [n.title, n.category])[0])"
     assert dict(zip(NODES, map(tuple, page.evaluate(script, NODES)), strict=True)) == {
         "SkrrPrune": ("Skrr Prune", "Skrr"),
         "SkrrLoadPlan": ("Load Skrr Plan", "Skrr"),
+        "SkrrEditPlan": ("Edit Skrr Plan", "Skrr"),
         "SkrrMemoryReport": ("Memory Report", "Skrr"),
+        "SkrrCompare": ("Skrr Compare", "Skrr"),
         "SkrrCLIPLoader": ("Load CLIP (Skrr)", "Skrr"),
         "SkrrDualCLIPLoader": ("Load CLIP (Skrr, two files)", "Skrr"),
         "SkrrTripleCLIPLoader": ("Load CLIP (Skrr, three files)", "Skrr"),
@@ -87,7 +65,7 @@ def test_each_node_has_a_workflow():
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_opens(server, page, path):
+def test_workflow_opens(page, path):
     workflow = json.loads(path.read_text())
     opened = json.loads(page.evaluate(LOAD, workflow))
     assert opened["missing"] == []
@@ -95,8 +73,20 @@ def test_workflow_opens(server, page, path):
     saved = {str(node["id"]): node.get("widgets_values", []) for node in workflow["nodes"]}
     kept = {key: opened["widgets"][key][: len(values)] for key, values in saved.items()}  # newer widgets may follow
     assert kept == saved
-    assert_prompt_fits(opened["prompt"], server.get("/object_info"))
+    assert_prompt_fits(opened["prompt"], page.server.get("/object_info"))
     assert overlapping(opened["boxes"]) == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPO / "example_workflows" / "api").glob("*.json")), ids=lambda path: path.stem
+)
+def test_api_form(server, path):
+    """It is of the workflow of its name, and this server's nodes take it."""
+    prompt, info = json.loads(path.read_text()), server.get("/object_info")
+    assert_prompt_fits(prompt, info)
+    workflow = json.loads((REPO / "example_workflows" / path.name).read_text())
+    runs = {(str(node["id"]), node["type"]) for node in workflow["nodes"] if not node["mode"] and node["type"] in info}
+    assert {(key, node["class_type"]) for key, node in prompt.items()} == runs
 
 
 def assert_prompt_fits(prompt: dict, info: dict) -> None:
@@ -130,15 +120,42 @@ def test_workflows_are_offered_as_templates(server):
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_help_page(server, page, node):
-    """The frontend asks for <node>/en.md first, then for <node>.md; all inputs and outputs are explained there."""
+def test_help_page(page, node):
+    """The frontend asks for <node>/<language>.md first, then, in every language, for <node>.md; all inputs and outputs
+    are explained there, and its picture is shown."""
     page.evaluate(SELECT, node)
+    if node in (*LOADERS, "SkrrSaveEncoder", "SkrrTrimUnread"):
+        number = page.evaluate("() => window.app.graph._nodes[0].id")
+        if node in LOADERS:
+            shown = "(id) => { const w = skrrTest.widget(id, 'plan'); w.value = 'sd3 (shipped)'; w.callback(w.value); }"
+            page.evaluate(shown, number)
+            wait_for_map(page, number)
+        picture(page, node, [number], folder=HELP_IMAGES)
+        page.evaluate(SELECT, node)
     with page.expect_response(lambda r: urlsplit(r.url).path.endswith(f"/extensions/skrr/docs/{node}.md")) as answer:
         page.get_by_test_id("info-button").click()
     assert answer.value.ok
-    info = server.get("/object_info")[node]
+    info = page.server.get("/object_info")[node]
     page.get_by_role("heading", name="What the messages mean").wait_for()
     text = answer.value.text()
     assert text.startswith(f"# {info['display_name']}\n")
     names = [*info["input"]["required"], *info["input"].get("optional", {}), *info["output_name"]]
     assert [name for name in names if f"| `{name}`" not in text] == []
+    image = page.locator(f"img[src$='docs/images/{node}.png']")
+    image.wait_for()
+    page.wait_for_function("(image) => image.complete && image.naturalWidth > 100", arg=image.element_handle())
+
+
+def test_every_input_and_output_has_a_tooltip(server):
+    for key, node in server.get("/object_info").items():
+        if key in NODES:
+            inputs = {**node["input"]["required"], **node["input"].get("optional", {})}
+            assert [name for name, entry in inputs.items() if not entry[1].get("tooltip")] == [], key
+            assert len(node["output_tooltips"]) == len(node["output"]) and all(node["output_tooltips"]), key
+
+
+def test_table_of_sizes_is_made_by_its_script():
+    import runpy
+
+    made = runpy.run_path(str(REPO / "docs" / "make_sizes.py"))["table"]()
+    assert made in (REPO / "docs" / "artists.md").read_text(encoding="utf-8")

@@ -131,9 +131,15 @@ def test_interrupt_and_resume(server):
     assert entry["status"]["status_str"] == "error" and "interrupted" in str(entry["status"]["messages"])
     assert not (server.base / "models" / "skrr_plans" / "resumed.json").exists()
     assert len(list_states(server)) == 1
+    so_far = plan_file(server, "resumed_so_far")["encoders"]["t5xxl"]
+    assert [level["skipped"] for level in so_far["levels"]] == list(range(1, len(so_far["order"]) + 1))
+    (saved,) = list_states(server)
+    best = json.loads(saved.read_text())["beam"][0]
+    assert best["order"] == so_far["order"] and best["discrepancy"] == so_far["levels"][-1]["discrepancy"]
     server.run(graph("flux", **inputs))
     assert "going on with an interrupted search" in server.log()
-    assert list_states(server) == [] and plan_file(server, "resumed")["encoders"]["t5xxl"]["order"]
+    resumed = plan_file(server, "resumed")["encoders"]["t5xxl"]
+    assert list_states(server) == [] and len(resumed["extensions"]["search"]["steps"]) == len(resumed["order"])
 
 
 def list_states(server) -> list[Path]:
