@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,28 @@ def start(page, server) -> None:
     page.goto(server.url)
     page.wait_for_function(READY, timeout=120_000)
     page.evaluate(HELP)
+
+
+def start_over(page) -> None:
+    """Stop what the server runs, and open the frontend anew."""
+    page.server.post("/queue", {"clear": True})
+    for _ in range(300):
+        if not page.server.get("/queue")["queue_running"]:
+            break
+        page.server.interrupt()
+        page.wait_for_timeout(100)
+    start(page, page.server)
+
+
+def seen(page, folder: Path, name: str) -> str:
+    """What there is to see of a page: writes a picture into `folder`; returns its path, then the console's end."""
+    path = folder / (re.sub(r"[^\w.-]+", "_", name) + ".png")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        page.screenshot(path=path, timeout=5_000)
+    except Exception as error:  # a page that is gone must not hide why the test failed
+        path = f"no picture: {error}"
+    return "\n".join([str(path), *page.problems, *page.lines[-30:]])
 
 
 def build(page, nodes: Sequence[tuple], links: Sequence[tuple] = ()) -> None:

@@ -85,8 +85,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server_factory(comfyui_root: Path) -> Callable[..., Server]:
-    """`with server_factory("--cache-none") as server:` is a server of its own, with the pack and the tests' nodes."""
-    custom_nodes = {"skrr": REPO}
+    """`with server_factory("--cache-none") as server:` is a server of its own, with the pack and the tests' nodes, and
+    with the loader of Shapes, which an example workflow needs."""
+    custom_nodes = {"skrr": REPO, "shapes": REPO / "benchmarks" / "shapes" / "comfy_nodes"}
     if (REPO / "tests" / "comfy_nodes").is_dir():
         custom_nodes["skrr_test_nodes"] = REPO / "tests" / "comfy_nodes"
     return lambda *args: Server(comfyui_root, custom_nodes, args)
@@ -117,7 +118,8 @@ def second_frontend() -> Path | None:
 
 @pytest.fixture(scope="session", params=["1.32.9", "1.58.1"])
 def any_page(request, chromium, server_factory):
-    """The frontend in a browser, in two versions; `server` is what it talks to, `problems` its uncaught errors."""
+    """The frontend in a browser, in two versions; `server` is what it talks to, `problems` its uncaught errors,
+    `lines` what its console says."""
     from playwright.sync_api import sync_playwright
 
     with contextlib.ExitStack() as stack:
@@ -133,8 +135,9 @@ def any_page(request, chromium, server_factory):
         context = chrome.new_context(viewport={"width": 1600, "height": 1000})
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         page = context.new_page()
-        page.server, page.frontend, page.problems = server, request.param, []
+        page.server, page.frontend, page.problems, page.lines = server, request.param, [], []
         page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.on("console", lambda line: page.lines.append(f"{line.type}: {line.text}"))
         page.set_default_timeout(30_000)
         browser.start(page, server)
         yield page
@@ -142,19 +145,30 @@ def any_page(request, chromium, server_factory):
 
 
 @pytest.fixture
-def page(any_page):
-    """`any_page` for one test, which may leave no uncaught error behind."""
+def page(request, any_page):
+    """`any_page` for one test, which may leave no uncaught error behind. What a failed test has left (a dialog over the
+    canvas, a prompt that still runs) is not the next one's: that gets a fresh page."""
     any_page.problems.clear()
+    any_page.lines.clear()
     yield any_page
+    if request.node.stash.get(FAILED, False) or any_page.problems:
+        browser.start_over(any_page)
     assert any_page.problems == []
+
+
+FAILED = pytest.StashKey[bool]()
+FAILED_PAGES = REPO / ".cache" / "failed_pages"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """Shows the end of the server's log beside a failed test that used one."""
+    """Shows the end of the server's log and what the page looked like beside a failed test that used one."""
     report = yield
     if report.failed:
-        for value in getattr(item, "funcargs", {}).values():
+        item.stash[FAILED] = True
+        for name, value in getattr(item, "funcargs", {}).items():
             if isinstance(value, Server):
                 report.sections.append(("ComfyUI's log", value.log()[-comfy_runtime.LOG_TAIL :]))
+            elif name == "page" and call.when == "call":
+                report.sections.append(("The page", browser.seen(value, FAILED_PAGES, item.name)))
     return report
