@@ -181,10 +181,14 @@ class Meter:
             for piece in range(len(self._pieces[batch])):
                 yield self._trace(batch, piece)
 
+    def null_trace(self) -> Trace:
+        """The null prompt, embedded."""
+        return self._trace(0, 0)
+
     def readable(self) -> int:
         """How many sub-blocks stand before the last state that the conditioning reads; those behind change nothing."""
         if self.tracer.boundaries is None:
-            self.tracer.boundaries = self.tracer.find_boundaries(self._trace(0, 0))
+            self.tracer.boundaries = self.tracer.find_boundaries(self.null_trace())
         return 2 * max(self.tracer.boundaries, default=0)
 
     def null_norm(self) -> float:

@@ -173,6 +173,33 @@ DETAILS = (
     "a nostalgic mood", "drifting snowflakes", "light rain", "dust floating in the air", "a blurred background",
     "plenty of empty space", "reflections on wet ground", "a playful tone", "thick outlines", "a limited color palette",
 )
+LANGUAGES = (
+    # subjects, where they are, how they are pictured: a phrase of each makes a prompt
+    (("eine schwarze Katze", "zwei rote Äpfel", "ein alter Fischer", "drei gelbe Kerzen", "ein grünes Fahrrad"),
+     ("auf einem Holztisch", "im Regen", "am Strand bei Sonnenuntergang", "vor einer blauen Tür", "im Wald"),
+     ("Ölgemälde", "Fotografie", "Aquarell", "Bleistiftzeichnung")),
+    (("un chat noir", "deux pommes rouges", "une vieille dame", "trois bougies jaunes", "un vélo vert"),
+     ("sur une table en bois", "sous la pluie", "au bord de la mer", "devant une porte bleue", "dans la forêt"),
+     ("peinture à l'huile", "photographie", "aquarelle", "dessin au crayon")),
+    (("un gato negro", "dos manzanas rojas", "un viejo pescador", "tres velas amarillas", "una bicicleta verde"),
+     ("sobre una mesa de madera", "bajo la lluvia", "en la playa al atardecer", "en el bosque"),
+     ("pintura al óleo", "fotografía", "acuarela", "dibujo a lápiz")),
+    (("чёрная кошка", "два красных яблока", "старый рыбак", "три жёлтые свечи", "зелёный велосипед"),
+     ("на деревянном столе", "под дождём", "на берегу моря на закате", "в лесу"),
+     ("картина маслом", "фотография", "акварель", "рисунок карандашом")),
+    (("一只黑猫", "两个红苹果", "一位老渔夫", "三支黄色的蜡烛", "一辆绿色自行车"),
+     ("在木桌上", "在雨中", "在日落的海滩上", "在蓝色的门前", "在森林里"),
+     ("油画", "摄影", "水彩画", "铅笔素描")),
+    (("黒い猫", "二つの赤いりんご", "年老いた漁師", "三本の黄色いろうそく", "緑の自転車"),
+     ("木のテーブルの上", "雨の中", "夕暮れの海辺", "青い扉の前", "森の中"),
+     ("油絵", "写真", "水彩画", "鉛筆画")),
+)
+TAGS = (
+    "masterpiece", "best quality", "highly detailed", "8k", "sharp focus", "cinematic lighting", "bokeh", "concept art",
+    "trending", "award winning", "intricate", "dynamic pose", "looking at viewer", "full body", "upper body", "no humans",
+    "simple background", "outdoors", "solo", "from above",
+)
+WEIGHTS = ("1.1", "1.2", "1.3", "1.4", "0.8", "0.6")
 # fmt: on
 
 Noun = tuple[str, str]
@@ -340,6 +367,60 @@ def generate(count: int = 1000, seed: int = 0) -> list[str]:
         prompt = _prompt(draw)
         if MIN_LENGTH <= len(prompt) <= MAX_LENGTH:
             prompts[prompt] = None
+    return list(prompts)
+
+
+def _short(draw: _Draw) -> str:
+    """A caption of a few words."""
+    first, second = (_one_or_more(draw, noun, draw.one(COLOURS)) for noun in draw.some(THINGS, 2))
+    bare, other = (_a(noun[0]) for noun in draw.some((*THINGS, *ANIMALS, *PEOPLE, *VEHICLES, *FOODS), 2))
+    subject = draw.one(
+        (first, bare, f"{bare} {draw.one(POSITIONS)} {other}", f"{first} and {second}", f"{bare} and {other}",
+         f"{draw.one(NUMBERS)} {draw.one((*THINGS, *ANIMALS, *PEOPLE, *VEHICLES, *FOODS))[1]}")
+    )  # fmt: skip
+    return draw.one(("{}", "{}", "a photo of {}", "a drawing of {}", "{} on a plain background", "there is {}")).format(
+        subject
+    )
+
+
+def _scene(draw: _Draw) -> str:
+    """What a long prompt is about, alone."""
+    return draw.one(SUBJECTS)(draw)
+
+
+def _tagged(draw: _Draw) -> str:
+    """Words between commas, some of them weighted as ComfyUI writes it."""
+    person, place = draw.one(PEOPLE)[0], draw.one(PLACES)
+    words = [f"{draw.one(AGES)} {person}", f"{draw.one(COLOURS)} {draw.one(GARMENTS)[0]}", place, draw.one(LIGHTS)]
+    words = [*words, draw.one(STYLES).split(" ", 1)[1], *draw.some(TAGS, 2 + draw.below(6))]
+    return ", ".join(f"({w}:{draw.one(WEIGHTS)})" if draw.below(6) == 0 else w for w in draw.some(words, len(words)))
+
+
+def _foreign(draw: _Draw) -> str:
+    """A prompt in another language."""
+    return ", ".join(draw.one(part) for part in draw.one(LANGUAGES))
+
+
+def _long(draw: _Draw) -> str:
+    """Two prompts in one."""
+    return f"{_prompt(draw)} {_prompt(draw)}"
+
+
+KINDS = (_prompt,) * 6 + (_short,) * 6 + (_scene,) * 3 + (_tagged,) * 2 + (_foreign,) * 2 + (_long,)
+
+
+def broad(count: int = 1000, seed: int = 0) -> list[str]:
+    """`count` different prompts of all kinds that artists write: long and short ones, tags, weights, lettering, other
+    languages. For what learns from prompts (standin.py) and must not meet a kind that it has never seen.
+
+    The same for a seed everywhere; a longer list starts with the shorter one. Raises PromptError as `generate` does.
+    """
+    if not 0 <= count <= MAX_PROMPTS:
+        raise PromptError(f"count: expected 0 to {MAX_PROMPTS} prompts, found {count}; ask for fewer")
+    draw = _Draw(seed)
+    prompts: dict[str, None] = {}
+    while len(prompts) < count:
+        prompts[draw.one(KINDS)(draw)] = None
     return list(prompts)
 
 

@@ -1,4 +1,5 @@
-"""A level of a plan put into an encoder: placeholders without parameters in place of its skipped sub-blocks.
+"""A level of a plan put into an encoder: placeholders in place of its skipped sub-blocks, without parameters of their
+own but for those of linear stand-ins.
 
 Rewiring happens in place, on a module tree that the caller owns, at the original indices. Nothing is copied,
 renumbered or edited, so quantised weights, LoRA keys and layer taps keep working. `fork` makes an owned tree of an
@@ -6,20 +7,27 @@ encoder that someone else owns.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
+from .repair import Linear, Repair, StandIn
 from .row import Row
 
-Assignment = Mapping[int, int | None]
-"""Removed sub-block -> kept sub-block that stands in for it, or None where it is skipped. All others are kept."""
+Action = int | StandIn | None
+"""What is done at a removed sub-block's place: another, kept sub-block is re-used, a linear stand-in repairs the
+stream, or nothing."""
+
+Assignment = Mapping[int, Action]
+"""Removed sub-block -> what is done at its place. All others are kept."""
 
 
-def assignment(order: Iterable[int], reuse: Mapping[int, int] | None = None) -> dict[int, int | None]:
-    """The assignment of a level: its skipped sub-blocks, some of which re-use another."""
-    reuse = reuse or {}
-    return {i: reuse.get(i) for i in order}
+def assignment(
+    order: Iterable[int], reuse: Mapping[int, int] | None = None, standins: Mapping[int, StandIn] | None = None
+) -> dict[int, Action]:
+    """The assignment of a level: its skipped sub-blocks, some of which re-use another or are repaired."""
+    actions: dict[int, Action] = {**(reuse or {}), **(standins or {})}
+    return {i: actions.get(i) for i in order}
 
 
 def fork(root: nn.Module, paths: Iterable[str]) -> nn.Module:
@@ -46,15 +54,19 @@ def shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
-def rewire(encoder: nn.Module, row: Row, removed: Assignment) -> dict[str, nn.Module]:
+def rewire(
+    encoder: nn.Module, row: Row, removed: Assignment, linear: Callable[..., nn.Linear] = Linear
+) -> dict[str, nn.Module]:
     """Put placeholders in place of the removed sub-blocks of `encoder` (whose row is `row`), in place.
 
-    Returns path -> module that stood there; give it to `undo` to have the encoder as it was.
+    linear: class of the stand-ins' layers (see repair.Repair). Returns path -> module that stood there; give it to
+    `undo` to have the encoder as it was.
     """
     replaced = {}
-    for index, target in removed.items():
-        stand_in = None if target is None else row.sub_blocks[target]
-        for path, placeholder in row.sub_blocks[index].placeholders(stand_in).items():
+    for index, action in removed.items():
+        repair = Repair(action, linear) if isinstance(action, StandIn) else None
+        reused = row.sub_blocks[action] if isinstance(action, int) else None
+        for path, placeholder in row.sub_blocks[index].placeholders(reused, repair).items():
             replaced[path] = replace(encoder, path, placeholder)
     return replaced
 

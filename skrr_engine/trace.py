@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from .budget import Store
-from .rewire import Assignment, fork, replace
+from .repair import StandIn
+from .rewire import Action, Assignment, fork, replace
 from .row import Call, Placeholder, Row
 
 Reading = list[tuple[torch.Tensor, torch.Tensor | None]]
@@ -146,7 +147,9 @@ class Tracer:
         """The stream behind sub-block `index`, forked where its candidates treat that sub-block differently."""
         for action, members in parted(stream.members, index, candidates).items():
             x = stream.x
-            if action is not None:
+            if isinstance(action, StandIn):
+                x = action.apply(x)
+            elif action is not None:
                 if step is not None:
                     step()
                 x = self.row.sub_blocks[action].apply(x, trace.calls[index])
@@ -155,9 +158,9 @@ class Tracer:
             yield Stream(x, members, taps)
 
 
-def parted(members: Sequence[int], index: int, candidates: Sequence[Assignment]) -> dict[int | None, tuple[int, ...]]:
-    """Candidates by what they do at a sub-block: keep it (its own index), skip it (None), re-use another's index."""
-    groups: dict[int | None, list[int]] = {}
+def parted(members: Sequence[int], index: int, candidates: Sequence[Assignment]) -> dict[Action, tuple[int, ...]]:
+    """Candidates by what they do at a sub-block: keep it (its own index), or an action in its place."""
+    groups: dict[Action, list[int]] = {}
     for member in members:
         groups.setdefault(candidates[member].get(index, index), []).append(member)
     return {action: tuple(group) for action, group in groups.items()}
@@ -170,7 +173,7 @@ def forwards(length: int, candidates: Sequence[Assignment]) -> int:
     for index in range(length):
         groups = [parted(members, index, candidates) for members in streams]
         streams = [members for group in groups for members in group.values()]
-        total += sum(action is not None for group in groups for action in group)
+        total += sum(isinstance(action, int) for group in groups for action in group)
     return total
 
 
@@ -187,9 +190,9 @@ STRIDE = 4
 """Every how many sub-blocks a walk leaves its states on the shelf."""
 
 
-def before(candidate: Assignment, index: int) -> tuple[tuple[int, int | None], ...]:
+def before(candidate: Assignment, index: int) -> tuple[tuple[int, Action], ...]:
     """What a candidate removes before a sub-block: candidates alike in this share their state there."""
-    return tuple(sorted((i, action) for i, action in candidate.items() if i < index))
+    return tuple(sorted(((i, action) for i, action in candidate.items() if i < index), key=lambda entry: entry[0]))
 
 
 class Shelf:

@@ -6,8 +6,15 @@ from ..row import EncoderError, Row, parameter_count
 from . import clip, gemma, llama, t5
 
 FAMILIES = (t5, clip, gemma, llama)
-"""Each is a module with NAME, `find_blocks(encoder) -> (path, ModuleList) | None`, `width(block)` and
-`sub_blocks(blocks, path)`, which yields attention and feed-forward of each block in turn."""
+"""Each is a module with NAME, NORM (what kind its norms are: repair.NORMS),
+`find_blocks(encoder) -> (path, ModuleList) | None`, `width(block)` and
+`sub_blocks(blocks, path)`, which
+yields attention and feed-forward of each block in turn."""
+
+
+def by_name(name: str):
+    """The family of this name. Raises StopIteration where there is none."""
+    return next(family for family in FAMILIES if name == family.NAME)
 
 
 def find(encoder: nn.Module) -> Row:

@@ -7,6 +7,7 @@ from torch import nn
 from .residual import module_at, pairs
 
 NAME = "clip"
+NORM = "layer"
 FILE_KEY = re.compile(
     r"(?P<prefix>(?:.*\.)?)text_model\.encoder\.layers\.(?P<block>\d+)\."
     r"(?:(?P<attention>self_attn|layer_norm1)|(?P<feed_forward>mlp|layer_norm2))\.(?P<rest>.+)"

@@ -7,6 +7,7 @@ from torch import nn
 from .residual import module_at, pairs
 
 NAME = "gemma"
+NORM = "rms"
 FILE_KEY = re.compile(
     r"(?P<prefix>(?:.*\.)?)model\.layers\.(?P<block>\d+)\.(?:(?P<attention>self_attn|input_layernorm|post_attention_layernorm)"
     r"|(?P<feed_forward>mlp|pre_feedforward_layernorm|post_feedforward_layernorm))\.(?P<rest>.+)"

@@ -7,6 +7,7 @@ from torch import nn
 from .residual import module_at, pairs
 
 NAME = "llama"
+NORM = "rms"
 FILE_KEY = re.compile(
     r"(?P<prefix>(?:.*\.)?)model\.layers\.(?P<block>\d+)\."
     r"(?:(?P<attention>self_attn|input_layernorm)|(?P<feed_forward>mlp|post_attention_layernorm))\.(?P<rest>.+)"

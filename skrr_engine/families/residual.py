@@ -29,27 +29,30 @@ class ResidualSubBlock(SubBlock):
     def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         return x + self.branch(x, call)
 
-    def placeholders(self, stand_in: "ResidualSubBlock | None") -> dict[str, nn.Module]:
+    def placeholders(self, reused: "ResidualSubBlock | None", repair: nn.Module | None = None) -> dict[str, nn.Module]:
         norm, body, *post = self.paths
-        place = Body(stand_in, self.tuple_out)
+        place = Body(reused, repair, self.tuple_out)
         if hasattr(self.body, "is_sliding"):  # read by transformers' Gemma 3 blocks
             place.is_sliding = self.body.is_sliding
         return {norm: nn.Identity(), body: place, **{p: nn.Identity() for p in post}}
 
 
 class Body(Placeholder):
-    """In place of an attention or feed-forward module: adds nothing, or a stand-in's branch. Its block's norms are
-    identities, so it sees the residual stream itself."""
+    """In place of an attention or feed-forward module: adds nothing, a re-used branch, or a repair. Its block's norms
+    are identities, so it sees the residual stream itself."""
 
-    def __init__(self, stand_in: ResidualSubBlock | None, tuple_out: bool):
-        super().__init__(stand_in)
+    def __init__(self, reused: ResidualSubBlock | None, repair: nn.Module | None, tuple_out: bool):
+        super().__init__(reused, repair)
         self.tuple_out = tuple_out
 
     def forward(self, *args, **kwargs):
         x, call = Call.split(args, kwargs)
         if self.record is not None:
             self.record(x, call)
-        out = x.new_zeros(()) if self.stand_in is None else self.stand_in.branch(x, call)
+        if self.repair is not None:
+            out = self.repair(x)
+        else:
+            out = x.new_zeros(()) if self.reused is None else self.reused.branch(x, call)
         return (out, advanced(call.kwargs.get("past_key_value"), x.shape[1])) if self.tuple_out else out
 
 

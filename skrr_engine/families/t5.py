@@ -14,6 +14,7 @@ from ..row import Call, Placeholder, SubBlock, parameter_count
 from .residual import from_transformers, module_at
 
 NAME = "t5"
+NORM = "rms"
 FILE_KEY = re.compile(
     r"(?P<prefix>(?:.*\.)?)encoder\.block\.(?P<block>\d+)\.layer\.(?:(?P<attention>0)|(?P<feed_forward>1))\.(?P<rest>.+)"
 )
@@ -50,13 +51,15 @@ class T5FeedForward(SubBlock):
         (body,) = self.parts.values()
         return body(x.clone())  # ComfyUI's adds into its input
 
-    def placeholders(self, stand_in: "T5FeedForward | None") -> dict[str, nn.Module]:
-        return {path: FeedForwardPlaceholder(stand_in) for path in self.parts}
+    def placeholders(self, reused: "T5FeedForward | None", repair: nn.Module | None = None) -> dict[str, nn.Module]:
+        return {path: FeedForwardPlaceholder(reused, repair) for path in self.parts}
 
 
 class FeedForwardPlaceholder(Placeholder):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return x if self.stand_in is None else self.stand_in.apply(x, Call())
+        if self.repair is not None:
+            return x + self.repair(x)
+        return x if self.reused is None else self.reused.apply(x, Call())
 
 
 class T5Attention(SubBlock):
@@ -77,9 +80,9 @@ class T5Attention(SubBlock):
     def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         return call.again(self.body, x.clone())[0]  # ComfyUI's adds into its input
 
-    def placeholders(self, stand_in: "T5Attention | None") -> dict[str, nn.Module]:
+    def placeholders(self, reused: "T5Attention | None", repair: nn.Module | None = None) -> dict[str, nn.Module]:
         kept = BiasKeeper(self.body.SelfAttention) if self.shared_bias else None
-        return {self.path: AttentionPlaceholder(stand_in, kept)}
+        return {self.path: AttentionPlaceholder(reused, repair, kept)}
 
 
 class BiasKeeper(nn.Module):
@@ -110,8 +113,8 @@ class AttentionPlaceholder(Placeholder):
 
     BIAS = ("past_bias", "position_bias")  # ComfyUI's name and transformers'
 
-    def __init__(self, stand_in: T5Attention | None, kept: BiasKeeper | None):
-        super().__init__(stand_in)
+    def __init__(self, reused: T5Attention | None, repair: nn.Module | None, kept: BiasKeeper | None):
+        super().__init__(reused, repair)
         self.SelfAttention = kept
 
     def forward(self, *args, **kwargs):
@@ -121,8 +124,9 @@ class AttentionPlaceholder(Placeholder):
         call, bias = self.with_bias(x, call)
         if self.record is not None:
             self.record(x, call)
-        out = x if self.stand_in is None else self.stand_in.apply(x, call)
-        return out, bias
+        if self.repair is not None:
+            return x + self.repair(x), bias
+        return x if self.reused is None else self.reused.apply(x, call), bias
 
     def with_bias(self, x: torch.Tensor, call: Call) -> tuple[Call, torch.Tensor | None]:
         """The call with the kept bias filled in, and the bias that goes on to the next block."""

@@ -1,0 +1,250 @@
+"""Linear stand-ins fitted in closed form: what a removed place needs so that the stream goes on as before.
+
+At place i, `norm(x)` of the *pruned* encoder's own stream is regressed (ridge) onto what is missing to the *dense*
+stream behind i. Places are taken in order, each with the earlier stand-ins in place: a fit also corrects what earlier
+removals left. The fitted map is cut to a low rank by reduced-rank regression: the directions in which the fitted part is
+largest are kept.
+
+Every token counts by the inverse mean square of its dense stream: what reads the stream normalises each token, so
+errors matter relative to its size (some tokens are a thousand times larger than others). Nothing but Gram matrices is
+kept of the tokens: a few `[width, width]` ones, summed in float64.
+
+The idea is that of ReplaceMe (arXiv 2505.02819) and of reduced-rank regression (Izenman 1975); the tests and
+benchmarks/standins.py tell what it does here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from . import families
+from .budget import free_memory
+from .discrepancy import Meter
+from .repair import NORMS, StandIn
+from .rewire import Action
+from .trace import Trace
+
+DTYPE = torch.float16
+"""What the two factors are stored as; the bias is float32 (T5 has channels that float16 can't hold)."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How stand-ins are fitted. rank: of each; ridges: tried, relative to the mean eigenvalue of the Gram matrix, the
+    one best on held-out prompts is taken; null: share of the null prompt in all weight; held_out: every so many-th
+    prompt chooses the ridge and is fitted on only after that (0: the first ridge is taken)."""
+
+    rank: int = 16
+    ridges: tuple[float, ...] = (0.003, 0.03, 0.3)
+    null: float = 0.1
+    held_out: int = 5
+
+
+@dataclass
+class Gram:
+    """Weighted sums over tokens of features z `[tokens, width]` and targets r `[tokens, width]`, float64."""
+
+    weight: float
+    z: torch.Tensor
+    r: torch.Tensor
+    zz: torch.Tensor
+    zr: torch.Tensor
+    rr: float
+
+    @classmethod
+    def of(cls, width: int, device) -> Gram:
+        """Of no tokens."""
+        vector, matrix = (torch.zeros(*s, dtype=torch.float64, device=device) for s in ((width,), (width, width)))
+        return cls(0.0, vector, vector.clone(), matrix, matrix.clone(), 0.0)
+
+    def add(self, z: torch.Tensor, r: torch.Tensor, weights: torch.Tensor) -> None:
+        """Some more tokens; weights `[tokens]`."""
+        if not len(z):
+            return
+        z, r, weights = z.float(), r.float(), weights.float().unsqueeze(1)
+        weighted = z * weights
+        # Products of one batch in float32, sums of batches in float64: the ridge is far above what that loses.
+        self.weight += float(weights.double().sum())
+        self.z += weighted.double().sum(dim=0)
+        self.r += (r * weights).double().sum(dim=0)
+        self.zz += (weighted.T @ z).double()
+        self.zr += (weighted.T @ r).double()
+        self.rr += float((r.double().square() * weights).sum())
+
+    def __add__(self, other: Gram) -> Gram:
+        return Gram(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def error(self, fit: Fit) -> float:
+        """Weighted sum of squared errors of a fit on these tokens."""
+        down, up, bias = fit
+        a = down @ up
+        predicted = (a * (self.zz @ a)).sum() + 2 * (self.z @ a) @ bias + self.weight * (bias @ bias)
+        return self.rr + float(predicted - 2 * (a * self.zr).sum() - 2 * (bias @ self.r))
+
+
+Fit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""down `[width, rank]`, up `[rank, width]`, bias `[width]`, float64."""
+
+
+def solve(gram: Gram, rank: int, ridge: float) -> Fit:
+    """The ridge regression of r on z with a bias, cut to a rank where that costs least."""
+    mean_z, mean_r = gram.z / gram.weight, gram.r / gram.weight
+    zz = gram.zz - torch.outer(gram.z, mean_z)
+    zr = gram.zr - torch.outer(gram.z, mean_r)
+    zz.diagonal().add_(ridge * zz.diagonal().mean() + 1e-12)
+    full = torch.cholesky_solve(zr, torch.linalg.cholesky(zz))
+    up = leading(zr.T @ full, rank)
+    down = full @ up
+    return down, up.T, mean_r - mean_z @ down @ up.T
+
+
+def leading(matrix: torch.Tensor, rank: int, rounds: int = 8) -> torch.Tensor:
+    """Orthonormal columns `[width, rank]` that span about the leading eigenvectors of a symmetric, non-negative matrix:
+    by subspace iteration, which costs a few thin products where all eigenvectors of a wide encoder cost minutes."""
+    matrix = (matrix + matrix.T) / 2
+    columns = min(rank + 8, len(matrix))
+    start = torch.randn(len(matrix), columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = start.to(matrix.device)
+    for _ in range(rounds):
+        basis = torch.linalg.qr(matrix @ basis).Q
+    values, vectors = torch.linalg.eigh(basis.T @ matrix @ basis)
+    return basis @ vectors[:, values.argsort(descending=True)[:rank]]
+
+
+def stand_in(fit: Fit, norm: str) -> StandIn:
+    """A fit as it is stored: the factors' columns of equal size, so that neither overflows."""
+    down, up, bias = fit
+    scale = down.norm(dim=0).clamp(min=1e-12).sqrt() * len(bias) ** -0.25
+    return StandIn(norm, (down / scale).T.to(DTYPE).contiguous(), (up.T * scale).to(DTYPE).contiguous(), bias.float())
+
+
+class Streams:
+    """The dense and the pruned stream of every batch of a meter, taken from sub-block to sub-block.
+
+    They are held on their device up to a quarter of the meter's memory, beyond that in RAM, and beyond that not at all:
+    then they are computed anew, from the first sub-block, when they are asked for. passed: what is done at the places
+    behind us.
+    """
+
+    def __init__(self, meter: Meter):
+        self.meter, self.row = meter, meter.tracer.row
+        self.passed: list[Action] = []
+        self._held: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
+        self._room = {"device": meter.memory // 4, "cpu": 0}
+        if next(meter.encoder.parameters()).device.type != "cpu":
+            self._room["cpu"] = free_memory("cpu")
+
+    def traces(self) -> Iterable[tuple[int, Trace]]:
+        """Every batch, numbered; number 0 is the null prompt's."""
+        yield 0, self.meter.null_trace()
+        yield from enumerate(self.meter.calibration_traces(), 1)
+
+    def here(self) -> Iterable[tuple[int, Trace, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Of every batch: its number, trace, dense stream before this place, behind it, and pruned stream before it."""
+        index = len(self.passed)
+        for number, trace in self.traces():
+            dense, pruned = self._state(number, trace)
+            yield number, trace, dense, self.row.sub_blocks[index].apply(dense, trace.calls[index]), pruned
+
+    def _state(self, number: int, trace: Trace) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both streams of a batch at this place."""
+        start, dense, pruned = self._held.get(number, (0, trace.x, trace.x))
+        shared = dense is pruned
+        dense, pruned = dense.to(trace.x.device), pruned.to(trace.x.device)
+        if shared:
+            pruned = dense
+        for index in range(start, len(self.passed)):
+            action, call = self.passed[index], trace.calls[index]
+            behind = self.row.sub_blocks[index].apply(dense, call)
+            if action == index and pruned is dense:
+                pruned = behind
+            elif isinstance(action, StandIn):
+                pruned = action.apply(pruned)
+            elif action is not None:
+                pruned = self.row.sub_blocks[action].apply(pruned, call)
+            dense = behind
+        self._hold(number, dense, pruned)
+        return dense, pruned
+
+    def _hold(self, number: int, dense: torch.Tensor, pruned: torch.Tensor) -> None:
+        held = self._held.pop(number, None)
+        size = 2 * dense.nbytes
+        if held is None:
+            where = next((place for place, room in self._room.items() if room >= size), None)
+            if where is None:
+                return
+            self._room[where] -= size
+        else:
+            where = "device" if held[1].device == dense.device else "cpu"
+        if where == "cpu":
+            dense, pruned = dense.cpu(), dense.cpu() if pruned is dense else pruned.cpu()
+        self._held[number] = len(self.passed), dense, pruned
+
+    def go_on(self, action: Action) -> None:
+        """To the next place; action: what is done at this one, its own index where it is kept."""
+        self.passed.append(action)
+
+
+def fit(
+    meter: Meter,
+    removed: Mapping[int, Action],
+    fitting: Fitting,
+    tried: Iterable[int] = (),
+    tick: Callable[[float], None] = lambda share: None,
+) -> tuple[dict[int, StandIn], dict[int, StandIn]]:
+    """Stand-ins for removed sub-blocks; and for others that are kept, each as if it alone were removed on top.
+
+    meter: its prompts are fitted on. removed: sub-block -> None where a stand-in is to be fitted; a stand-in or a
+    re-used sub-block stays what it is. tried: kept sub-blocks to fit a stand-in for as well. tick: called before every sub-block
+    with the share of the work that is done; what it raises ends the fit.
+    """
+    row = meter.tracer.row
+    norm, tried = families.by_name(row.family).NORM, set(tried)
+    streams = Streams(meter)
+    found, trials = {}, {}
+    last = max([*removed, *tried], default=-1)
+    for index in range(last + 1):
+        tick(index / (last + 1))
+        action = removed.get(index, index)
+        if action is None or index in tried:
+            standin = stand_in(best(*grams(streams, norm, fitting), fitting), norm)
+            if action is None:
+                found[index] = action = standin
+            else:
+                trials[index] = standin
+        streams.go_on(action)
+    return found, trials
+
+
+def grams(streams: Streams, norm: str, fitting: Fitting) -> tuple[Gram, Gram]:
+    """The Gram matrices at the place where the streams are: of the prompts to fit on, and of those held out."""
+    null = share = prompts = 0
+    kept = held = None
+    for number, _, _, behind, pruned in streams.here():
+        if kept is None:
+            kept, held = (Gram.of(behind.shape[-1], behind.device) for _ in range(2))
+        batch, tokens, width = behind.shape
+        z, r = NORMS[norm](pruned.float()), behind.float() - pruned.float()
+        weights = 1 / behind.double().square().mean(dim=-1).clamp(min=1e-12)
+        if number == 0:
+            null = z.reshape(-1, width), r.reshape(-1, width), weights.flatten()
+            continue
+        share += float(weights.sum())
+        out = torch.arange(prompts, prompts + batch) % max(fitting.held_out, 1) == fitting.held_out - 1
+        prompts += batch
+        for gram, chosen in ((kept, ~out), (held, out)):
+            gram.add(z[chosen].reshape(-1, width), r[chosen].reshape(-1, width), weights[chosen].flatten())
+    z, r, weights = null
+    kept.add(z, r, weights * (fitting.null * share / float(weights.sum())))
+    return kept, held
+
+
+def best(kept: Gram, held: Gram, fitting: Fitting) -> Fit:
+    """The fit on all tokens, with the ridge that is best on those held out."""
+    ridge = fitting.ridges[0]
+    if held.weight and len(fitting.ridges) > 1:
+        ridge = min(fitting.ridges, key=lambda r: held.error(solve(kept, fitting.rank, r)))
+    return solve(kept + held, fitting.rank, ridge)
