@@ -18,18 +18,22 @@ from typing import Protocol
 
 import torch
 
-from . import __version__, families
+from . import __version__, families, standin_file
 from .errors import SkrrError, first_line
 from .plan import EncoderPlan, Plan, PlanError
+from .repair import StandIn
 
 PLAN, RECORD = "skrr_plan", "skrr"
 """Metadata of a pruned file: the plan's JSON, and JSON of its own (see `Record`)."""
+STANDINS = "skrr_standins."
+"""What the names of stand-ins in a pruned file begin with, and the name of the metadata that says their norms."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_RECORD = 4 << 20
 CHUNK = 16 << 20
 
@@ -158,6 +162,8 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path.name}: not a whole safetensors file ({first_line(error)}); get or convert it again"
             ) from None
+        self._standins = {key for key in entries if key.startswith(STANDINS)}
+        entries = {key: entry for key, entry in entries.items() if key not in self._standins}
         self.record = self._read_record(entries)
         left_out = self.record.dropped if self.record else {}
         both = next((key for key in left_out if key in entries), None)
@@ -225,6 +231,20 @@ class Checkpoint:
                 got += count
         return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
+    @functools.cached_property
+    def standins(self) -> dict[int, StandIn]:
+        """The stand-ins in a pruned file, by the places that they repair. Raises StandInError."""
+        record = self.record
+        level = record.plan.level(record.skipped) if record and record.plan else None
+        if level is None or level.standins is None or not self._standins:
+            return {}
+
+        def fetch(key: str) -> torch.Tensor | None:
+            return self.tensor(STANDINS + key).clone() if STANDINS + key in self._standins else None
+
+        norms = self.metadata.get(STANDINS, "")
+        return standin_file.checked(fetch, norms, self.path.name, record.encoder, record.plan, level)
+
     def sha256(self) -> str:
         """Of the whole file."""
         return file_sha256(self.path)
@@ -284,11 +304,13 @@ def write_pruned(
     plan: Plan | None,
     skipped: int = 0,
     unread: Collection[int] = (),
+    standins: Mapping[int, StandIn] | None = None,
 ) -> int:
     """Write a copy of an encoder's file without what a plan's level skips; returns the bytes written.
 
-    name: the plan's entry for this encoder; skipped: the level; unread: further sub-blocks to leave out. Streamed, one
-    tensor in memory at a time; written whole or not at all. Raises CheckpointError, PlanError, OSError.
+    name: the plan's entry for this encoder; skipped: the level; unread: further sub-blocks to leave out; standins: the
+    level's, to be written along. Streamed, one tensor in memory at a time; written whole or not at all. Raises
+    CheckpointError, PlanError, OSError.
     """
     if source.record is not None:
         raise CheckpointError(f"{source.path.name} is pruned already: start from {source.record.source['name']}")
@@ -299,6 +321,10 @@ def write_pruned(
         level = entry.level(skipped)
         gone |= set(entry.order[:skipped])
         gone -= set(level.reuse.values())
+    extra, more = {}, {}
+    if standins:
+        tensors, more[STANDINS] = standin_file.packed({name: {skipped: standins}})
+        extra = {STANDINS + key: tensor for key, tensor in tensors.items()}
     left_out = layout.dropped(gone)
     if Path(out).exists() and Path(out).samefile(source.path):
         raise CheckpointError(f"{out} is the source file: choose another name")
@@ -313,23 +339,24 @@ def write_pruned(
         "data_sha256": "0" * 64,
         "dropped": {key: [layout.entries[key].dtype, layout.entries[key].shape] for key in sorted(left_out)},
     }
-    metadata = {**source.metadata, RECORD: json.dumps(record, separators=(",", ":"))}
+    metadata = {**source.metadata, **more, RECORD: json.dumps(record, separators=(",", ":"))}
     if plan is not None:
         metadata[PLAN] = plan.to_json()
     # As safetensors' own writer has it, so that every tensor starts at a multiple of its element size.
-    kept = sorted(source.entries.keys() - left_out, key=lambda k: (-source.entries[k].itemsize, k))
+    entries = {**source.entries, **{key: Entry(NAMES[t.dtype], tuple(t.shape)) for key, t in extra.items()}}
+    kept = sorted(entries.keys() - left_out, key=lambda k: (-entries[k].itemsize, k))
     with replacing(out) as file:
-        header = header_bytes({key: source.entries[key] for key in kept}, metadata)
+        header = header_bytes({key: entries[key] for key in kept}, metadata)
         file.write(header)
         digest = hashlib.sha256()
         for key in kept:
-            for chunk in tensor_bytes(source.tensor(key)):
+            for chunk in tensor_bytes(extra[key] if key in extra else source.tensor(key)):
                 digest.update(chunk)
                 file.write(chunk)
         written = file.tell()
         metadata[RECORD] = json.dumps({**record, "data_sha256": digest.hexdigest()}, separators=(",", ":"))
         file.seek(0)
-        file.write(header_bytes({key: source.entries[key] for key in kept}, metadata))  # as long as the first one
+        file.write(header_bytes({key: entries[key] for key in kept}, metadata))  # as long as the first one
     return written
 
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m skrr_engine search | show | discrepancy`, for machines without ComfyUI.
+"""The command line: `python -m skrr_engine search | show | discrepancy | encode | apply | verify`, without ComfyUI.
 
 Exit code 0; 1 for a user's error, told in one line; 130 for Ctrl-C.
 """
@@ -8,14 +8,25 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__
 from .errors import SkrrError
 from .plan import Plan, Provenance
+from .prompts import broad as broad_prompts
 from .prompts import from_file as read_prompts
 from .prompts import generate as generate_prompts
 from .prompts import sha256 as prompts_sha256
 from .show import describe_plan, duration
+
+if TYPE_CHECKING:
+    from .discrepancy import Meter
+    from .encoders import Encoder
+    from .projection import TextProjection
+    from .team import Team
 
 BARE = (
     "no --projection: the search runs on the bare embeddings, and quality suffers (paper: GenEval .381 instead of .442)"
@@ -39,6 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+METHODS = ("skrr", "heal", "finercut", "shortgpt", "random")
+MAX_RANKED = 64
+"""Prompts that a search with stand-ins ranks candidates on; the others are fitted on."""
+
+
 class UsageError(SkrrError):
     """An option that makes no sense; one line."""
 
@@ -60,8 +76,10 @@ def parser() -> argparse.ArgumentParser:
         "--encoder", required=True, metavar="PATH", help="transformers folder, or T5/CLIP .safetensors"
     )
     encoder.add_argument("--tokenizer", metavar="FOLDER", help="its tokenizer, where that is not beside the encoder")
-    encoder.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line (default: generated)")
-    encoder.add_argument("--count", type=int, default=128, metavar="N", help="how many to generate (default 128)")
+    encoder.add_argument("--prompts", metavar="FILE", help="prompts, one a line (default: generated)")
+    encoder.add_argument(
+        "--count", type=int, metavar="N", help="how many to generate (default 128; with --standins 512)"
+    )
     encoder.add_argument("--projection", metavar="FILE", help="the denoiser's .safetensors, for its text projection")
     encoder.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     encoder.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -82,10 +100,15 @@ def parser() -> argparse.ArgumentParser:
     )
     search.add_argument("--beam", type=int, default=3, help="width of the beam search (default 3)")
     search.add_argument(
+        "--standins",
+        metavar="RANK",
+        help="repair what is removed by linear stand-ins of this rank, or auto; they go to a file beside the plan",
+    )
+    search.add_argument(
         "--method",
-        default="skrr",
-        choices=("skrr", "finercut", "shortgpt", "random"),
-        help="how sub-blocks are chosen: skrr, or, to compare with, another paper's way (baselines.py)",
+        choices=METHODS,
+        help="how sub-blocks are chosen: skrr, the paper's way (default); heal, by what stand-ins can repair (default"
+        " with --standins); or, to compare with, another paper's way (baselines.py)",
     )
     search.add_argument("--seed", type=int, default=0, help="of --method random (default 0)")
     search.add_argument("--no-reuse", action="store_true", help="skip only")
@@ -110,6 +133,15 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--sparsity", type=float, help="the level at or below it (default: the plan's strongest)")
     measure.add_argument("--json", action="store_true", help="print one JSON object")
     measure.set_defaults(command=run_discrepancy)
+
+    encode = commands.add_parser(
+        "encode", parents=[encoder], help="write prompts' embeddings", description=run_encode.__doc__
+    )
+    encode.add_argument("--plan", metavar="PLAN", help="prune the encoder by this plan (default: dense)")
+    encode.add_argument("--sparsity", type=float, help="the level at or below it (default: the plan's strongest)")
+    encode.add_argument("--out", required=True, metavar="FILE", help=".safetensors to write")
+    encode.set_defaults(command=run_encode)
+
     apply = commands.add_parser("apply", help="write a pruned encoder file", description=run_apply.__doc__)
     apply.add_argument("--encoder", required=True, metavar="FILE", help="a text encoder's .safetensors")
     apply.add_argument("--plan", required=True, metavar="PLAN")
@@ -126,60 +158,112 @@ def parser() -> argparse.ArgumentParser:
 
 def run_search(options) -> None:
     """Search a plan for an encoder and write it."""
+    from . import standin_file
+    from .heal import best_rank
+    from .heal import search as heal_search
     from .search import Settings, search
-    from .state import State, fingerprint
 
     delta = 0.0 if options.exact else options.delta
     settings = Settings(options.sparsity, parsed_levels(options.levels), options.beam, not options.no_reuse, delta)
+    fitting = parsed_standins(options.standins)
+    method = options.method or ("heal" if fitting else "skrr")
+    if method == "heal" and fitting is None:
+        raise UsageError("--method heal: measures stand-ins; give their rank with --standins, like 16")
+    if options.resume and method not in ("skrr", "heal"):
+        raise UsageError("--resume: only --method skrr and heal can be gone on with")
     check_writable(options.out, "--out")
     if options.resume:
         check_writable(options.resume, "--resume")
-    encoder, meter, prompts, projection = prepare(options)
-    if projection is None and meter.team.leads:
+    bench = prepare(options, broad=fitting is not None)
+    leads = bench.team.leads
+    if bench.projection is None and leads:
         print(f"skrr: {BARE}", file=sys.stderr)
-    leads = meter.team.leads
     report = (lambda progress: None) if options.quiet or not leads else Reporter()
-    if options.method != "skrr":
-        entry = baseline(options, settings, meter)
-    elif options.resume:
-        facts = [__version__, repr(settings), prompts_sha256(prompts), options.dtype, str(options.projection)]
-        state = State(options.resume, fingerprint(encoder.row, *facts, bring=encoder.bring))
-        save = state.save if leads else lambda beam: None
-        entry = search(meter, settings, report, save, state.load(len(encoder.row)))
+    fitted, ranked = (None, bench.meter(bench.prompts)) if fitting is None else halves(bench)
+    state, save, beam = resumed(options, bench, settings, fitting)
+    if method == "heal":
+        healed = heal_search(fitted, ranked, settings, fitting, report, save, beam)
+        entry = healed.plan
     else:
-        entry = search(meter, settings, report)
+        if method == "skrr":
+            entry = search(ranked, settings, report, save, beam)
+        else:
+            entry = baseline(method, options.seed, settings, ranked)
+        if fitting is not None:
+            healed = best_rank(fitted, ranked, entry.order, settings, fitting, entry.extensions["search"])
+            entry = healed.plan
     if not leads:
         return
     provenance = Provenance(
-        source="search" if options.method == "skrr" else options.method,
-        projection=projection and projection.name,
-        denoiser=projection and projection.denoiser,
-        prompts=len(prompts),
-        prompts_sha256=prompts_sha256(prompts),
+        source="search" if method in ("skrr", "heal") else method,
+        projection=bench.projection and bench.projection.name,
+        denoiser=bench.projection and bench.projection.denoiser,
+        prompts=len(bench.prompts),
+        prompts_sha256=prompts_sha256(bench.prompts),
         beam=options.beam,
         created_with=f"skrr {__version__}",
     )
-    name = options.name or encoder.name
+    name = options.name or bench.encoder.name
     plan = Plan(format="skrr-plan", version=1, encoders={name: entry}, provenance=provenance)
+    written = options.out
+    if fitting is not None:
+        plan, data = standin_file.encoded(plan, {name: healed.standins})
+        standin_file.write(standin_file.beside(options.out), data)
+        written += f", its stand-ins to {standin_file.beside(options.out)} ({len(data) / 1e6:.1f} MB)"
     plan.write(options.out)
-    if options.resume and options.method == "skrr":
+    if state is not None:
         state.forget()
     if not options.quiet:
         print("", file=sys.stderr)
     print(describe_plan(plan))
-    print(f"written to {options.out}")
+    print(f"written to {written}")
 
 
-def baseline(options, settings, meter):
+def parsed_standins(text: str | None):
+    """`--standins` as a Fitting, None where there is none."""
+    from .standin import Fitting
+
+    if text is None:
+        return None
+    if text == "auto":
+        return Fitting(ranks=Fitting.RANKS)
+    try:
+        return Fitting(rank=int(text))
+    except ValueError:
+        raise UsageError(f"--standins {text}: give a rank, like 16, or auto") from None
+
+
+def halves(bench: "Bench"):
+    """A meter on the prompts that stand-ins are fitted on, and one on those that candidates are ranked on: every 8th,
+    at most MAX_RANKED."""
+    if len(bench.prompts) < 16:
+        raise UsageError(f"{len(bench.prompts)} prompts are too few to fit stand-ins on: give at least 16, better 500")
+    ranked = bench.prompts[::8][:MAX_RANKED]
+    chosen = set(ranked)
+    return bench.meter([p for p in bench.prompts if p not in chosen]), bench.meter(ranked)
+
+
+def resumed(options, bench: "Bench", settings, fitting):
+    """The search's saved state (None without --resume), what saves it, and the beam to go on from."""
+    from .state import State, fingerprint
+
+    if not options.resume:
+        return None, lambda beam: None, ()
+    facts = [__version__, repr(settings), prompts_sha256(bench.prompts), options.dtype, str(options.projection)]
+    facts += [repr(fitting), options.method]
+    encoder = bench.encoder
+    state = State(options.resume, fingerprint(encoder.row, *facts, bring=encoder.bring))
+    return state, state.save if bench.team.leads else lambda beam: None, state.load(len(encoder.row))
+
+
+def baseline(method: str, seed: int, settings, meter):
     """An encoder's entry by another method; its levels' discrepancies are Skrr's."""
     from . import baselines
     from .discrepancy import Meter
 
-    if options.resume:
-        raise UsageError("--resume: only --method skrr can be gone on with")
-    if options.method == "random":
-        order = baselines.random_order(meter, options.seed)
-    elif options.method == "shortgpt":
+    if method == "random":
+        order = baselines.random_order(meter, seed)
+    elif method == "shortgpt":
         order = baselines.shortgpt_order(meter)
     else:
         batches, null = meter.batches()
@@ -187,7 +271,7 @@ def baseline(options, settings, meter):
             meter.encoder, meter.tracer, batches, null, memory=meter.memory, criterion=baselines.ANGLE_OF_OUTPUT
         )
         order = baselines.finercut_order(own, settings.sparsity)
-    return baselines.plan_of(meter, order, [*settings.levels, settings.sparsity], options.method)
+    return baselines.plan_of(meter, order, [*settings.levels, settings.sparsity], method)
 
 
 def run_show(options) -> None:
@@ -198,21 +282,16 @@ def run_show(options) -> None:
 def run_discrepancy(options) -> None:
     """Measure a plan's level on prompts: D_cond and D_null (mean squared errors of the projected conditional and null
     embeddings), null_norm (mean L2 norm of the projected null embedding's tokens), dense and pruned."""
-    from .level import at_sparsity
-    from .search import measure_level
-
-    plan = Plan.read(options.plan)
-    encoder, meter, _, _ = prepare(options)
-    name = options.name or (encoder.name if encoder.name in plan.encoders else next(iter(plan.encoders)))
-    entry = plan.encoder(name)
-    row = encoder.row
-    entry.check(row.family, row.blocks, row.width, name)
-    level = entry.levels[-1] if options.sparsity is None else at_sparsity(row, entry, options.sparsity)
-    found = measure_level(meter, entry, level)
+    bench = prepare(options)
+    name, level, removed = removal(options, bench)
+    row, meter = bench.encoder.row, bench.meter(bench.prompts)
+    (found,) = meter.measure([removed])
+    standins = level.standins.ranks if level.standins and any(map(is_stand_in, removed.values())) else {}
     result = {
         "encoder": name,
         "skipped": level.skipped,
-        "sparsity": row.sparsity(entry.order[: level.skipped]),
+        "sparsity": row.sparsity(removed),
+        "standins": len(standins),
         "D": found.total,
         "D_cond": found.conditional,
         "D_null": found.null,
@@ -221,15 +300,74 @@ def run_discrepancy(options) -> None:
     if options.json:
         print(json.dumps(result))
         return
-    print(f"{name}: {level.skipped} of {len(row)} sub-blocks skipped, {len(level.reuse)} of them re-used,"
-          f" sparsity {result['sparsity']:.1%}")  # fmt: skip
+    repaired = f", {len(standins)} repaired by stand-ins" if standins else f", {len(level.reuse)} of them re-used"
+    print(f"{name}: {level.skipped} of {len(row)} sub-blocks skipped{repaired}, sparsity {result['sparsity']:.1%}")
     print(f"D_cond    {found.conditional:.6g}")
     print(f"D_null    {found.null:.6g}")
     print(f"null_norm {result['null_norm']['dense']:.6g} dense, {found.null_norm:.6g} pruned")
 
 
+def is_stand_in(action) -> bool:
+    from .repair import StandIn
+
+    return isinstance(action, StandIn)
+
+
+def removal(options, bench: "Bench"):
+    """The plan's entry for the encoder, its level asked for, and that as an assignment, stand-ins in place where their
+    file is beside the plan."""
+    from . import standin_file
+    from .level import at_sparsity
+    from .rewire import assignment
+
+    plan, encoder = Plan.read(options.plan), bench.encoder
+    name = options.name or (encoder.name if encoder.name in plan.encoders else next(iter(plan.encoders)))
+    entry, row = plan.encoder(name), encoder.row
+    entry.check(row.family, row.blocks, row.width, name)
+    level = entry.levels[-1] if options.sparsity is None else at_sparsity(row, entry, options.sparsity)
+    folder = Path(options.plan).parent
+    standins, problem = standin_file.of_level([folder], name, entry, level, standin_file.beside(options.plan))
+    if problem:
+        print(f"skrr: {problem}", file=sys.stderr)
+    return name, level, assignment(entry.order[: level.skipped], level.reuse, standins)
+
+
+def run_encode(options) -> None:
+    """Write each prompt's conditioning (last hidden state, float32 [tokens, width]) as the encoder gives it, pruned and
+    repaired by a plan where one is given: keys 0, 1, ... by the prompts' lines, and null for the empty prompt."""
+    import torch
+    from safetensors.torch import save
+
+    from . import standin_file
+    from .rewire import rewire
+
+    check_writable(options.out, "--out")
+    bench = prepare(options)
+    encoder = bench.encoder
+    if options.plan:
+        _, _, removed = removal(options, bench)
+        rewire(encoder.module, encoder.row, removed)
+    found = {}
+    by_length: dict[int, list[int]] = {}
+    ids = [encoder.tokenize(prompt) for prompt in bench.prompts]
+    for number, tokens in enumerate(ids):
+        by_length.setdefault(len(tokens), []).append(number)
+    for length, members in sorted(by_length.items()):
+        size = max(1, 512 // length)
+        for start in range(0, len(members), size):
+            chosen = members[start : start + size]
+            ((hidden, _),) = encoder.batch([ids[i] for i in chosen]).run(encoder.module)
+            found |= {str(i): row.float().cpu().clone() for i, row in zip(chosen, hidden, strict=True)}
+    ((null, _),) = encoder.batch([encoder.tokenize("")]).run(encoder.module)
+    found["null"] = null[0].float().cpu().to(torch.float32)
+    data = save(found)
+    standin_file.write(options.out, data)
+    print(f"{len(ids)} prompts and the empty one written to {options.out} ({len(data) / 1e6:.1f} MB)")
+
+
 def run_apply(options) -> None:
     """Write a copy of an encoder's .safetensors without what a plan skips: kept tensors bit for bit, and the plan."""
+    from . import standin_file
     from .checkpoint import Checkpoint, write_pruned
     from .level import at_sparsity
 
@@ -242,7 +380,11 @@ def run_apply(options) -> None:
     entry = plan.encoder(name)
     entry.check(*shape, name)
     level = entry.levels[-1] if options.sparsity is None else at_sparsity(layout, entry, options.sparsity)
-    written = write_pruned(source, options.out, name, plan, level.skipped)
+    folder = Path(options.plan).parent
+    standins, problem = standin_file.of_level([folder], name, entry, level, standin_file.beside(options.plan))
+    if problem:
+        print(f"skrr: {problem}", file=sys.stderr)
+    written = write_pruned(source, options.out, name, plan, level.skipped, standins=standins)
     gone = layout.sparsity(entry.order[: level.skipped])
     before = source.path.stat().st_size
     print(f"{name}: {level.skipped} of {2 * layout.blocks} sub-blocks left out, {gone:.1%} of its parameters")
@@ -259,8 +401,19 @@ def run_verify(options) -> None:
     print(f"{record.skipped} sub-blocks skipped by its plan and {len(record.unread)} unread ones")
 
 
-def prepare(options):
-    """Encoder, meter, prompts and projection from the options."""
+@dataclass(frozen=True)
+class Bench:
+    """What the commands work on. meter: prompts -> a meter on them."""
+
+    encoder: "Encoder"
+    prompts: list[str]
+    projection: "TextProjection | None"
+    team: "Team"
+    meter: "Callable[[Sequence[str]], Meter]"
+
+
+def prepare(options, broad: bool = False) -> Bench:
+    """Encoder, prompts and projection from the options. broad: generate prompts of all kinds."""
     import torch
 
     from .budget import batch_tokens, free_memory
@@ -272,12 +425,15 @@ def prepare(options):
 
     if options.memory is not None and not 0.001 <= options.memory < 10**6:
         raise UsageError(f"--memory {options.memory}: give gigabytes, like 4")
-    if options.count < 1:
+    if options.count is not None and options.count < 1:
         raise UsageError(f"--count {options.count}: give at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no such device here; use --device cpu")
     team = join(options.device)
-    prompts = read_prompts(options.prompts) if options.prompts else generate_prompts(options.count)
+    if options.prompts:
+        prompts = read_prompts(options.prompts)
+    else:
+        prompts = broad_prompts(options.count or 512) if broad else generate_prompts(options.count or 128)
     projection = from_file(options.projection).to(options.device) if options.projection else None
     memory = free_memory(options.device) if options.memory is None else int(options.memory * 1e9)
     budget = None if options.memory is None and options.device == "cpu" else memory // 2 // team.sharing
@@ -288,11 +444,15 @@ def prepare(options):
             " give the denoiser that this encoder belongs to"
         )
     torch.set_grad_enabled(False)
-    batches = encoder.batches(prompts, batch_tokens(memory, encoder.row.width, options.device))
-    null = encoder.batch([encoder.tokenize("")])
     tracer = Tracer(encoder.module, encoder.row)
-    meter = Meter(encoder.module, tracer, batches, null, projection, memory=memory // 2 // team.sharing, team=team)
-    return encoder, meter, prompts, projection
+    share = memory // (4 if broad else 2) // team.sharing  # stand-ins take two meters
+
+    def meter(chosen: Sequence[str]) -> Meter:
+        batches = encoder.batches(chosen, batch_tokens(memory, encoder.row.width, options.device))
+        null = encoder.batch([encoder.tokenize("")])
+        return Meter(encoder.module, tracer, batches, null, projection, memory=share, team=team)
+
+    return Bench(encoder, prompts, projection, team, meter)
 
 
 def parsed_levels(text: str) -> tuple[float, ...]:

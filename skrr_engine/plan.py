@@ -24,6 +24,7 @@ from .errors import SkrrError
 MAX_BYTES = 65_536
 MAX_BLOCKS = 512
 MAX_WIDTH = 65_536
+MAX_RANK = 4_096
 MAX_DEPTH = 32
 SPARSITY_TOLERANCE = 1e-9
 
@@ -104,7 +105,7 @@ def _plan_error(part: type[_Part], error: ValidationError) -> PlanError:
         return PlanError(cause.problem, path + cause.path)
     if len(path) > 1 and path[-1] == "[key]":
         path = path[:-1]
-    if path[:1] == ("reuse",):
+    if path[:1] in (("reuse",), ("ranks",)):
         path = tuple(map(str, path))
     if first["type"] == "extra_forbidden":
         return PlanError("unknown field; remove it, or update Skrr where the plan comes from a newer version", path)
@@ -126,6 +127,8 @@ _Name = Annotated[str, Field(strict=True, pattern=_NAME)]
 _Text = Annotated[str, Field(strict=True, min_length=1, max_length=200, pattern=_ONE_LINE)]
 _Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 _Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+_Rank = Annotated[int, Field(strict=True, ge=1, le=MAX_RANK)]
+_Ranks = Annotated[dict[_SubBlock, _Rank], BeforeValidator(_integer_keys)]
 _Reuse = Annotated[dict[_SubBlock, _SubBlock], BeforeValidator(_integer_keys)]
 _Extensions = Annotated[
     dict[Annotated[str, Field(strict=True)], Any], Field(json_schema_extra={"additionalProperties": True})
@@ -136,12 +139,33 @@ _COUNT_EXPECTED = "an integer from 0 to 1000000000"
 _EXTENSIONS_EXPECTED = "an object (Skrr carries it through unread)"
 
 
+class StandIns(_Part):
+    """The linear stand-ins of a level (see standin.py): the SHA-256 of the file that holds them, and the rank of each.
+
+    Where that file is missing, the level is used with its re-use map alone.
+    """
+
+    sha256: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")] = Field(
+        description="64 hexadecimal digits in lower case"
+    )
+    ranks: _Ranks = Field(
+        description='an object like {"5": 16}, skipped sub-block to the rank of its stand-in, '
+        f"integers from 0 to {2 * MAX_BLOCKS - 1} without leading zeros and ranks from 1 to {MAX_RANK}",
+        json_schema_extra={"propertyNames": {"pattern": _SUB_BLOCK_KEY}, "maxProperties": 2 * MAX_BLOCKS},
+    )
+
+    def nbytes(self, width: int) -> int:
+        """Bytes of the stand-ins in an encoder of this width: two float16 factors each, and a float32 bias."""
+        return sum(4 * width * (rank + 1) for rank in self.ranks.values())
+
+
 class Level(_Part):
     """One strength of a plan: the first `skipped` sub-blocks of the encoder's order are left out.
 
     `reuse` maps a skipped sub-block to the kept one of the same type that stands in for it (paper, algorithm 2).
     `sparsity` is the fraction (0 to 1) of the encoder's parameters, embedding included, that the level removes.
-    `discrepancy` is D of this level (paper, algorithm 1), or None where nobody measured it.
+    `standins` repair places of this level, instead of what `reuse` does there; None where there are none.
+    `discrepancy` is D of this level (paper, algorithm 1), stand-ins in place, or None where nobody measured it.
     """
 
     skipped: Annotated[int, Field(strict=True, ge=1, le=2 * MAX_BLOCKS)] = Field(
@@ -153,6 +177,7 @@ class Level(_Part):
         json_schema_extra={"propertyNames": {"pattern": _SUB_BLOCK_KEY}, "maxProperties": 2 * MAX_BLOCKS},
     )
     sparsity: Annotated[_Number, Field(le=1)] = Field(description="a number from 0 to 1")
+    standins: StandIns | None = Field(default=None, description="an object with sha256 and ranks, or null")
     discrepancy: _Number | None = Field(default=None, description="a finite number from 0 up, or null")
     extensions: _Extensions = Field(default_factory=dict, description=_EXTENSIONS_EXPECTED)
 
@@ -187,6 +212,7 @@ class EncoderPlan(_Part):
         for index, level in enumerate(self.levels):
             self._check_step(index, level)
             self._check_reuse(("levels", index, "reuse"), level)
+            self._check_standins(("levels", index, "standins", "ranks"), level)
         return self
 
     def _check_order(self) -> None:
@@ -228,6 +254,15 @@ class EncoderPlan(_Part):
                 raise PlanError(_expected(f"{kind}, the type of its place", target), here)
             if target in skipped:
                 raise PlanError(_expected("a sub-block that this level keeps", target), here)
+
+    def _check_standins(self, path: tuple[str | int, ...], level: Level) -> None:
+        skipped = set(self.order[: level.skipped])
+        for place, rank in (level.standins.ranks if level.standins else {}).items():
+            if place not in skipped:
+                what = f"one of the {level.skipped} sub-blocks that this level skips as the place of a stand-in"
+                raise PlanError(_expected(what, place), (*path, str(place)))
+            if rank > self.width:
+                raise PlanError(_expected(f"at most {self.width}, the width", rank), (*path, str(place)))
 
     def level(self, skipped: int) -> Level:
         """The level that skips exactly `skipped` sub-blocks. Raises PlanError that names the levels there are."""
@@ -457,6 +492,9 @@ def _encoder_text(encoder: EncoderPlan) -> str:
 def _level_object(level: Level) -> dict[str, Any]:
     data: dict[str, Any] = {"skipped": level.skipped, "reuse": dict(sorted(level.reuse.items()))}
     data["sparsity"] = level.sparsity
+    if level.standins is not None:
+        ranks = {str(place): rank for place, rank in sorted(level.standins.ranks.items())}
+        data["standins"] = {"sha256": level.standins.sha256, "ranks": ranks}
     if level.discrepancy is not None:
         data["discrepancy"] = level.discrepancy
     if level.extensions:

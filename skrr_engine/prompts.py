@@ -196,8 +196,8 @@ LANGUAGES = (
 )
 TAGS = (
     "masterpiece", "best quality", "highly detailed", "8k", "sharp focus", "cinematic lighting", "bokeh", "concept art",
-    "trending", "award winning", "intricate", "dynamic pose", "looking at viewer", "full body", "upper body", "no humans",
-    "simple background", "outdoors", "solo", "from above",
+    "trending", "award winning", "intricate", "dynamic pose", "looking at viewer", "full body", "upper body",
+    "no humans", "simple background", "outdoors", "solo", "from above",
 )
 WEIGHTS = ("1.1", "1.2", "1.3", "1.4", "0.8", "0.6")
 # fmt: on
@@ -378,9 +378,8 @@ def _short(draw: _Draw) -> str:
         (first, bare, f"{bare} {draw.one(POSITIONS)} {other}", f"{first} and {second}", f"{bare} and {other}",
          f"{draw.one(NUMBERS)} {draw.one((*THINGS, *ANIMALS, *PEOPLE, *VEHICLES, *FOODS))[1]}")
     )  # fmt: skip
-    return draw.one(("{}", "{}", "a photo of {}", "a drawing of {}", "{} on a plain background", "there is {}")).format(
-        subject
-    )
+    forms = ("{}", "{}", "a photo of {}", "a drawing of {}", "{} on a plain background", "a picture of {}")
+    return draw.one(forms).format(subject)
 
 
 def _scene(draw: _Draw) -> str:

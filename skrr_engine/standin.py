@@ -2,8 +2,8 @@
 
 At place i, `norm(x)` of the *pruned* encoder's own stream is regressed (ridge) onto what is missing to the *dense*
 stream behind i. Places are taken in order, each with the earlier stand-ins in place: a fit also corrects what earlier
-removals left. The fitted map is cut to a low rank by reduced-rank regression: the directions in which the fitted part is
-largest are kept.
+removals left. The fitted map is cut to a low rank by reduced-rank regression: the directions in which the fitted part
+is largest are kept.
 
 Every token counts by the inverse mean square of its dense stream: what reads the stream normalises each token, so
 errors matter relative to its size (some tokens are a thousand times larger than others). Nothing but Gram matrices is
@@ -17,14 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from . import families
 from .budget import free_memory
 from .discrepancy import Meter
+from .plan import MAX_RANK
 from .repair import NORMS, StandIn
 from .rewire import Action
+from .skip import SearchError
 from .trace import Trace
 
 DTYPE = torch.float16
@@ -33,14 +36,21 @@ DTYPE = torch.float16
 
 @dataclass(frozen=True)
 class Fitting:
-    """How stand-ins are fitted. rank: of each; ridges: tried, relative to the mean eigenvalue of the Gram matrix, the
+    """How stand-ins are fitted. rank: of each; ranks: where there are any, those to choose from at the end; ridges: tried, relative to the mean eigenvalue of the Gram matrix, the
     one best on held-out prompts is taken; null: share of the null prompt in all weight; held_out: every so many-th
     prompt chooses the ridge and is fitted on only after that (0: the first ridge is taken)."""
 
+    RANKS: ClassVar[tuple[int, ...]] = (4, 8, 16, 32, 64)
+
     rank: int = 16
+    ranks: tuple[int, ...] = ()
     ridges: tuple[float, ...] = (0.003, 0.03, 0.3)
     null: float = 0.1
     held_out: int = 5
+
+    def __post_init__(self):
+        if not 1 <= self.rank <= MAX_RANK:
+            raise SearchError(f"a rank of {self.rank} makes no sense for stand-ins: use 1 to {MAX_RANK}, like 16")
 
 
 @dataclass
@@ -198,8 +208,8 @@ def fit(
     """Stand-ins for removed sub-blocks; and for others that are kept, each as if it alone were removed on top.
 
     meter: its prompts are fitted on. removed: sub-block -> None where a stand-in is to be fitted; a stand-in or a
-    re-used sub-block stays what it is. tried: kept sub-blocks to fit a stand-in for as well. tick: called before every sub-block
-    with the share of the work that is done; what it raises ends the fit.
+    re-used sub-block stays what it is. tried: kept sub-blocks to fit a stand-in for as well. tick: called before every
+    sub-block with the share of the work that is done; what it raises ends the fit.
     """
     row = meter.tracer.row
     norm, tried = families.by_name(row.family).NORM, set(tried)

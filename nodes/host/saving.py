@@ -7,7 +7,7 @@ import folder_paths
 import torch
 
 from ...skrr_engine.checkpoint import (
-    DTYPES,
+    NAMES,
     Checkpoint,
     CheckpointError,
     Entry,
@@ -19,8 +19,6 @@ from ...skrr_engine.checkpoint import (
 from ...skrr_engine.plan import Plan, Provenance
 from . import library
 from .encoders import Pruned, View, dense_model
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class InMemory:

@@ -1,0 +1,171 @@
+"""Which sub-blocks to skip when linear stand-ins repair their places: greedy, candidates measured *after* their repair.
+
+The order that heals best is not the one that hurts least: a sub-block may matter and yet be nearly linear. At each step
+one pass over the encoder fits the stand-ins of what is removed anew, and one for every sub-block that is kept;
+candidates are then ranked by their discrepancy on prompts that nothing was fitted on. Attention and feed-forward differ
+in size: of the best attention and the best feed-forward, the one goes that adds less discrepancy per parameter.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from . import reuse, skip, standin
+from .discrepancy import Meter
+from .plan import EncoderPlan, Level
+from .repair import StandIn
+from .rewire import assignment
+from .search import EXTENSION, Clock, Progress, Settings, how, step_line, steps_of
+from .skip import Path
+from .standin import Fitting
+
+ENOUGH = 1.05
+"""A rank is enough where a higher one would not lower the discrepancy by more than this factor."""
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Healed:
+    """A search's outcome: the encoder's entry, and for each of its levels (by length of prefix) the stand-ins."""
+
+    plan: EncoderPlan
+    standins: dict[int, dict[int, StandIn]]
+
+
+class Search:
+    """A search under way.
+
+    fitted: a meter on the prompts that stand-ins are fitted on; ranked: one on others, which candidates are ranked on;
+    both of one encoder. report: called before every sub-block's forward; what it raises ends the search.
+    """
+
+    def __init__(self, fitted: Meter, ranked: Meter, settings: Settings, fitting: Fitting, report: Report):
+        self.fitted, self.ranked, self.settings, self.fitting, self.report = fitted, ranked, settings, fitting, report
+        self.row = fitted.tracer.row
+        self.length = ranked.readable()
+        self.costs = self.row.parameter_counts[: self.length]
+        self.clock = Clock()
+        self.path = Path((), 0.0)
+
+    def run(self, path: Path, save: Callable[[Sequence[Path]], None]) -> Path:
+        """The order that reaches the target, from a saved one on. Raises SearchError where it can't be reached."""
+        self.path = path
+        if self.settings.sparsity > sum(self.costs) / self.row.total:
+            raise skip.SearchError(
+                f"a sparsity of {self.settings.sparsity:.0%} can't be reached: the blocks hold"
+                f" {sum(self.costs) / self.row.total:.1%} of this encoder's parameters; ask for less"
+            )
+        while self.row.sparsity(self.path.order) < self.settings.sparsity:
+            self.path = self.step()
+            save([self.path])
+        return self.path
+
+    def step(self) -> Path:
+        """One more removal."""
+        self.clock.mark()
+        order, trail = self.path.order, self.path.trail
+        found, trials = standin.fit(
+            self.fitted, dict.fromkeys(order), self.fitting, set(range(self.length)) - set(order), self.tick(0.0, 0.3)
+        )
+        now = assignment(order, standins=found)
+        current = self.ranked.measure([now], self.tick(0.3, 0.05))[0].total if order else 0.0
+        if order:  # the repairs of the last step's removal are fitted only now
+            trail = (*trail[:-1], current)
+        kinds = [[i for i in sorted(trials) if i % 2 == kind] for kind in (0, 1)]
+        scores = {}
+        for number, places in enumerate(places for places in kinds if places):
+            tick = self.tick(0.35 + 0.3 * number, 0.3)
+            ranked = self.ranked.rank([{**now, i: trials[i]} for i in places], 1, self.settings.delta, tick=tick)
+            score, place = min(zip(ranked, places, strict=True))
+            scores[place] = score
+        place = min(scores, key=lambda i: ((scores[i] - current) / self.costs[i], i))
+        return Path((*order, place), scores[place], (*trail, scores[place]))
+
+    def tick(self, start: float, span: float) -> Callable[[float], None]:
+        """For a part of a step that begins at share `start` of it and takes `span`."""
+        path = self.path
+        expected = max(self.steps(), len(path.order) + 1)
+
+        def tick(share: float) -> None:
+            self.clock.worked = len(path.order) + start + span * share
+            left = expected - self.clock.worked
+            self.report(
+                Progress(
+                    len(path.order) + 1, expected, int((start + span * share) * self.length) + 1, self.length,
+                    min(self.clock.worked / expected, 0.999), self.clock.left(left), step_line(path, expected), path,
+                )
+            )  # fmt: skip
+
+        return tick
+
+    def steps(self) -> int:
+        """How many removals the target is likely to take."""
+        gone, count = self.row.sparsity(self.path.order), len(self.path.order)
+        mean = gone / count if count else sum(self.costs) / self.row.total / self.length
+        return min(self.length, count + max(0, -int(-(self.settings.sparsity - gone) / mean // 1)))
+
+
+def search(
+    fitted: Meter,
+    ranked: Meter,
+    settings: Settings,
+    fitting: Fitting,
+    report: Report = lambda progress: None,
+    save: Callable[[Sequence[Path]], None] = lambda beam: None,
+    beam: Sequence[Path] = (),
+) -> Healed:
+    """Search one encoder's plan with stand-ins. settings.beam is not used: the search is greedy. Re-use maps are for
+    where the stand-ins' file is missing. save, beam: as for search.search. Raises SearchError.
+    """
+    run = Search(fitted, ranked, settings, fitting, report)
+    path = run.run(beam[0] if beam else Path((), 0.0), save)
+    told = {**how(settings), "healing": fitting.rank, **steps_of(path.trail)}
+    return best_rank(fitted, ranked, path.order, settings, fitting, told, run.tick(0, 1))
+
+
+def best_rank(
+    fitted: Meter, ranked: Meter, order: Sequence[int], settings: Settings, fitting: Fitting, told: dict,
+    tick: Callable[[float], None] = lambda share: None,
+) -> Healed:  # fmt: skip
+    """`repaired` with the fitting's rank; where it has several to choose from, with the least of them whose strongest
+    level is within ENOUGH of the best one's discrepancy."""
+    if not fitting.ranks:
+        return repaired(fitted, ranked, order, settings, fitting, told, tick)
+    order = order[
+        : skip.reaching(order, fitted.tracer.row.parameter_counts, fitted.tracer.row.total, settings.sparsity)
+    ]
+    found = {}
+    for rank in fitting.ranks:
+        standins, _ = standin.fit(fitted, dict.fromkeys(order), replace(fitting, rank=rank), tick=tick)
+        found[rank] = ranked.measure([assignment(order, standins=standins)], tick)[0].total
+    rank = min(rank for rank, d in found.items() if d <= ENOUGH * min(found.values()))
+    return repaired(fitted, ranked, order, settings, replace(fitting, rank=rank), told, tick)
+
+
+def repaired(
+    fitted: Meter, ranked: Meter, order: Sequence[int], settings: Settings, fitting: Fitting, told: dict,
+    tick: Callable[[float], None] = lambda share: None,
+) -> Healed:  # fmt: skip
+    """Stand-ins for an order, however it was found: a level for each target. told: what the plan says of the search."""
+    row, length = fitted.tracer.row, ranked.readable()
+    targets = sorted({*settings.levels, settings.sparsity})
+    ends = sorted({skip.reaching(order, row.parameter_counts, row.total, target) for target in targets})
+    levels, standins = [], {}
+    for end in ends:
+        found, _ = standin.fit(fitted, dict.fromkeys(order[:end]), fitting, tick=tick)
+        standins[end] = found
+        (d,) = ranked.measure([assignment(order[:end], standins=found)], tick)
+        mapping = {}
+        if settings.reuse:
+            rank = functools.partial(ranked.rank, delta=settings.delta, tick=tick)
+            mapping, _ = reuse.search(rank, order[:end], length)
+        sparsity = round(row.sparsity(order[:end]), 6)
+        levels.append(Level(skipped=end, reuse=mapping, sparsity=sparsity, discrepancy=d.total))
+    plan = EncoderPlan(
+        family=row.family, blocks=row.blocks, width=row.width, order=tuple(order[: ends[-1]]), levels=tuple(levels),
+        extensions={EXTENSION: told},
+    )  # fmt: skip
+    return Healed(plan, standins)

@@ -1,0 +1,169 @@
+"""Stand-ins in files: safetensors, a few MB, beside a plan or inside a pruned encoder file; plans name them by hash.
+
+A file holds the stand-ins of all levels of a plan, under names like `t5xxl.17.46.down`: encoder, length of the level's
+prefix, place, and `down`, `up` or `bias` (see repair.StandIn). One serves every precision of the encoder. Such files
+are untrusted input, as plans are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from .errors import SkrrError, first_line
+from .plan import EncoderPlan, Level, Plan, StandIns
+from .repair import NORMS, StandIn
+
+ENDING = ".standins.safetensors"
+FORMAT = {"format": "skrr-standins", "version": "1"}
+PARTS = ("down", "up", "bias")
+MAX_BYTES = 1 << 30
+
+
+class StandInError(SkrrError):
+    """Stand-ins that can't be had or used; one line that names the file and the remedy."""
+
+
+def beside(plan: str | os.PathLike[str]) -> Path:
+    """The usual place of the stand-ins of a plan's file."""
+    return Path(plan).with_suffix("").with_name(Path(plan).stem + ENDING)
+
+
+Found = Mapping[str, Mapping[int, Mapping[int, StandIn]]]
+"""Encoder -> length of a level's prefix -> place -> stand-in."""
+
+
+def packed(found: Found) -> tuple[dict[str, torch.Tensor], str]:
+    """Stand-ins as a file names them, and a text that says the norms of each encoder's."""
+    tensors: dict[str, torch.Tensor] = {}
+    norms = set()
+    for name, levels in found.items():
+        for level, standins in levels.items():
+            for place, standin in standins.items():
+                norms.add(f"{name}:{standin.norm}")
+                for part in PARTS:
+                    tensors[f"{name}.{level}.{place}.{part}"] = getattr(standin, part).cpu().contiguous()
+    return tensors, ",".join(sorted(norms))
+
+
+def encoded(plan: Plan, found: Found) -> tuple[Plan, bytes]:
+    """A plan that names its stand-ins, and their file's bytes. Levels without an entry stay as they are."""
+    from safetensors.torch import save
+
+    tensors, norms = packed(found)
+    data = save(tensors, {**FORMAT, "norms": norms})
+    digest = hashlib.sha256(data).hexdigest()
+
+    def named(level: Level, standins: Mapping[int, StandIn] | None) -> Level:
+        if not standins:
+            return level
+        ranks = {place: standin.rank for place, standin in sorted(standins.items())}
+        return level.model_copy(update={"standins": StandIns(sha256=digest, ranks=ranks)})
+
+    entries = {
+        name: entry.model_copy(
+            update={"levels": tuple(named(level, found.get(name, {}).get(level.skipped)) for level in entry.levels)}
+        )
+        for name, entry in plan.encoders.items()
+    }
+    return plan.model_copy(update={"encoders": entries}), data
+
+
+def write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all. Raises CheckpointError, OSError."""
+    from .checkpoint import replacing
+
+    with replacing(path) as file:
+        file.write(data)
+
+
+def read(path: str | os.PathLike[str], name: str, entry: EncoderPlan, level: Level) -> dict[int, StandIn]:
+    """The stand-ins of a level of the plan's entry `name` from their file, each tensor checked. Raises StandInError."""
+    from safetensors import SafetensorError, safe_open
+
+    assert level.standins is not None
+    path = Path(path)
+    if sha256(path) != level.standins.sha256:
+        raise StandInError(f"{path.name}: not the stand-ins that this plan names; get the file that came with the plan")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+            if any(metadata.get(key) != value for key, value in FORMAT.items()):
+                raise StandInError(f"{path.name}: no stand-ins that this Skrr can read; update Skrr, or get it again")
+
+            def fetch(key: str) -> torch.Tensor | None:
+                return file.get_tensor(key) if key in names else None
+
+            return checked(fetch, metadata.get("norms", ""), path.name, name, entry, level)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StandInError(f"{path.name}: can't be read as safetensors ({first_line(error)}); get it again") from None
+
+
+def checked(
+    fetch: Callable[[str], torch.Tensor | None], norms: str, source: str, name: str, entry: EncoderPlan, level: Level
+) -> dict[int, StandIn]:
+    """The stand-ins of a level out of named tensors and their norms, as `packed` gives both. Raises StandInError."""
+    assert level.standins is not None
+    norm = dict(part.split(":", 1) for part in norms.split(",") if ":" in part).get(name)
+    if norm not in NORMS:
+        raise StandInError(f"{source}: no stand-ins for {name} that this Skrr can read; update Skrr, or get it again")
+    found = {}
+    for place, rank in level.standins.ranks.items():
+        shapes = dict(zip(PARTS, ((rank, entry.width), (entry.width, rank), (entry.width,)), strict=True))
+        parts = {}
+        for part, shape in shapes.items():
+            key = f"{name}.{level.skipped}.{place}.{part}"
+            tensor = fetch(key)
+            if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
+                has = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise StandInError(f"{source}: {key}: expected floats {list(shape)}, found {has}; get it again")
+            if not bool(tensor.float().isfinite().all()):
+                raise StandInError(f"{source}: {key}: holds numbers that are not finite; get it again")
+            parts[part] = tensor
+        found[place] = StandIn(norm, **parts)
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Of a file of stand-ins. Raises StandInError where there is none, or a file too large to be one."""
+    from .checkpoint import file_sha256
+
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise StandInError(f"{path.name}: too large for stand-ins; get the file that came with the plan")
+        return file_sha256(path)
+    except OSError as error:
+        raise StandInError(f"{path.name}: can't be read ({error.strerror}); put it beside the plan") from None
+
+
+def find(folders: Iterable[Path], wanted: str, first: Path | None = None) -> Path | None:
+    """The file of stand-ins with this hash: `first`, where it is that, or any in the folders; None where none is."""
+    candidates = [first] if first is not None else []
+    candidates += [path for folder in folders for path in sorted(Path(folder).glob(f"*{ENDING}"))]
+    for path in candidates:
+        try:
+            if path.is_file() and sha256(path) == wanted:
+                return path
+        except StandInError:
+            continue
+    return None
+
+
+def of_level(
+    folders: Iterable[Path], name: str, entry: EncoderPlan, level: Level, first: Path | None = None
+) -> tuple[dict[int, StandIn], str]:
+    """A level's stand-ins, and what to tell where their file is missing (then there are none). Raises StandInError for
+    a file of the right hash that holds the wrong things."""
+    if level.standins is None:
+        return {}, ""
+    path = find(folders, level.standins.sha256, first)
+    if path is None:
+        return {}, (
+            f"{name}: the file of this plan's stand-ins (*{ENDING}) is missing: without it the plan only skips and"
+            " re-uses, and pictures are worse; put it beside the plan"
+        )
+    return read(path, name, entry, level), ""
