@@ -69,7 +69,7 @@ SETTINGS = {
 }
 """No first-run dialog, and nothing that covers the graph in a picture."""
 
-VIEW = {"width": 2980, "height": 1150}
+VIEW = {"width": 2980, "height": 1400}
 LEFT, TOP, EDGE = 90, 150, 20
 """Pixels of the frontend's own menus, which the pictures leave out, and of the air around a graph."""
 
@@ -466,6 +466,41 @@ def compare() -> Sketch:
     return sketch
 
 
+OWN_PROMPTS = """a red fox reading a newspaper on a green park bench, oil painting
+three blue bottles to the left of a yellow candle, studio light
+portrait of an old fisherman in the rain, 35 mm photograph
+a wooden sign that says "OPEN" above a small bakery
+isometric drawing of a castle with two towers and a moat"""
+
+
+def search() -> Sketch:
+    """A plan of your own on your own prompts, and what it does to them."""
+    sketch = Sketch("skrr_search_your_own_plan", api=True)
+    loaders(sketch)
+    sketch.note(
+        (400, 0), (430, 230), "A plan of your own",
+        "Any CLIP and its MODEL will do. Put prompts like yours into `own_prompts`, one a line: thirty or more are"
+        " better than five.\n\nA curve grows while it searches. Cancel keeps the best so far as"
+        " `my_flux_plan_so_far.json`; the next run goes on.\n\n**Copy plan** in the node's menu hands it on.",
+    )  # fmt: skip
+    sketch.node(
+        "skrr", "SkrrPrune", (400, 290), (430, 0), plan_name="my_flux_plan", encoder="t5xxl", sparsity=0.33, beam=1,
+        own_prompts=OWN_PROMPTS,
+    )  # fmt: skip
+    sketch.node(
+        "compare", "SkrrCompare", (890, 0), (480, 560), "What it does to other prompts",
+        prompts="a blue fox beside a red bench\ntwo candles behind a green bottle",
+    )  # fmt: skip
+    sketch.node("report", "SkrrMemoryReport", (890, 620), (480, 240))
+    for link in (
+        ("clip", "CLIP", "skrr", "clip"), ("model", "MODEL", "skrr", "model"), ("clip", "CLIP", "compare", "dense"),
+        ("skrr", "CLIP", "compare", "pruned"), ("model", "MODEL", "compare", "model"),
+        ("skrr", "CLIP", "report", "clip"), ("model", "MODEL", "report", "model"),
+    ):  # fmt: skip
+        sketch.link(*link)
+    return sketch
+
+
 def shapes() -> Sketch:
     """The small Shapes model, painted with its whole text encoder and with a pruned one: runs anywhere."""
     sketch = Sketch("shapes_dense_vs_pruned", api=True)
@@ -520,7 +555,8 @@ def shapes() -> Sketch:
 
 
 SKETCHES = (
-    shapes, prune_flux, load_plan_flux, memory_report, sd35, pixart, wan, z_image, save_and_reload, edit_plan, compare
+    shapes, prune_flux, load_plan_flux, memory_report, sd35, pixart, wan, z_image, save_and_reload, edit_plan, search,
+    compare,
 )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ class SkrrCompare(io.ComfyNode):
     def execute(cls, dense, pruned, prompts, model=None, images_dense=None, images_pruned=None) -> io.NodeOutput:
         from comfy_execution.graph_utils import ExecutionBlocker
 
-        from ..skrr_engine.compare import compare, verdict
+        from ..skrr_engine.compare import compare
         from ..skrr_engine.prompts import from_text
         from .comparison import as_text, grid, heat_map
         from .host.encoding import projection, readings
@@ -68,6 +68,6 @@ class SkrrCompare(io.ComfyNode):
         # without pictures from both sides, nodes behind the grid wait for them; the others run
         sides = grid(images_dense, images_pruned, texts) if pictures else ExecutionBlocker(None)
         shown = [ui.PreviewImage(image, cls=cls).as_dict() for image in ([heat, sides] if pictures else [heat])]
-        show(verdict(compared), cls.hidden.unique_id)
+        show(text, cls.hidden.unique_id)
         on_node = {**ui.PreviewText(text).as_dict(), "images": [image for part in shown for image in part["images"]]}
         return io.NodeOutput(text, heat, sides, ui=on_node)

@@ -24,11 +24,13 @@ READY = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.Skr
 
 HELP = """
 window.skrrTest = {
+  ended: new Set(),
   node: (id) => window.app.graph.getNodeById(id),
   widget: (id, name) => skrrTest.node(id).widgets.find((w) => w.name === name),
   element: (id) => skrrTest.widget(id, "plan_map").element,
   build(nodes, links) {
     const { graph, canvas } = window.app;
+    window.app.clean(); // what earlier nodes of these numbers have shown
     graph.clear();
     canvas.ds.reset();
     for (const [id, type, pos, values] of nodes) {
@@ -61,6 +63,8 @@ window.skrrTest = {
     [...encoder.querySelectorAll("path")].map((p) => [Number(p.dataset.place), Number(p.dataset.target)]),
   ]),
 };
+for (const end of ["execution_success", "execution_error", "execution_interrupted"])
+  window.app.api.addEventListener(end, (event) => skrrTest.ended.add(event.detail.prompt_id));
 """
 
 
@@ -99,7 +103,7 @@ def build(page, nodes: Sequence[tuple], links: Sequence[tuple] = ()) -> None:
 
 
 def run(page, timeout: float = 120) -> dict:
-    """Queue the graph as the button does; returns the history entry of the prompt once it is done."""
+    """Queue the graph as the button does; returns the history entry of the prompt once it has succeeded."""
     before = set(page.server.get("/history"))
     queue(page)
     deadline = timeout * 10
@@ -108,8 +112,11 @@ def run(page, timeout: float = 120) -> dict:
         assert deadline > 0, "the prompt did not end in time"
         page.wait_for_timeout(100)
     (prompt,) = new
-    page.wait_for_timeout(300)  # its last messages are on their way to the page
-    return page.server.get("/history")[prompt]
+    page.wait_for_function("(id) => skrrTest.ended.has(id)", arg=prompt)  # what it told has come to the page
+    entry = page.server.get("/history")[prompt]
+    told = [message.get("exception_message") for _, message in entry["status"]["messages"]]
+    assert entry["status"]["status_str"] == "success", [words for words in told if words]
+    return entry
 
 
 def queue(page) -> None:

@@ -141,6 +141,6 @@ def test_on_the_canvas(page):
         [(1, 0, 2, "clip"), (1, 0, 3, "dense"), (2, 0, 3, "pruned")],
     )
     done = run(page)
-    assert done["status"]["status_str"] == "success" and len(done["outputs"]["3"]["images"]) == 1
-    page.evaluate("() => skrrTest.node(3).setSize([560, 760])")
+    assert len(done["outputs"]["3"]["images"]) == 1
+    page.evaluate("() => skrrTest.node(3).setSize([620, 690])")
     picture(page, "SkrrCompare", [3], folder=HELP_IMAGES)

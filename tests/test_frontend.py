@@ -1,18 +1,21 @@
 """The real frontend in a browser: it loads with the pack, opens the example workflows, and finds the help pages."""
 
 import json
+import re
+import runpy
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
-from browser import HELP_IMAGES, picture, wait_for_map
+from browser import HELP_IMAGES, build, picture, run, wait_for_map
 
 REPO = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((REPO / "example_workflows").glob("*.json"))
 IN_WORKFLOWS = ["SkrrLoadPlan", "SkrrMemoryReport", "SkrrPrune", "SkrrEditPlan", "SkrrCompare", "SkrrSaveEncoder"]
 IN_WORKFLOWS += ["SkrrDualCLIPLoader", "SkrrTripleCLIPLoader"]
 LOADERS = ["SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader"]
+PAGES = [*REPO.glob("*.md"), *(REPO / "docs").glob("*.md"), *(REPO / "web" / "docs").glob("*.md")]
 NODES = [*dict.fromkeys([*IN_WORKFLOWS, *LOADERS]), "SkrrTrimUnread"]
 
 LOAD = """
@@ -64,8 +67,21 @@ def test_each_node_has_a_workflow():
     assert used >= set(IN_WORKFLOWS)
 
 
+@pytest.fixture
+def named_files(page):
+    """The files that the workflows' loaders name, empty: ComfyUI takes the workflows, and stops at a loader."""
+    files = runpy.run_path(str(REPO / "docs" / "make_workflows.py"))["FILES"]
+    paths = [page.server.base / "models" / folder / name for folder, names in files.items() for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    yield
+    for path in paths:
+        path.unlink()
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_opens(page, path):
+def test_workflow_opens(page, named_files, path):
     workflow = json.loads(path.read_text())
     opened = json.loads(page.evaluate(LOAD, workflow))
     assert opened["missing"] == []
@@ -75,6 +91,14 @@ def test_workflow_opens(page, path):
     assert kept == saved
     assert_prompt_fits(opened["prompt"], page.server.get("/object_info"))
     assert overlapping(opened["boxes"]) == []
+    assert_runs_but_for_the_files(page.server, opened["prompt"])
+
+
+def assert_runs_but_for_the_files(server, prompt: dict) -> None:
+    """ComfyUI takes the prompt: every link, number and name passes its checks. It stops where an empty file is read."""
+    done = server.wait(server.prompt(prompt))
+    (kind, told), *_ = [message for message in done["status"]["messages"] if message[0] == "execution_error"]
+    assert "Loader" in told["node_type"], (kind, told["node_type"], told["exception_message"])
 
 
 @pytest.mark.parametrize(
@@ -119,20 +143,46 @@ def test_workflows_are_offered_as_templates(server):
         assert server.get(f"/api/workflow_templates/skrr/{path.stem}.jpg").startswith(b"\xff\xd8")
 
 
+def loader(page, node: str) -> None:
+    """A loader with files and a plan chosen."""
+    names = ["t5xxl_fp16", "clip_l", "clip_g"]
+    keys = ["clip_name"] if node == "SkrrCLIPLoader" else [f"clip_name{n + 1}" for n in range(FILES[node])]
+    files = {key: f"{name}.safetensors" for key, name in zip(keys, names, strict=False)}
+    kinds = {"SkrrTripleCLIPLoader": {}}.get(node, {"type": "sd3"})
+    build(page, [(1, node, (0, 0), {**files, **kinds, "plan": "sd3 (shipped)", "sparsity": 0.42})])
+    wait_for_map(page, 1)
+    picture(page, node, [1], folder=HELP_IMAGES)
+
+
+def trimmed(page, node: str) -> None:
+    """Behind a CLIP with layers that are never read, after a run."""
+    nodes = [(1, "SkrrTestCLIP", (0, 0), {"kind": "sdxl"}), (2, node, (320, 0), {})]
+    build(page, [*nodes, (3, "SkrrMemoryReport", (860, 0), {})], [(1, 0, 2, "clip"), (2, 0, 3, "clip")])
+    run(page)
+    wait_for_map(page, 2)
+    picture(page, node, [2], folder=HELP_IMAGES)
+
+
+def alone(page, node: str) -> None:
+    """As it comes."""
+    build(page, [(1, node, (0, 0), {})])
+    picture(page, node, [1], folder=HELP_IMAGES)
+
+
+FILES = {"SkrrCLIPLoader": 1, "SkrrDualCLIPLoader": 2, "SkrrTripleCLIPLoader": 3}
+PICTURED = {**dict.fromkeys(LOADERS, loader), "SkrrTrimUnread": trimmed, "SkrrSaveEncoder": alone}
+"""Nodes whose pictures are made here; other tests make the others."""
+
+
 @pytest.mark.parametrize("node", NODES)
 def test_help_page(page, node):
     """The frontend asks for <node>/<language>.md first, then, in every language, for <node>.md; all inputs and outputs
     are explained there, and its picture is shown."""
-    page.evaluate(SELECT, node)
-    if node in (*LOADERS, "SkrrSaveEncoder", "SkrrTrimUnread"):
-        number = page.evaluate("() => window.app.graph._nodes[0].id")
-        if node in LOADERS:
-            shown = "(id) => { const w = skrrTest.widget(id, 'plan'); w.value = 'sd3 (shipped)'; w.callback(w.value); }"
-            page.evaluate(shown, number)
-            wait_for_map(page, number)
-        picture(page, node, [number], folder=HELP_IMAGES)
-        page.evaluate(SELECT, node)
+    if node in PICTURED:
+        PICTURED[node](page, node)
+    assert (HELP_IMAGES / f"{node}.png").is_file(), "SKRR_IMAGES=1 makes it"
     with page.expect_response(lambda r: urlsplit(r.url).path.endswith(f"/extensions/skrr/docs/{node}.md")) as answer:
+        page.evaluate(SELECT, node)  # this alone asks for it where the last node's help is still open
         page.get_by_test_id("info-button").click()
     assert answer.value.ok
     info = page.server.get("/object_info")[node]
@@ -154,8 +204,21 @@ def test_every_input_and_output_has_a_tooltip(server):
             assert len(node["output_tooltips"]) == len(node["output"]) and all(node["output_tooltips"]), key
 
 
-def test_table_of_sizes_is_made_by_its_script():
-    import runpy
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPO)))
+def test_links_and_pictures_are_there(path):
+    """Whatever a page names in this repository exists, headings included."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"<img[^>]* src=\"([^\"]+)\"", text):
+        if urlsplit(target).scheme:
+            continue
+        name, _, heading = target.partition("#")
+        found = path.parent / name if name else path
+        assert found.exists(), target
+        if heading:
+            lines = [line.lstrip("# ") for line in found.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
+            assert heading in [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines], target
 
+
+def test_table_of_sizes_is_made_by_its_script():
     made = runpy.run_path(str(REPO / "docs" / "make_sizes.py"))["table"]()
     assert made in (REPO / "docs" / "artists.md").read_text(encoding="utf-8")

@@ -46,13 +46,13 @@ def small_plan(order=(3, 0, 6), reuse=None) -> dict:
     return {"format": "skrr-plan", "version": 1, "encoders": {"t5xxl": entry}, "provenance": {"source": "manual"}}
 
 
-def chosen(page) -> None:
+def chosen(page, sparsity: float = SPARSITY) -> None:
     """Load Skrr Plan with the shipped plan on T5-XXL's shapes, and Memory Report behind it."""
     build(
         page,
         [
             (1, "SkrrTestCLIP", (0, 0), {"kind": "t5xxl shapes"}),
-            (2, "SkrrLoadPlan", (320, 0), {"plan": f"{SHIPPED} (shipped)", "sparsity": SPARSITY}),
+            (2, "SkrrLoadPlan", (320, 0), {"plan": f"{SHIPPED} (shipped)", "sparsity": sparsity}),
             (3, "SkrrMemoryReport", (860, 0), {}),
         ],
         [(1, 0, 2, "clip"), (2, 0, 3, "clip")],
@@ -120,11 +120,39 @@ def test_map_after_a_run(page):
     assert now == pytest.approx(dense * (1 - level["sparsity"]), rel=2e-3)
     words = page.evaluate("() => skrrTest.point(2, 46)")
     assert words.startswith("block 23's attention: skipped · step 1 of 21 · cost not measured · 134.2")
+    page.evaluate("() => skrrTest.node(3).setSize([420, 470])")
     for colours in ("light", "dark"):
         palette(page, colours)
         picture(page, f"plan_map_{colours}", [2, 3])
     picture(page, "SkrrLoadPlan", [2], folder=HELP_IMAGES)
     picture(page, "SkrrMemoryReport", [3], folder=HELP_IMAGES)
+
+
+def test_a_run_tells_more_than_the_choice(page):
+    """Also where the answer on the choice comes behind the run's."""
+    page.evaluate("""
+    () => {
+      const { api } = window.app, plainly = api.fetchApi;
+      const waits = new Promise((go) => (skrrTest.answer = go));
+      api.fetchApi = async function (path, ...rest) {
+        const answer = await plainly.call(this, path, ...rest);
+        if (path !== "/skrr/plan") return answer;
+        api.fetchApi = plainly;
+        await waits;
+        skrrTest.answered = true;
+        return answer;
+      };
+    }
+    """)
+    chosen(page, sparsity=0.3)  # which no other test runs: ComfyUI tells nothing again of what it has cached
+    page.wait_for_timeout(300)
+    run(page)
+    bars = "() => skrrTest.element(2).querySelectorAll('.skrr-bar').length"
+    assert page.evaluate(bars) == 2
+    page.evaluate("() => skrrTest.answer()")
+    page.wait_for_function("() => skrrTest.answered")
+    page.wait_for_timeout(200)
+    assert page.evaluate(bars) == 2
 
 
 def test_hover_tells_what_a_step_costs(page):
@@ -428,12 +456,12 @@ def test_a_missing_plan_is_taken_from_the_workflow(page):
     load(page, saved)
     page.wait_for_function("() => skrrTest.widget(2, 'plan_json').value !== ''")
     assert Plan.from_json(value(page, 2, "plan_json")) == Plan.read(shipped()[SHIPPED])
-    assert run(page)["status"]["status_str"] == "success"
+    run(page)
 
 
 def test_live_search_and_stop(page):
     """The curve grows while the search runs; stopped, it leaves a plan that can be used."""
-    name = f"stopped_{page.frontend}"
+    name = "my_flux_plan"
     build(
         page,
         [

@@ -89,6 +89,7 @@ function edit(node) {
   const edited = widget(node, "edited");
   edited.hidden = true; // the map shows it
   if (edited.options) edited.options.hidden = true;
+  edited.computeSize = () => [0, -4]; // else LiteGraph leaves a gap for it
 
   const map = new PlanMap((number, index) => {
     map.picked = { number, index };
@@ -140,7 +141,7 @@ function edit(node) {
     choice.value = state === "reused" ? encoder.reuse[index] : "";
     choice.disabled = "reused" in refused;
     choice.addEventListener("change", () => choice.value && change("reused", +choice.value));
-    const words = make("span", { class: "faint", style: "flex: 1; overflow: hidden; white-space: nowrap" }, named(index));
+    const words = make("span", { class: "faint", style: "flex: 1; white-space: nowrap" }, `block ${index >> 1} ${index & 1 ? "ffn" : "attn"}`);
     return [words, button("kept", "keep", () => change("kept")), button("skipped", "skip", () => change("skipped")), choice, reset];
   }
 

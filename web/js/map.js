@@ -23,7 +23,7 @@ const STYLE = `
   font-size: 8px; font-weight: 700; line-height: 13px; text-align: center; color: var(--mark); }
 .skrr-cell[data-state=kept] { background: var(--kept); }
 .skrr-cell[data-state=skipped], .skrr-cell[data-state=unread] { border: 1px dashed var(--descrip-text); }
-.skrr-cell[data-state=unread] { border-style: dotted; opacity: .6; }
+.skrr-cell[data-state=unread] { border-style: dotted; opacity: .8; }
 .skrr-cell[data-state=reused] { background: repeating-linear-gradient(135deg, var(--reused) 0 5px, #f4c65c 5px 7px); }
 .skrr-cell[data-state=standin] { background: radial-gradient(circle, #c9f2e4 1px, transparent 1.5px) 0 0 / 4px 4px var(--standin); }
 .skrr-cell:hover { outline: 1px solid var(--input-text); }

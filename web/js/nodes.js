@@ -99,7 +99,7 @@ function followChoice(node, map, draw) {
     node.properties[CHOICE] = key;
     if (choice.plan === "none" && !choice.plan_json.trim()) return draw();
     const answer = await askForPlan(choice);
-    if (key !== node.skrrChoice()) return; // another choice has been made since
+    if (key !== node.skrrChoice() || node.properties[MAP]) return; // another choice has been made since, or a run has told more
     if (answer.error) {
       redraw(node, map, []);
       map.say(answer.error, true);
