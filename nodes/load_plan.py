@@ -43,7 +43,7 @@ class SkrrLoadPlan(io.ComfyNode):
     @classmethod
     def execute(cls, clip, plan, sparsity, size_gb=0.0, plan_json="") -> io.NodeOutput:
         from .host.apply import derive, match
-        from .host.encoders import Pruned, views
+        from .host.encoders import views
         from .host.progress import say
         from .plan_map import shown
 
@@ -51,9 +51,8 @@ class SkrrLoadPlan(io.ComfyNode):
         pruned, lines = {}, []
         for name, view in match(views(clip), chosen.plan).items():
             entry = chosen.plan.encoder(name)
-            level, line = chosen.level(view.name, view.shape, entry)
-            pruned[view.name] = Pruned(entry, level) if level else Pruned()
-            lines.append(line)
+            pruned[view.name], told = chosen.pruned(name, view, entry)
+            lines += told
         say("\n".join(lines), cls.hidden.unique_id)
         out = derive(clip, pruned)
         return io.NodeOutput(out, chosen.plan, ui=shown(out, cls.hidden, chosen.plan))

@@ -5,6 +5,8 @@ from comfy_api.latest import io
 from .host import features
 from .types import CATEGORY, SkrrPlan, advanced
 
+PAPER, STANDINS = "paper", "linear stand-ins"
+
 
 class SkrrPrune(io.ComfyNode):
     """Finds out which parts of a text encoder your pictures can do without, and leaves them out.
@@ -58,7 +60,7 @@ class SkrrPrune(io.ComfyNode):
                     default=128,
                     min=1,
                     max=10000,
-                    tooltip="How many built-in prompts to compare on. More is slower.",
+                    tooltip="How many built-in prompts to compare on. More is slower, and better with stand-ins.",
                 ),
                 io.String.Input("plan_name", default="my_plan", tooltip="Name of the plan file in models/skrr_plans."),
                 io.String.Input(
@@ -76,6 +78,24 @@ class SkrrPrune(io.ComfyNode):
                         tooltip="Follow the paper's algorithm to the letter. Several times slower, hardly ever better.",
                     )
                 ),
+                io.Combo.Input(
+                    "quality",
+                    options=[PAPER, STANDINS],
+                    default=PAPER,
+                    optional=True,
+                    tooltip="How removed parts are made up for: as in the paper, or by small linear maps fitted to them"
+                    " (a few MB). Those come far closer to the whole encoder; give them 500 prompts or more.",
+                ),
+                advanced(
+                    io.Int.Input(
+                        "rank",
+                        default=16,
+                        min=1,
+                        max=512,
+                        optional=True,
+                        tooltip="Size of the linear stand-ins. 16 costs about 0.2 % of what is removed from T5-XXL.",
+                    )
+                ),
             ],
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="The smaller text encoders."),
@@ -86,28 +106,34 @@ class SkrrPrune(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip, encoder, sparsity, beam, reuse, prompts, plan_name, model=None, own_prompts="", exact=False
-    ) -> io.NodeOutput:
-        from ..skrr_engine.prompts import from_text, generate
+        cls, clip, encoder, sparsity, beam, reuse, prompts, plan_name, model=None, own_prompts="", exact=False,
+        quality=PAPER, rank=16,
+    ) -> io.NodeOutput:  # fmt: skip
+        from ..skrr_engine.prompts import broad, from_text, generate
         from ..skrr_engine.search import Settings
+        from ..skrr_engine.standin import Fitting
+        from ..skrr_engine.standin_file import of_level
         from .host.apply import derive
         from .host.encoders import Pruned, choose
+        from .host.library import folders
         from .host.progress import say
         from .host.search import find_plan
         from .host.trim import trimmed
         from .plan_map import shown
 
-        texts = from_text(own_prompts) if own_prompts.strip() else generate(prompts)
+        fitting = Fitting(rank=rank) if quality == STANDINS else None
+        texts = from_text(own_prompts) if own_prompts.strip() else (broad if fitting else generate)(prompts)
         view = choose(clip, encoder.strip())
         node = cls.hidden.unique_id
         settings = Settings(sparsity, (), beam, reuse, 0.0 if exact else Settings.delta)
-        plan = find_plan(clip, model, view, settings, texts, plan_name, node)
+        plan = find_plan(clip, model, view, settings, texts, plan_name, node, fitting)
         entry = plan.encoder(view.name)
         level = entry.levels[-1]
-        pruned = trimmed(clip, view, Pruned(entry, level))
+        standins, problem = of_level(folders(), view.name, entry, level)
+        pruned = trimmed(clip, view, Pruned(entry, level, standins=standins))
         gone = f"{level.skipped} of {len(view.row)} sub-blocks skipped, {level.sparsity:.1%} of it gone"
         unread = f", {len(pruned.unread)} more that no conditioning reads" if pruned.unread else ""
         bare = "" if model is not None else "; searched without a MODEL's text projection: connect one for better plans"
-        say(f"{view.name}: {gone}{unread}{bare}", node)
+        say("\n".join([f"{view.name}: {gone}{unread}{bare}", *([problem] if problem else [])]), node)
         out = derive(clip, {view.name: pruned})
         return io.NodeOutput(out, plan, ui=shown(out, cls.hidden, plan))

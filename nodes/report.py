@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = {"kept": (70, 130, 180), "skipped": (48, 48, 52), "re-used": (230, 160, 60)}
-"""Told apart by the colour-blind, too: blue, near black, orange."""
+COLOURS = {"kept": (70, 130, 180), "skipped": (48, 48, 52), "re-used": (230, 160, 60), "repaired": (0, 160, 120)}
+"""Told apart by the colour-blind, too: blue, near black, orange, bluish green."""
 
 BACKGROUND, TEXT, FAINT = (24, 24, 27), (235, 235, 235), (150, 150, 155)
 CELL, GAP, MARGIN = 22, 3, 16
@@ -65,23 +65,33 @@ def places(e) -> str:
 
 
 def state_of(encoder, index: int) -> tuple[str, int | None]:
-    """What is at a sub-block's place: kept, skipped or re-used, and in the last case which sub-block stands in."""
+    """What is at a sub-block's place: kept, skipped, repaired by a stand-in, or re-used, and then which one is."""
     removed = encoder.pruned.removed if encoder.pruned else {}
     if index not in removed:
         return "kept", None
+    if encoder.pruned and index in encoder.pruned.standins:
+        return "repaired", None
     return ("skipped", None) if removed[index] is None else ("re-used", removed[index])
 
 
 def map_lines(encoder) -> list[str]:
-    """Attention above feed-forward, one sign a block: `#` kept, `.` skipped, `r` re-used; then who re-uses whom."""
-    signs = {"kept": "#", "skipped": ".", "re-used": "r"}
+    """Attention above feed-forward, one sign a block: `#` kept, `.` skipped, `r` re-used, `~` repaired by a stand-in;
+    then who re-uses whom, and what the stand-ins take."""
+    signs = {"kept": "#", "skipped": ".", "re-used": "r", "repaired": "~"}
     lines = []
     for kind, label in enumerate(("attention   ", "feed-forward")):
         row = "".join(signs[state_of(encoder, 2 * block + kind)[0]] for block in range(encoder.blocks))
         lines.append(f"  {label} {row}")
     pairs = [(i, state_of(encoder, i)[1]) for i in range(2 * encoder.blocks)]
     told = [f"{'feed-forward' if i % 2 else 'attention'} {i // 2} by {j // 2}" for i, j in pairs if j is not None]
-    return [*lines, *(["  stood in for: " + ", ".join(told)] if told else [])]
+    if told:
+        lines.append("  stood in for: " + ", ".join(told))
+    if encoder.pruned and encoder.pruned.standins:
+        ranks = sorted({standin.rank for standin in encoder.pruned.standins.values()})
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        count, size = len(encoder.pruned.standins), human(encoder.pruned.standin_bytes)
+        lines.append(f"  repaired by linear stand-ins: {count} (~), {rank}, {size}")
+    return lines
 
 
 def as_image(encoders, others: dict[str, int]) -> torch.Tensor:
@@ -125,14 +135,15 @@ def draw_bar(draw, y: int, width: int, now: int, longest: int, dense: int) -> No
 def draw_cell(draw, x: int, y: int, state: str, stand_in: int | None, block: int, font) -> None:
     """One sub-block: its block's number, or the number of the block that stands in."""
     draw.rectangle((x, y, x + CELL, y + CELL), fill=COLOURS[state])
-    text = "" if state == "skipped" else str(block if stand_in is None else stand_in // 2)
+    text = {"skipped": "", "repaired": "~"}.get(state, str(block if stand_in is None else stand_in // 2))
     draw.text((x + CELL // 2, y + CELL // 2), text, (0, 0, 0) if state == "re-used" else TEXT, font, anchor="mm")
 
 
 def draw_legend(draw, y: int, font) -> None:
     """What the colours mean."""
     x = MARGIN
-    for state, words in (("kept", "kept"), ("skipped", "skipped"), ("re-used", "re-uses the block of that number")):
+    reused = "re-uses the block of that number"
+    for state, words in {"kept": "kept", "skipped": "skipped", "re-used": reused, "repaired": "stand-in"}.items():
         draw.rectangle((x, y, x + 12, y + 12), fill=COLOURS[state])
         draw.text((x + 18, y), words, FAINT, font)
         x += 32 + int(font.getlength(words))

@@ -51,8 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 METHODS = ("skrr", "heal", "finercut", "shortgpt", "random")
-MAX_RANKED = 64
-"""Prompts that a search with stand-ins ranks candidates on; the others are fitted on."""
 
 
 class UsageError(SkrrError):
@@ -162,6 +160,7 @@ def run_search(options) -> None:
     from .heal import best_rank
     from .heal import search as heal_search
     from .search import Settings, search
+    from .standin import halved
 
     delta = 0.0 if options.exact else options.delta
     settings = Settings(options.sparsity, parsed_levels(options.levels), options.beam, not options.no_reuse, delta)
@@ -179,7 +178,7 @@ def run_search(options) -> None:
     if bench.projection is None and leads:
         print(f"skrr: {BARE}", file=sys.stderr)
     report = (lambda progress: None) if options.quiet or not leads else Reporter()
-    fitted, ranked = (None, bench.meter(bench.prompts)) if fitting is None else halves(bench)
+    fitted, ranked = (None, bench.meter(bench.prompts)) if fitting is None else map(bench.meter, halved(bench.prompts))
     state, save, beam = resumed(options, bench, settings, fitting)
     if method == "heal":
         healed = heal_search(fitted, ranked, settings, fitting, report, save, beam)
@@ -231,16 +230,6 @@ def parsed_standins(text: str | None):
         return Fitting(rank=int(text))
     except ValueError:
         raise UsageError(f"--standins {text}: give a rank, like 16, or auto") from None
-
-
-def halves(bench: "Bench"):
-    """A meter on the prompts that stand-ins are fitted on, and one on those that candidates are ranked on: every 8th,
-    at most MAX_RANKED."""
-    if len(bench.prompts) < 16:
-        raise UsageError(f"{len(bench.prompts)} prompts are too few to fit stand-ins on: give at least 16, better 500")
-    ranked = bench.prompts[::8][:MAX_RANKED]
-    chosen = set(ranked)
-    return bench.meter([p for p in bench.prompts if p not in chosen]), bench.meter(ranked)
 
 
 def resumed(options, bench: "Bench", settings, fitting):

@@ -2,8 +2,9 @@
 
 The order that heals best is not the one that hurts least: a sub-block may matter and yet be nearly linear. At each step
 one pass over the encoder fits the stand-ins of what is removed anew, and one for every sub-block that is kept;
-candidates are then ranked by their discrepancy on prompts that nothing was fitted on. Attention and feed-forward differ
-in size: of the best attention and the best feed-forward, the one goes that adds less discrepancy per parameter.
+the candidates whose repaired stream is nearest to the dense one are then ranked by their discrepancy, on prompts that
+nothing was fitted on. Attention and feed-forward differ in size: of the best attention and the best feed-forward, the
+one goes that adds less discrepancy per parameter.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from .standin import Fitting
 
 ENOUGH = 1.05
 """A rank is enough where a higher one would not lower the discrepancy by more than this factor."""
+
+SCREENED = 12
+"""How many attentions, and how many feed-forwards, are ranked at each step: those least harmed right behind them."""
 
 Report = Callable[[Progress], None]
 
@@ -74,12 +78,14 @@ class Search:
         current = self.ranked.measure([now], self.tick(0.3, 0.05))[0].total if order else 0.0
         if order:  # the repairs of the last step's removal are fitted only now
             trail = (*trail[:-1], current)
-        kinds = [[i for i in sorted(trials) if i % 2 == kind] for kind in (0, 1)]
+        by_harm = sorted(trials, key=lambda i: (trials[i].harm, i))
+        kinds = [sorted([i for i in by_harm if i % 2 == kind][:SCREENED]) for kind in (0, 1)]
         scores = {}
         for number, places in enumerate(places for places in kinds if places):
             tick = self.tick(0.35 + 0.3 * number, 0.3)
-            ranked = self.ranked.rank([{**now, i: trials[i]} for i in places], 1, self.settings.delta, tick=tick)
-            score, place = min(zip(ranked, places, strict=True))
+            candidates = [{**now, i: trials[i].standin} for i in places]
+            found_scores = self.ranked.rank(candidates, 1, self.settings.delta, tick=tick)
+            score, place = min(zip(found_scores, places, strict=True))
             scores[place] = score
         place = min(scores, key=lambda i: ((scores[i] - current) / self.costs[i], i))
         return Path((*order, place), scores[place], (*trail, scores[place]))
@@ -134,9 +140,8 @@ def best_rank(
     level is within ENOUGH of the best one's discrepancy."""
     if not fitting.ranks:
         return repaired(fitted, ranked, order, settings, fitting, told, tick)
-    order = order[
-        : skip.reaching(order, fitted.tracer.row.parameter_counts, fitted.tracer.row.total, settings.sparsity)
-    ]
+    row = fitted.tracer.row
+    order = order[: skip.reaching(order, row.parameter_counts, row.total, settings.sparsity)]
     found = {}
     for rank in fitting.ranks:
         standins, _ = standin.fit(fitted, dict.fromkeys(order), replace(fitting, rank=rank), tick=tick)

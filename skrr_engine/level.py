@@ -32,7 +32,12 @@ def at_size(sub_block_bytes: Sequence[int], dense_bytes: int, plan: EncoderPlan,
     """
     if dense_bytes <= limit:
         return None
-    left = [dense_bytes - sum(sub_block_bytes[i] for i in plan.order[: level.skipped]) for level in plan.levels]
+    left = [
+        dense_bytes
+        - sum(sub_block_bytes[i] for i in plan.order[: level.skipped])
+        + (level.standins.nbytes(plan.width) if level.standins else 0)
+        for level in plan.levels
+    ]
     for level, size in zip(plan.levels, left, strict=True):
         if size <= limit:
             return level

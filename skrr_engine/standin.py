@@ -15,7 +15,7 @@ benchmarks/standins.py tell what it does here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,9 +36,10 @@ DTYPE = torch.float16
 
 @dataclass(frozen=True)
 class Fitting:
-    """How stand-ins are fitted. rank: of each; ranks: where there are any, those to choose from at the end; ridges: tried, relative to the mean eigenvalue of the Gram matrix, the
-    one best on held-out prompts is taken; null: share of the null prompt in all weight; held_out: every so many-th
-    prompt chooses the ridge and is fitted on only after that (0: the first ridge is taken)."""
+    """How stand-ins are fitted. rank: of each; ranks: where there are any, those to choose from at the end; ridges:
+    tried, relative to the mean eigenvalue of the Gram matrix, the one best on held-out prompts is taken; null: share of
+    the null prompt in all weight; held_out: every so many-th prompt chooses the ridge and is fitted on only after that
+    (0: the first ridge is taken)."""
 
     RANKS: ClassVar[tuple[int, ...]] = (4, 8, 16, 32, 64)
 
@@ -51,6 +52,18 @@ class Fitting:
     def __post_init__(self):
         if not 1 <= self.rank <= MAX_RANK:
             raise SearchError(f"a rank of {self.rank} makes no sense for stand-ins: use 1 to {MAX_RANK}, like 16")
+
+
+MAX_RANKED = 64
+"""Prompts that a search with stand-ins ranks candidates on; all others are fitted on."""
+
+
+def halved(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Prompts to fit on, and others to rank candidates on: every 8th, at most MAX_RANKED. Raises SearchError."""
+    if len(set(prompts)) < 16:
+        raise SearchError(f"{len(set(prompts))} prompts are too few to fit stand-ins on: give at least 16, better 500")
+    ranked = list(dict.fromkeys(prompts))[::8][:MAX_RANKED]
+    return [p for p in prompts if p not in set(ranked)], ranked
 
 
 @dataclass
@@ -193,6 +206,16 @@ class Streams:
             dense, pruned = dense.cpu(), dense.cpu() if pruned is dense else pruned.cpu()
         self._held[number] = len(self.passed), dense, pruned
 
+    def kept(self, trace: Trace, pruned: torch.Tensor) -> torch.Tensor:
+        """The pruned stream of a batch behind this place, where its sub-block is kept."""
+        index = len(self.passed)
+        return self.row.sub_blocks[index].apply(pruned, trace.calls[index])
+
+    @property
+    def apart(self) -> bool:
+        """Whether the two streams differ here."""
+        return any(action != index for index, action in enumerate(self.passed))
+
     def go_on(self, action: Action) -> None:
         """To the next place; action: what is done at this one, its own index where it is kept."""
         self.passed.append(action)
@@ -204,7 +227,7 @@ def fit(
     fitting: Fitting,
     tried: Iterable[int] = (),
     tick: Callable[[float], None] = lambda share: None,
-) -> tuple[dict[int, StandIn], dict[int, StandIn]]:
+) -> tuple[dict[int, StandIn], dict[int, Trial]]:
     """Stand-ins for removed sub-blocks; and for others that are kept, each as if it alone were removed on top.
 
     meter: its prompts are fitted on. removed: sub-block -> None where a stand-in is to be fitted; a stand-in or a
@@ -220,36 +243,55 @@ def fit(
         tick(index / (last + 1))
         action = removed.get(index, index)
         if action is None or index in tried:
-            standin = stand_in(best(*grams(streams, norm, fitting), fitting), norm)
+            kept, held, harm = grams(streams, norm, fitting, index in tried)
+            chosen = best(kept, held, fitting)
+            standin = stand_in(chosen, norm)
             if action is None:
                 found[index] = action = standin
             else:
-                trials[index] = standin
+                trials[index] = Trial(standin, (kept + held).error(chosen) - harm)
         streams.go_on(action)
     return found, trials
 
 
-def grams(streams: Streams, norm: str, fitting: Fitting) -> tuple[Gram, Gram]:
-    """The Gram matrices at the place where the streams are: of the prompts to fit on, and of those held out."""
-    null = share = prompts = 0
+@dataclass(frozen=True)
+class Trial:
+    """A stand-in for a sub-block that is still kept. harm: how much further from the dense stream the stream behind it
+    would be with the stand-in than with the sub-block: weighted squared error, in units of the tokens' mean squares."""
+
+    standin: StandIn
+    harm: float
+
+
+def grams(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> tuple[Gram, Gram, float]:
+    """The Gram matrices at the place where the streams are: of the prompts to fit on, and of those held out; and, where
+    its sub-block is kept and only `trying`, the weighted squared error of the stream behind it."""
+    null = prompts = 0
+    share = harm = 0.0
     kept = held = None
-    for number, _, _, behind, pruned in streams.here():
+    for number, trace, _, behind, pruned in streams.here():
         if kept is None:
             kept, held = (Gram.of(behind.shape[-1], behind.device) for _ in range(2))
         batch, tokens, width = behind.shape
         z, r = NORMS[norm](pruned.float()), behind.float() - pruned.float()
         weights = 1 / behind.double().square().mean(dim=-1).clamp(min=1e-12)
+        error = 0.0
+        if trying and streams.apart:
+            off = streams.kept(trace, pruned).double() - behind.double()
+            error = float((off.square().sum(dim=-1) * weights).sum())
         if number == 0:
-            null = z.reshape(-1, width), r.reshape(-1, width), weights.flatten()
+            null = z.reshape(-1, width), r.reshape(-1, width), weights.flatten(), error
             continue
+        harm += error
         share += float(weights.sum())
         out = torch.arange(prompts, prompts + batch) % max(fitting.held_out, 1) == fitting.held_out - 1
         prompts += batch
         for gram, chosen in ((kept, ~out), (held, out)):
             gram.add(z[chosen].reshape(-1, width), r[chosen].reshape(-1, width), weights[chosen].flatten())
-    z, r, weights = null
-    kept.add(z, r, weights * (fitting.null * share / float(weights.sum())))
-    return kept, held
+    z, r, weights, error = null
+    scale = fitting.null * share / float(weights.sum())
+    kept.add(z, r, weights * scale)
+    return kept, held, harm + scale * error
 
 
 def best(kept: Gram, held: Gram, fitting: Fitting) -> Fit:

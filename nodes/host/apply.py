@@ -14,12 +14,18 @@ import time
 import uuid
 from collections.abc import Mapping
 
+import comfy.ops
+import torch
 from torch import nn
 
 from ...skrr_engine.plan import Plan, PlanError
+from ...skrr_engine.repair import Repair
 from ...skrr_engine.rewire import fork, rewire
 from ...skrr_engine.row import EncoderError
 from .encoders import ATTACHMENT, Pruned, View, dense_model, pruning, size, views, views_of
+
+LINEAR = comfy.ops.manual_cast.Linear
+"""Of what stand-ins are made: ComfyUI's layers, which work wherever their weights are, and in whatever type."""
 
 EVERYTHING = 1 << 62
 """A weight budget in bytes that no encoder exceeds."""
@@ -48,7 +54,7 @@ def make_tree(dense: nn.Module, known: Mapping[str, View], pruned: Mapping[str, 
     paths = [known[name].prefix + path for name in fresh for s in known[name].row.sub_blocks for path in s.parts]
     tree = fork(dense, [*paths, *(f"{view.prefix}x" for view in known.values())])
     for name, entry in fresh.items():
-        rewire(tree.get_submodule(known[name].path).transformer, known[name].row, entry.removed)
+        rewire(tree.get_submodule(known[name].path).transformer, known[name].row, entry.removed, LINEAR)
     return tree
 
 
@@ -58,9 +64,9 @@ def prune_owned(clip, pruned: Mapping[str, Pruned]):
     record = {}
     for name, entry in pruned.items():
         view = known[name]
-        rewire(clip.cond_stage_model.get_submodule(view.path).transformer, view.row, entry.removed)
+        rewire(clip.cond_stage_model.get_submodule(view.path).transformer, view.row, entry.removed, LINEAR)
         gone = (entry.shape or view.shape) if entry.removed else None
-        record[name] = Pruned(entry.plan, entry.level, entry.unread, gone, entry.file)
+        record[name] = dataclasses.replace(entry, shape=gone)
     clip.patcher.set_attachments(ATTACHMENT, record)
     clip.patcher.size = 0
     clip.patcher.patches_uuid = uuid.uuid4()
@@ -154,7 +160,7 @@ def replaced(clip, plan: Plan) -> dict[str, Pruned]:
             exact = round(view.shape.sparsity(entry.order[: level.skipped]), 6)
             level = level.model_copy(update={"sparsity": exact})
             entry = entry.model_copy(update={"levels": (level,)})
-        after = dataclasses.replace(before, plan=entry, level=level)
+        after = dataclasses.replace(before, plan=entry, level=level, standins={})
         if after.removed != before.removed:
             _ = view.row  # refuses an encoder that was loaded pruned
             found[name] = after
@@ -173,6 +179,17 @@ class PrunedPatcher:
         kept = {id(module) for module in self.skrr_tree.modules()}
         names = {name for name, _ in self.skrr_tree.named_modules()}
         return {id(m) for name, m in self.model.named_modules() if id(m) not in kept and name not in names}
+
+    @functools.cached_property
+    def _repairs(self) -> list[nn.Module]:
+        """The stand-ins in the fork, which ComfyUI does not see: it looks at the dense tree."""
+        return [module for module in self.skrr_tree.modules() if isinstance(module, Repair)]
+
+    def model_patches_to(self, device):
+        super().model_patches_to(device)
+        if isinstance(device, torch.device):  # ComfyUI calls it with a dtype, too
+            for repair in self._repairs:
+                repair.to(device)
 
     def model_size(self):
         if self.size == 0:

@@ -11,7 +11,7 @@ from . import library
 
 if TYPE_CHECKING:
     from ...skrr_engine.plan import EncoderPlan, Level, Plan
-    from .encoders import Shape
+    from .encoders import Pruned, Shape, View
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,24 @@ class Choice:
         if level is None:
             return None, f"{name}: {asked}, it has {shape.total_bytes / 1e9:.2f} GB as it is: nothing removed"
         gone = entry.order[: level.skipped]
-        left = (shape.total_bytes - shape.bytes_of(gone)) / 1e9
+        repairs = level.standins.nbytes(entry.width) if level.standins else 0
+        left = (shape.total_bytes - shape.bytes_of(gone) + repairs) / 1e9
         return level, (
             f"{name}: {asked}, using the level that skips {level.skipped} of {2 * shape.blocks} sub-blocks:"
             f" {shape.sparsity(gone):.1%} removed, {left:.2f} GB left"
         )
+
+    def pruned(self, name: str, view: View, entry: EncoderPlan) -> tuple[Pruned, list[str]]:
+        """What is to be left out of an encoder by the plan's entry `name`, and what to tell. Raises PlanError,
+        StandInError."""
+        from ...skrr_engine.standin_file import of_level
+        from .encoders import Pruned
+
+        level, line = self.level(view.name, view.shape, entry)
+        if level is None:
+            return Pruned(), [line]
+        standins, problem = of_level(library.folders(), name, entry, level)
+        return Pruned(entry, level, standins=standins), [line, *([problem] if problem else [])]
 
 
 def inputs(none: str | None = None) -> list:

@@ -1,7 +1,7 @@
 """CLIP objects as encoders: which text encoders a CLIP holds, and each one as a row of sub-blocks."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import comfy.model_management
 import comfy.sd1_clip
@@ -10,7 +10,8 @@ from torch import nn
 from ...skrr_engine import families
 from ...skrr_engine.checkpoint import Layout
 from ...skrr_engine.plan import EncoderPlan, Level
-from ...skrr_engine.rewire import assignment
+from ...skrr_engine.repair import StandIn
+from ...skrr_engine.rewire import Action, assignment
 from ...skrr_engine.row import EncoderError, Row
 
 TRANSFORMER = "transformer."
@@ -56,19 +57,27 @@ class Shape:
 @dataclass(frozen=True)
 class Pruned:
     """What is left out of one encoder. plan, level: by a plan (None: no plan); unread: sub-blocks that no conditioning
-    reads; shape: of the dense encoder where that was never in memory; file: that it was loaded from, where known."""
+    reads; shape: of the dense encoder where that was never in memory; file: that it was loaded from, where known;
+    standins: place -> what repairs it, empty where the level has none or their file is missing."""
 
     plan: EncoderPlan | None = None
     level: Level | None = None
     unread: tuple[int, ...] = ()
     shape: Shape | None = None
     file: str | None = None
+    standins: Mapping[int, StandIn] = field(default_factory=dict)
 
     @property
-    def removed(self) -> dict[int, int | None]:
-        """Removed sub-block -> the one it re-uses, or None. An unread one that another re-uses stays."""
-        by_plan = assignment(self.plan.order[: self.level.skipped], self.level.reuse) if self.level else {}
+    def removed(self) -> dict[int, Action]:
+        """Removed sub-block -> what is done at its place. An unread one that another re-uses stays."""
+        order = self.plan.order[: self.level.skipped] if self.level else ()
+        by_plan = assignment(order, self.level.reuse if self.level else None, self.standins)
         return {**{i: None for i in self.unread if i not in by_plan.values()}, **by_plan}
+
+    @property
+    def standin_bytes(self) -> int:
+        """Bytes that the stand-ins add to the encoder."""
+        return sum(standin.nbytes for standin in self.standins.values())
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import folder_paths
 
 from ...skrr_engine import plan as plans
+from ...skrr_engine import standin_file
 from ...skrr_engine.plan import Plan, PlanError
 
 FOLDER = "skrr_plans"
@@ -26,6 +27,11 @@ def register() -> None:
     """Make `models/skrr_plans` known to ComfyUI; folders from extra_model_paths.yaml stay."""
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
     folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.folder_names_and_paths[FOLDER][0], {".json"})
+
+
+def folders() -> list[Path]:
+    """Where the files of plans and of their stand-ins are."""
+    return [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
 
 
 def names() -> list[str]:
@@ -62,8 +68,9 @@ def file_name(name: str) -> str:
     return stem + ".json"
 
 
-def save(plan: Plan, name: str) -> str:
-    """Write a plan as `name`, under a numbered name where another plan has it already; returns the file's name."""
+def save(plan: Plan, name: str, standins: bytes = b"") -> str:
+    """Write a plan as `name`, under a numbered name where another plan has it already; returns the file's name.
+    standins: the bytes of its stand-ins' file, which goes beside it."""
     folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
     folder.mkdir(parents=True, exist_ok=True)
     wanted = file_name(name)
@@ -71,6 +78,8 @@ def save(plan: Plan, name: str) -> str:
     while (folder / wanted).exists():
         number += 1
         wanted = f"{stem}_{number}.json"
+    if standins:
+        standin_file.write(standin_file.beside(folder / wanted), standins)
     plan.write(folder / wanted)
     return wanted
 

@@ -7,6 +7,7 @@ kept ones are copied from the file.
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -135,14 +136,13 @@ def load(
         for name, view in match(known, chosen.plan).items():
             if view.name not in pruned:
                 entry = chosen.plan.encoder(name)
-                level, line = chosen.level(view.name, view.shape, entry)
-                lines.append(line)
-                pruned[view.name] = Pruned(entry, level) if level else Pruned()
+                pruned[view.name], told = chosen.pruned(name, view, entry)
+                lines += told
     for file in files:
         if home := homes[id(file)]:
             now = pruned.get(home.name, Pruned())
             shape = Shape.of_file(file.checkpoint.layout)
-            pruned[home.name] = Pruned(now.plan, now.level, now.unread, shape, str(file.checkpoint.path))
+            pruned[home.name] = dataclasses.replace(now, shape=shape, file=str(file.checkpoint.path))
     if trim:
         for view in known.values():
             pruned[view.name] = trimmed(clip, view, pruned.get(view.name, Pruned()), load=False)
@@ -176,7 +176,7 @@ def recorded(file: EncoderFile) -> Pruned:
     """What a pruned file says that it has left out."""
     record = file.checkpoint.record
     level = record.plan.level(record.skipped) if record.plan else None
-    return Pruned(record.plan, level, record.unread, None, file.checkpoint.path.name)
+    return Pruned(record.plan, level, record.unread, None, file.checkpoint.path.name, file.checkpoint.standins)
 
 
 def load_hollow(files: Sequence[EncoderFile], type_name: str, device: str, disable_dynamic: bool):

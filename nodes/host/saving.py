@@ -79,4 +79,4 @@ def save(clip, view: View, pruned: Pruned, name: str) -> tuple[str, int]:
             Plan(encoders={view.name: pruned.plan}, provenance=Provenance(source="saved")),
             pruned.level.skipped,
         )
-    return out.name, write_pruned(source, out, view.name, plan, skipped, pruned.unread)
+    return out.name, write_pruned(source, out, view.name, plan, skipped, pruned.unread, pruned.standins)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import comfy.model_management
 import torch
 
-from ...skrr_engine import __version__
+from ...skrr_engine import __version__, heal, standin_file
 from ...skrr_engine import search as engine
 from ...skrr_engine.budget import free_memory
 from ...skrr_engine.discrepancy import Meter
 from ...skrr_engine.plan import EncoderPlan, Plan, Provenance
 from ...skrr_engine.prompts import sha256 as prompts_sha256
+from ...skrr_engine.standin import Fitting, halved
 from ...skrr_engine.state import StateError
 from ...skrr_engine.trace import Tracer
 from . import library
@@ -30,9 +31,18 @@ SAMPLE = 64
 
 
 def find_plan(
-    clip, model, view: View, settings: engine.Settings, prompts: Sequence[str], name: str, node_id: str | None
+    clip,
+    model,
+    view: View,
+    settings: engine.Settings,
+    prompts: Sequence[str],
+    name: str,
+    node_id: str | None,
+    fitting: Fitting | None = None,
 ) -> Plan:
-    """The plan for these inputs: the saved one where they were searched before, else a new one, saved as `name`."""
+    """The plan for these inputs: the saved one where they were searched before, else a new one, saved as `name`.
+    fitting: of linear stand-ins; None for the paper's plan."""
+    fitted_on, prompts = (None, prompts) if fitting is None else halved(prompts)
     library.file_name(name)  # refuse a bad name now rather than after the search
     row = view.row  # refuses an encoder that was loaded pruned
     conditioning = Conditioning(clip, view)
@@ -41,7 +51,8 @@ def find_plan(
         projection = from_model(model, view).to(clip.patcher.load_device)
     if projection is None:
         say(BARE, node_id)
-    key = fingerprint(clip, view, settings, prompts, projection)
+    how = settings if fitting is None else (settings, fitting, prompts_sha256(fitted_on))
+    key = fingerprint(clip, view, how, prompts, projection)
     known = library.searched(key)
     if known is not None:
         say(f'found the plan "{known[0]}" of an earlier search with these inputs', node_id)
@@ -50,8 +61,12 @@ def find_plan(
     tracer = Tracer(conditioning.encoder, row, TRANSFORMER)
     device = clip.patcher.load_device
     memory = free_memory(device) if device.type == "cpu" else comfy.model_management.get_free_memory(device) * 9 // 10
-    batches, null = conditioning.batches(prompts), conditioning.null()
-    meter = Meter(conditioning.encoder, tracer, batches, null, projection, memory=int(memory))
+    null, share = conditioning.null(), int(memory) // (1 if fitting is None else 2)
+
+    def meter_on(texts: Sequence[str]) -> Meter:
+        return Meter(conditioning.encoder, tracer, conditioning.batches(texts), null, projection, memory=share)
+
+    meter = meter_on(prompts)
     state = library.state(key)
     try:
         beam = state.load(len(row))
@@ -63,8 +78,8 @@ def find_plan(
         source="search",
         projection=projection and projection.name,
         denoiser=projection and projection.denoiser,
-        prompts=len(prompts),
-        prompts_sha256=prompts_sha256(prompts),
+        prompts=len(prompts) + len(fitted_on or ()),
+        prompts_sha256=prompts_sha256([*prompts, *(fitted_on or ())]),
         beam=settings.beam,
         created_with=f"skrr {__version__}",
     )
@@ -74,22 +89,32 @@ def find_plan(
         return Plan(encoders={view.name: marked}, provenance=provenance)
 
     reporter = Reporter(node_id, row, settings.sparsity)
+    standins: dict = {}
     try:
-        entry = engine.search(meter, settings, reporter, state.save, beam)
+        if fitting is None:
+            entry = engine.search(meter, settings, reporter, state.save, beam)
+        else:
+            healed = heal.search(meter_on(fitted_on), meter, settings, fitting, reporter, state.save, beam)
+            entry, standins = healed.plan, {view.name: healed.standins}
     except comfy.model_management.InterruptProcessingException:
         if reporter.path.order:
             so_far = plan_of(engine.unfinished(row, reporter.path, settings), library.UNFINISHED_KEY)
             saved = library.save_unfinished(so_far, name, key)
             say(f'stopped: the best so far is saved as "{saved}"; run again to go on', node_id)
         raise
-    plan = plan_of(entry, library.SEARCH_KEY)
-    say(f'saved as "{library.save(plan, name)}" in models/{library.FOLDER}', node_id)
+    plan, data = plan_of(entry, library.SEARCH_KEY), b""
+    if standins:
+        plan, data = standin_file.encoded(plan, standins)
+    saved = library.save(plan, name, data)
+    beside = f", its stand-ins as {standin_file.beside(saved)}" if data else ""
+    say(f'saved as "{saved}"{beside} in models/{library.FOLDER}', node_id)
     state.forget()
     return plan
 
 
-def fingerprint(clip, view: View, settings: engine.Settings, prompts: Sequence[str], projection) -> str:
-    """SHA-256 over all that decides the outcome of a search: weights, LoRAs, layer choice, prompts, settings."""
+def fingerprint(clip, view: View, settings, prompts: Sequence[str], projection) -> str:
+    """SHA-256 over all that decides the outcome of a search: weights, LoRAs, layer choice, prompts, settings (whatever
+    their repr tells apart)."""
     digest = hashlib.sha256()
     options = [clip.layer_idx, str(clip.tokenizer_options)]
     digest.update(json.dumps([__version__, view.name, options, repr(settings), prompts_sha256(prompts)]).encode())

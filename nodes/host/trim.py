@@ -1,5 +1,7 @@
 """Sub-blocks behind the last hidden state that a conditioning reads: they cost memory and change nothing."""
 
+import dataclasses
+
 from ...skrr_engine.trace import Tracer
 from .conditioning import Conditioning
 from .encoders import TRANSFORMER, Pruned, View, pruning
@@ -19,4 +21,4 @@ def unread(clip, view: View, load: bool = True) -> tuple[int, ...]:
 def trimmed(clip, view: View, pruned: Pruned | None = None, load: bool = True) -> Pruned:
     """What is left out of an encoder (`pruned`; by default what is now), and what is unread besides."""
     now = pruned or pruning(clip).get(view.name, Pruned())
-    return Pruned(now.plan, now.level, unread(clip, view, load), now.shape, now.file)
+    return dataclasses.replace(now, unread=unread(clip, view, load))
