@@ -1,14 +1,16 @@
 """The real frontend in a browser: it loads with the pack, opens the example workflows, and finds the help pages."""
 
 import json
+import os
 import re
 import runpy
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 
-from browser import HELP_IMAGES, build, picture, run, wait_for_map
+from browser import HELP_IMAGES, IMAGES, build, picture, run, wait_for_map
 
 REPO = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((REPO / "example_workflows").glob("*.json"))
@@ -172,6 +174,33 @@ def alone(page, node: str) -> None:
 FILES = {"SkrrCLIPLoader": 1, "SkrrDualCLIPLoader": 2, "SkrrTripleCLIPLoader": 3}
 PICTURED = {**dict.fromkeys(LOADERS, loader), "SkrrTrimUnread": trimmed, "SkrrSaveEncoder": alone}
 """Nodes whose pictures are made here; other tests make the others."""
+
+
+PICTURE_OF = """
+([name, width]) => {
+  let card = name;
+  while (!card.querySelector("img")) card = card.parentElement;
+  return [...card.querySelectorAll("img")].some((image) => image.complete && image.naturalWidth === width);
+}
+"""
+
+
+def test_template_browser(page):
+    """All workflows are there with their pictures, and one opens by a click."""
+    page.evaluate("() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    for path in WORKFLOWS:
+        name = page.get_by_text(path.stem, exact=True).first
+        name.scroll_into_view_if_needed()  # pictures are loaded when in sight
+        page.wait_for_function(PICTURE_OF, arg=[name.element_handle(), Image.open(path.with_suffix(".jpg")).width])
+    chosen = page.get_by_text("skrr_load_plan_flux", exact=True).first
+    chosen.scroll_into_view_if_needed()
+    if os.environ.get("SKRR_IMAGES") and page.frontend == "1.32.9":
+        page.wait_for_timeout(700)
+        page.screenshot(path=IMAGES / "templates.png", clip={"x": 98, "y": 73, "width": 1404, "height": 854})
+    chosen.click()
+    page.wait_for_function("() => window.app.graph._nodes.some((n) => n.type === 'SkrrLoadPlan')")
+    page.wait_for_function("() => document.querySelectorAll('.skrr-map [data-state=kept]').length > 0")
+    page.keyboard.press("Escape")  # the frontends may tell which model files this machine lacks
 
 
 @pytest.mark.parametrize("node", NODES)

@@ -120,7 +120,7 @@ def test_map_after_a_run(page):
     assert now == pytest.approx(dense * (1 - level["sparsity"]), rel=2e-3)
     words = page.evaluate("() => skrrTest.point(2, 46)")
     assert words.startswith("block 23's attention: skipped · step 1 of 21 · cost not measured · 134.2")
-    page.evaluate("() => skrrTest.node(3).setSize([420, 470])")
+    page.evaluate("() => skrrTest.node(3).setSize([420, 390])")
     for colours in ("light", "dark"):
         palette(page, colours)
         picture(page, f"plan_map_{colours}", [2, 3])
