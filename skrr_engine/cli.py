@@ -227,9 +227,10 @@ def parsed_standins(text: str | None):
     if text == "auto":
         return Fitting(ranks=Fitting.RANKS)
     try:
-        return Fitting(rank=int(text))
+        rank = int(text)
     except ValueError:
         raise UsageError(f"--standins {text}: give a rank, like 16, or auto") from None
+    return Fitting(rank=rank)
 
 
 def resumed(options, bench: "Bench", settings, fitting):

@@ -39,16 +39,25 @@ def describe_level(level: Level) -> str:
     """A level in one line."""
     measured = "" if level.discrepancy is None else f", D {level.discrepancy:.4g}"
     pairs = " ".join(f"{i}>{j}" for i, j in level.reuse.items())
-    return f"  {level.skipped:3} skipped: sparsity {level.sparsity:.1%}{measured}{', re-use ' + pairs if pairs else ''}"
+    reused = f", re-use {pairs}" if pairs else ""
+    if level.standins is not None:
+        ranks = sorted(set(level.standins.ranks.values()))
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        reused = f", {len(level.standins.ranks)} linear stand-ins of {rank}{f'; without them {pairs}' if pairs else ''}"
+    return f"  {level.skipped:3} skipped: sparsity {level.sparsity:.1%}{measured}{reused}"
 
 
 def plan_map(entry: EncoderPlan, level: Level) -> list[str]:
-    """Attention above feed-forward: a block's number where kept, `.` where skipped, `>j` where it re-uses block j."""
+    """Attention above feed-forward: a block's number where kept, `.` where skipped, `~` where a stand-in repairs it,
+    `>j` where it re-uses block j."""
     skipped = set(entry.order[: level.skipped])
+    repaired = level.standins.ranks if level.standins else {}
 
     def cell(index: int) -> str:
         if index not in skipped:
             return str(index // 2)
+        if index in repaired:
+            return "~"
         return f">{level.reuse[index] // 2}" if index in level.reuse else "."
 
     rows = []

@@ -144,6 +144,23 @@ def stand_in(fit: Fit, norm: str) -> StandIn:
     return StandIn(norm, (down / scale).T.to(DTYPE).contiguous(), (up.T * scale).to(DTYPE).contiguous(), bias.float())
 
 
+@dataclass
+class Pair:
+    """The dense and the pruned stream of one batch before a place, `[batch, tokens, width]`, the same object where
+    nothing was removed so far; behind, kept: what this place's own sub-block makes of each, where that is known."""
+
+    place: int
+    dense: torch.Tensor
+    pruned: torch.Tensor
+    behind: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+
+    def to(self, device) -> Pair:
+        """The same on a device."""
+        dense = self.dense.to(device)
+        return Pair(self.place, dense, dense if self.pruned is self.dense else self.pruned.to(device))
+
+
 class Streams:
     """The dense and the pruned stream of every batch of a meter, taken from sub-block to sub-block.
 
@@ -155,7 +172,7 @@ class Streams:
     def __init__(self, meter: Meter):
         self.meter, self.row = meter, meter.tracer.row
         self.passed: list[Action] = []
-        self._held: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
+        self._held: dict[int, Pair] = {}
         self._room = {"device": meter.memory // 4, "cpu": 0}
         if next(meter.encoder.parameters()).device.type != "cpu":
             self._room["cpu"] = free_memory("cpu")
@@ -165,56 +182,52 @@ class Streams:
         yield 0, self.meter.null_trace()
         yield from enumerate(self.meter.calibration_traces(), 1)
 
-    def here(self) -> Iterable[tuple[int, Trace, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Of every batch: its number, trace, dense stream before this place, behind it, and pruned stream before it."""
-        index = len(self.passed)
+    def here(self, kept: bool = False) -> Iterable[tuple[int, Pair]]:
+        """Every batch's number and streams at this place, `behind` known, and, where asked for, `kept`."""
         for number, trace in self.traces():
-            dense, pruned = self._state(number, trace)
-            yield number, trace, dense, self.row.sub_blocks[index].apply(dense, trace.calls[index]), pruned
+            pair = self._held.get(number, Pair(0, trace.x, trace.x))
+            if pair.dense.device != trace.x.device:
+                pair = pair.to(trace.x.device)
+            while pair.place < len(self.passed):
+                pair = self._passed(pair, trace)
+            pair.behind = self._apply(pair.place, pair.dense, trace)
+            if kept and pair.pruned is not pair.dense:
+                pair.kept = self._apply(pair.place, pair.pruned, trace)
+            elif kept:
+                pair.kept = pair.behind
+            yield number, pair
+            self._hold(number, pair)
 
-    def _state(self, number: int, trace: Trace) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both streams of a batch at this place."""
-        start, dense, pruned = self._held.get(number, (0, trace.x, trace.x))
-        shared = dense is pruned
-        dense, pruned = dense.to(trace.x.device), pruned.to(trace.x.device)
-        if shared:
-            pruned = dense
-        for index in range(start, len(self.passed)):
-            action, call = self.passed[index], trace.calls[index]
-            behind = self.row.sub_blocks[index].apply(dense, call)
-            if action == index and pruned is dense:
-                pruned = behind
-            elif isinstance(action, StandIn):
-                pruned = action.apply(pruned)
-            elif action is not None:
-                pruned = self.row.sub_blocks[action].apply(pruned, call)
-            dense = behind
-        self._hold(number, dense, pruned)
-        return dense, pruned
+    def _apply(self, index: int, x: torch.Tensor, trace: Trace) -> torch.Tensor:
+        return self.row.sub_blocks[index].apply(x, trace.calls[index])
 
-    def _hold(self, number: int, dense: torch.Tensor, pruned: torch.Tensor) -> None:
-        held = self._held.pop(number, None)
-        size = 2 * dense.nbytes
-        if held is None:
+    def _passed(self, pair: Pair, trace: Trace) -> Pair:
+        """One place further."""
+        place, action = pair.place, self.passed[pair.place]
+        row, call = self.row.sub_blocks, trace.calls[place]
+        behind = pair.behind if pair.behind is not None else row[place].apply(pair.dense, call)
+        if isinstance(action, StandIn):
+            pruned = action.apply(pair.pruned)
+        elif action is None:
+            pruned = pair.pruned
+        elif action == place and pair.pruned is pair.dense:
+            pruned = behind
+        elif action == place and pair.kept is not None:
+            pruned = pair.kept
+        else:
+            pruned = row[action].apply(pair.pruned, call)
+        return Pair(place + 1, behind, pruned)
+
+    def _hold(self, number: int, pair: Pair) -> None:
+        size = 4 * pair.dense.nbytes  # with what is behind
+        if number not in self._held:
             where = next((place for place, room in self._room.items() if room >= size), None)
             if where is None:
                 return
             self._room[where] -= size
         else:
-            where = "device" if held[1].device == dense.device else "cpu"
-        if where == "cpu":
-            dense, pruned = dense.cpu(), dense.cpu() if pruned is dense else pruned.cpu()
-        self._held[number] = len(self.passed), dense, pruned
-
-    def kept(self, trace: Trace, pruned: torch.Tensor) -> torch.Tensor:
-        """The pruned stream of a batch behind this place, where its sub-block is kept."""
-        index = len(self.passed)
-        return self.row.sub_blocks[index].apply(pruned, trace.calls[index])
-
-    @property
-    def apart(self) -> bool:
-        """Whether the two streams differ here."""
-        return any(action != index for index, action in enumerate(self.passed))
+            where = "device" if self._held[number].dense.device == pair.dense.device else "cpu"
+        self._held[number] = pair.to("cpu") if where == "cpu" else pair
 
     def go_on(self, action: Action) -> None:
         """To the next place; action: what is done at this one, its own index where it is kept."""
@@ -269,15 +282,16 @@ def grams(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> tuple[
     null = prompts = 0
     share = harm = 0.0
     kept = held = None
-    for number, trace, _, behind, pruned in streams.here():
+    for number, pair in streams.here(kept=trying):
+        behind = pair.behind
         if kept is None:
             kept, held = (Gram.of(behind.shape[-1], behind.device) for _ in range(2))
         batch, tokens, width = behind.shape
-        z, r = NORMS[norm](pruned.float()), behind.float() - pruned.float()
+        z, r = NORMS[norm](pair.pruned.float()), behind.float() - pair.pruned.float()
         weights = 1 / behind.double().square().mean(dim=-1).clamp(min=1e-12)
         error = 0.0
-        if trying and streams.apart:
-            off = streams.kept(trace, pruned).double() - behind.double()
+        if trying and pair.kept is not behind:
+            off = pair.kept.double() - behind.double()
             error = float((off.square().sum(dim=-1) * weights).sum())
         if number == 0:
             null = z.reshape(-1, width), r.reshape(-1, width), weights.flatten(), error
