@@ -10,7 +10,7 @@ import hashlib
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -405,7 +405,15 @@ def _long(draw: _Draw) -> str:
     return f"{_prompt(draw)} {_prompt(draw)}"
 
 
-KINDS = (_prompt,) * 6 + (_short,) * 6 + (_scene,) * 3 + (_tagged,) * 2 + (_foreign,) * 2 + (_long,)
+KINDS = {
+    "long prompts": (_prompt, 6),
+    "captions": (_short, 6),
+    "scenes": (_scene, 3),
+    "tags and weights": (_tagged, 2),
+    "other languages": (_foreign, 2),
+    "two prompts in one": (_long, 1),
+}
+"""Kind of prompt -> what draws one, and its share among `broad` ones."""
 
 
 def broad(count: int = 1000, seed: int = 0) -> list[str]:
@@ -414,12 +422,21 @@ def broad(count: int = 1000, seed: int = 0) -> list[str]:
 
     The same for a seed everywhere; a longer list starts with the shorter one. Raises PromptError as `generate` does.
     """
+    return _different(tuple(draw for draw, share in KINDS.values() for _ in range(share)), count, seed)
+
+
+def of_kind(kind: str, count: int, seed: int = 0) -> list[str]:
+    """`count` different prompts of one of KINDS; otherwise as `broad`."""
+    return _different((KINDS[kind][0],), count, seed)
+
+
+def _different(kinds: Sequence[Callable[[_Draw], str]], count: int, seed: int) -> list[str]:
     if not 0 <= count <= MAX_PROMPTS:
         raise PromptError(f"count: expected 0 to {MAX_PROMPTS} prompts, found {count}; ask for fewer")
     draw = _Draw(seed)
     prompts: dict[str, None] = {}
     while len(prompts) < count:
-        prompts[draw.one(KINDS)(draw)] = None
+        prompts[draw.one(kinds)(draw)] = None
     return list(prompts)
 
 
