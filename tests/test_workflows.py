@@ -269,3 +269,29 @@ def clip_l_tensors() -> dict[str, torch.Tensor]:
     for norm in norms:
         found[f"{norm}.weight"], found[f"{norm}.bias"] = 1 + 0.1 * noise(768), 0.1 * noise(768)
     return found
+
+
+def test_linear_stand_ins(server):
+    """A search with stand-ins in the real ComfyUI: its plan and their file, found again, loaded, and missed."""
+    inputs = pruning("t5xxl", "healed", prompts=40, quality="linear stand-ins", rank=4, sparsity=0.03)
+    outputs = server.run(graph("flux", **inputs))
+    healed, report = conditioning(server, "flux"), report_text(outputs)
+    level = plan_file(server, "healed")["encoders"]["t5xxl"]["levels"][-1]
+    assert set(level["standins"]["ranks"].values()) == {4}
+    file = server.base / "models" / "skrr_plans" / "healed.standins.safetensors"
+    assert file.is_file() and f"repaired by linear stand-ins: {level['skipped']} (~), rank 4" in report
+
+    again = server.run(graph("flux", **{**inputs, "plan_name": "another"}))
+    assert report_text(again) == report and conditioning(server, "flux").keys() == healed.keys()
+    assert not (file.parent / "another.json").exists(), "it searched again"
+    loaded = {"class_type": "SkrrLoadPlan", "plan": "healed.json", "sparsity": 1.0}
+    server.run(graph("flux", **loaded))
+    assert_alike(conditioning(server, "flux"), healed)
+
+    hidden = file.rename(file.with_suffix(".hidden"))
+    report = report_text(server.run(graph("flux", **{**loaded, "sparsity": 0.99})))
+    assert "stand-ins" not in report
+    assert "this plan's stand-ins (*.standins.safetensors) is missing" in server.log()
+    bare = conditioning(server, "flux")
+    assert any(not torch.equal(bare[key], healed[key]) for key in bare)
+    hidden.rename(file)
