@@ -59,6 +59,12 @@ def chosen(page, sparsity: float = SPARSITY) -> None:
     )
 
 
+def wait_for_level(page, entry: dict, level: dict) -> None:
+    """Until node 2's map keeps as much as a level of the shipped plan does."""
+    kept = "(n) => skrrTest.element(2).querySelectorAll('[data-cell][data-state=kept]').length === n"
+    page.wait_for_function(kept, arg=2 * entry["blocks"] - level["skipped"])
+
+
 def editing(page, plan: dict | None = None) -> None:
     """A small CLIP, a plan on it, the editor, and Memory Report behind it."""
     build(
@@ -93,13 +99,11 @@ def test_map_follows_the_choice(page):
     chosen(page)
     wait_for_map(page, 2)
     entry, level = shipped_entry()
-    page.wait_for_function("(n) => skrrTest.element(2).querySelectorAll('[data-cell][data-state=kept]').length === n",
-                           arg=2 * entry["blocks"] - level["skipped"])  # fmt: skip
+    wait_for_level(page, entry, level)
     assert cells(page, 2) == {"t5xxl": expected(entry, level)}
-    page.evaluate("() => { const w = skrrTest.widget(2, 'sparsity'); w.value = 0.3; w.callback(0.3); }")
+    page.evaluate(CHOOSE, 0.3)
     weaker = [level for level in entry["levels"] if level["sparsity"] <= 0.3][-1]
-    page.wait_for_function("(n) => skrrTest.element(2).querySelectorAll('[data-cell][data-state=kept]').length === n",
-                           arg=2 * entry["blocks"] - weaker["skipped"])  # fmt: skip
+    wait_for_level(page, entry, weaker)
     assert cells(page, 2) == {"t5xxl": expected(entry, weaker)}
 
 
@@ -153,6 +157,31 @@ def test_a_run_tells_more_than_the_choice(page):
     page.wait_for_function("() => skrrTest.answered")
     page.wait_for_timeout(200)
     assert page.evaluate(bars) == 2
+
+
+CHOOSE = "(value) => { const w = skrrTest.widget(2, 'sparsity'); w.value = value; w.callback(value); }"
+
+
+def test_a_choice_that_has_run_before(page):
+    """ComfyUI does not run it again, and its bytes are known. A run is of the choice with which it was queued."""
+    chosen(page)
+    wait_for_map(page, 2)
+    page.evaluate(CHOOSE, 0.25)
+    run(page)
+    entry, _ = shipped_entry()
+    levels = {x: [level for level in entry["levels"] if level["sparsity"] <= x][-1] for x in (0.2, 0.25)}
+    bars = "() => skrrTest.element(2).querySelectorAll('.skrr-bar').length"
+    for sparsity, told in ((0.2, 0), (0.25, 2)):
+        page.evaluate(CHOOSE, sparsity)
+        wait_for_level(page, entry, levels[sparsity])
+        assert page.evaluate(bars) == told
+    page.evaluate(CHOOSE, 0.42)
+    ended = page.evaluate("() => skrrTest.ended.size")
+    queue(page)
+    page.evaluate(CHOOSE, 0.2)
+    page.wait_for_function("(n) => skrrTest.ended.size > n", arg=ended)
+    page.wait_for_timeout(300)
+    assert cells(page, 2) == {"t5xxl": expected(entry, levels[0.2])}
 
 
 def test_hover_tells_what_a_step_costs(page):

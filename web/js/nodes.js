@@ -76,8 +76,8 @@ function follow(node) {
   addMap(node, map);
   const draw = (note = "") => redraw(node, map, node.properties[MAP], note || (node.properties[MAP] ? "" : AFTER_A_RUN));
   chain(node, "onExecuted", (output) => {
+    if (node.skrrRan && !node.skrrRan(output)) return;
     keep(node, output, [MAP, PLAN]);
-    if (node.skrrChoice) node.properties[CHOICE] = node.skrrChoice();
     draw();
   });
   chain(node, "onConfigure", () => draw());
@@ -88,18 +88,31 @@ function follow(node) {
 /** Show what is chosen in a node's plan inputs as soon as it is chosen. */
 function followChoice(node, map, draw) {
   const chosen = () => Object.fromEntries(["plan", "plan_json", "sparsity"].map((name) => [name, widget(node, name).value]));
-  node.skrrChoice = () => JSON.stringify(chosen());
+  const current = () => JSON.stringify(chosen());
   let timer;
+  let queued; // the choice that is being run
+  let told; // what the last run has told, and of which choice: ComfyUI runs nothing, and tells nothing, twice in a row
+  chain(widget(node, "plan"), "beforeQueued", () => (queued = current()));
+  node.skrrRan = (output) => {
+    told = { key: queued ?? current(), output };
+    if (told.key !== current()) return false; // another choice has been made since
+    node.properties[CHOICE] = told.key;
+    return true;
+  };
   const ask = async () => {
     const choice = chosen();
-    const key = node.skrrChoice();
+    const key = current();
     if (node.properties[MAP] && node.properties[CHOICE] === key) return; // drawn already, perhaps by a run
     delete node.properties[MAP];
     delete node.properties[PLAN];
     node.properties[CHOICE] = key;
+    if (told?.key === key) {
+      keep(node, told.output, [MAP, PLAN]);
+      return draw();
+    }
     if (choice.plan === "none" && !choice.plan_json.trim()) return draw();
     const answer = await askForPlan(choice);
-    if (key !== node.skrrChoice() || node.properties[MAP]) return; // another choice has been made since, or a run has told more
+    if (key !== current() || node.properties[MAP]) return; // another choice has been made since, or a run has told more
     if (answer.error) {
       redraw(node, map, []);
       map.say(answer.error, true);
