@@ -4,7 +4,8 @@ The order that heals best is not the one that hurts least: a sub-block may matte
 one pass over the encoder fits the stand-ins of what is removed anew, and one for every sub-block that is kept;
 the candidates whose repaired stream is nearest to the dense one are then ranked by their discrepancy, on prompts that
 nothing was fitted on. Attention and feed-forward differ in size: of the best attention and the best feed-forward, the
-one goes that adds less discrepancy per parameter.
+one goes that adds less discrepancy per parameter. At the end, some of the removed sub-blocks are brought back, one at a
+time, to see whether another of their kind can go instead at less cost.
 """
 
 from __future__ import annotations
@@ -65,7 +66,35 @@ class Search:
         while self.row.sparsity(self.path.order) < self.settings.sparsity:
             self.path = self.step()
             save([self.path])
+        for place in self.least_at_home(self.fitting.swaps):
+            self.path = self.exchanged(place) or self.path
+        save([self.path])
         return self.path
+
+    def least_at_home(self, count: int) -> list[int]:
+        """The removed sub-blocks whose return would lower the discrepancy most, per parameter that it costs."""
+        order = self.path.order
+        if not count or len(order) < 2:
+            return []
+        found, _ = standin.fit(self.fitted, dict.fromkeys(order), self.fitting, tick=self.tick(0.0, 0.3))
+        now = assignment(order, standins=found)
+        without = [{i: action for i, action in now.items() if i != place} for place in order]
+        current, *scores = self.ranked.measure([now, *without], self.tick(0.3, 0.7))
+        gain = {i: (current.total - score.total) / self.costs[i] for i, score in zip(order, scores, strict=True)}
+        return sorted(order, key=lambda place: (-gain[place], place))[:count]
+
+    def exchanged(self, place: int) -> Path | None:
+        """The path with another sub-block of the same kind removed instead of this one, where that lowers the
+        discrepancy; None where it does not."""
+        order = tuple(i for i in self.path.order if i != place)
+        kept = {i for i in range(place % 2, self.length, 2) if i not in order}
+        found, trials = standin.fit(self.fitted, dict.fromkeys(order), self.fitting, kept, self.tick(0.0, 0.4))
+        now = assignment(order, standins=found)
+        chosen = sorted({place, *sorted(trials, key=lambda i: (trials[i].harm, i))[:SCREENED]})
+        candidates = [{**now, i: trials[i].standin} for i in chosen]
+        scores = self.ranked.rank(candidates, 1, self.settings.delta, tick=self.tick(0.4, 0.6))
+        score, best = min(zip(scores, chosen, strict=True))
+        return None if best == place else Path((*order, best), score)
 
     def step(self) -> Path:
         """One more removal."""

@@ -39,7 +39,7 @@ class Fitting:
     """How stand-ins are fitted. rank: of each; ranks: where there are any, those to choose from at the end; ridges:
     tried, relative to the mean eigenvalue of the Gram matrix, the one best on held-out prompts is taken; null: share of
     the null prompt in all weight; held_out: every so many-th prompt chooses the ridge and is fitted on only after that
-    (0: the first ridge is taken)."""
+    (0: the first ridge is taken); swaps: exchanges that a search tries at its end (see heal.py)."""
 
     RANKS: ClassVar[tuple[int, ...]] = (4, 8, 16, 32, 64)
 
@@ -48,6 +48,7 @@ class Fitting:
     ridges: tuple[float, ...] = (0.003, 0.03, 0.3)
     null: float = 0.1
     held_out: int = 5
+    swaps: int = 2
 
     def __post_init__(self):
         if not 1 <= self.rank <= MAX_RANK:

@@ -234,7 +234,7 @@ def test_heal_is_the_naive_greedy_loop(name, monkeypatch):
     module = small.build(name)
     fitted = small.meter(name, module, small.prompts(LENGTHS * 3), [2])
     ranked = small.meter(name, module, small.prompts(LENGTHS, seed=5), [2])
-    fitting, row = Fitting(rank=3), fitted.tracer.row
+    fitting, row = Fitting(rank=3, swaps=0), fitted.tracer.row
     settings = Settings(0.4, (), 1, False, 0.0)
     order: list[int] = []
     while row.sparsity(order) < 0.4:
@@ -254,13 +254,42 @@ def test_heal_is_the_naive_greedy_loop(name, monkeypatch):
     assert len(healed.plan.extensions["search"]["steps"]) == len(order)
 
 
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_exchange_is_the_best_of_its_kind(name, monkeypatch):
+    """One removed sub-block comes back, another of its kind goes, where that lowers D: against trying all of them."""
+    monkeypatch.setattr(heal, "SCREENED", 99)
+    module = small.build(name)
+    fitted = small.meter(name, module, small.prompts(LENGTHS * 3), [2])
+    ranked = small.meter(name, module, small.prompts(LENGTHS, seed=5), [2])
+    fitting, tried = Fitting(rank=3), 0
+    for order in ((0, 1, 6), (2, 5, 3), (7, 4)):
+        search = heal.Search(fitted, ranked, Settings(0.3, (), 1, False, 0.0), fitting, lambda progress: None)
+        search.path = SkipList(order, 0.0)
+        (place,) = search.least_at_home(1)
+        assert place in order
+        left = [i for i in order if i != place]
+        costs = {}
+        for i in range(place % 2, 8, 2):
+            if i not in left:
+                now, trials = standin.fit(fitted, dict.fromkeys(left), fitting, tried={i})
+                costs[i] = ranked.measure([{**now, i: trials[i].standin}])[0].total
+        best = min(costs, key=lambda i: (costs[i], i))
+        found = search.exchanged(place)
+        assert (found is None) == (best == place)
+        if found is not None:
+            assert found.order == (*left, best) and found.discrepancy == costs[best] < costs[place]
+            tried += 1
+    assert tried, "no exchange was worth it: the test shows nothing"
+
+
 def test_heal_goes_on_where_it_was_stopped():
     module = small.build("t5")
     fitted = small.meter("t5", module, small.prompts(LENGTHS * 2), [2])
     ranked = small.meter("t5", module, small.prompts(LENGTHS, seed=5), [2])
     settings, fitting, saved, lines = Settings(0.4, (0.2,), 1, True, 0.05), Fitting(rank=2), [], []
     whole = heal.search(fitted, ranked, settings, fitting, lambda p: lines.append(p), lambda beam: saved.append(beam))
-    assert [len(beam[0].order) for beam in saved] == list(range(1, len(saved) + 1))
+    lengths = [len(beam[0].order) for beam in saved]
+    assert lengths == [*range(1, len(saved)), len(saved) - 1], "a save after each step, and one after the exchanges"
     assert all(0 <= p.done < 1 for p in lines) and lines[-1].line.startswith("step ")
     again = heal.search(fitted, ranked, settings, fitting, beam=saved[1])
     assert again.plan.order == whole.plan.order
