@@ -11,6 +11,7 @@ import numpy as np
 from .scenes import TASKS
 
 HERE = Path(__file__).resolve().parent
+PAGE = HERE / "RESULTS.md"
 ORDER = ("Random", "ShortGPT", "LaCo", "FinerCut", "Skrr without re-use", "Skrr")
 
 
@@ -69,26 +70,32 @@ def plain_table(rows: Sequence[dict], first: str) -> str:
     return "\n".join(lines)
 
 
-def write(dense: dict, found: dict[str, list[dict]], detector: float) -> None:
-    """Put the tables into RESULTS.md, between its marks, and draw the plots beside it."""
-    tables = {
-        "detector": f"Detector on rendered truth with noise: {detector:.1%} of the scenes right in every detail.",
-        "table": main_table(found["table"], dense),
-        "ablations": plain_table(found["ablations"], "Skrr at 42 %"),
-        "bytes": plain_table(found["bytes"], "precision"),
-    }
-    page = HERE / "RESULTS.md"
-    text = page.read_text(encoding="utf-8")
+def write(tables: dict[str, str]) -> None:
+    """Put tables into RESULTS.md, each between its marks, and draw the plots of all that stands there beside it."""
+    text = PAGE.read_text(encoding="utf-8")
     for name, table in tables.items():
         before, mark, rest = text.partition(f"<!-- {name} -->")
         if not mark:
             raise SystemExit(f"RESULTS.md has no mark <!-- {name} -->")
         text = f"{before}{mark}\n{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    page.write_text(text, encoding="utf-8")
-    plots(dense, found)
+    PAGE.write_text(text, encoding="utf-8")
+    plots()
 
 
-def plots(dense: dict, found: dict[str, list[dict]]) -> None:
+def section(name: str) -> list[dict[str, str]]:
+    """The rows of a table in RESULTS.md, each by its columns' heads; empty where it is not filled yet."""
+    text = PAGE.read_text(encoding="utf-8").partition(f"<!-- {name} -->")[2].partition("<!-- end -->")[0]
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.strip().splitlines()]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def number(cell: str) -> tuple[float, float]:
+    """A cell's mean and spread: "0.895 ± 0.030", "42.5 %", "9.49"."""
+    mean, _, spread = cell.removesuffix("%").partition("±")
+    return float(mean), float(spread or 0)
+
+
+def plots() -> None:
     """images/scores.png: score over sparsity; images/bytes.png: score over kept bytes; images/proxy.png: over D;
     images/loss.png: the training."""
     import matplotlib
@@ -98,26 +105,27 @@ def plots(dense: dict, found: dict[str, list[dict]]) -> None:
 
     folder = HERE / "images"
     folder.mkdir(exist_ok=True)
+    rows = section("table")
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
     for method in ORDER:
-        own = [row for row in found["table"] if row["method"] == method]
-        levels = sorted({row["level"] for row in own})
-        groups = [[row for row in own if row["level"] == level] for level in levels]
-        x = [100 * np.mean([row["sparsity"] for row in group]) for group in groups]
-        y = [np.mean([row["overall"] for row in group]) for group in groups]
-        error = [np.std([row["overall"] for row in group]) for group in groups]
-        axes.errorbar(x, y, error, marker="o", capsize=3, label=method)
-    axes.axhline(dense["overall"], color="grey", linestyle=":", label="dense")
+        own = [row for row in rows if row["method"] == method]
+        overall = [number(row["overall"]) for row in own]
+        mean, spread = zip(*overall, strict=True)
+        removed = [number(row["removed"])[0] for row in own]
+        axes.errorbar(removed, mean, spread, marker="o", capsize=3, label=method)
+    axes.axhline(number(rows[0]["overall"])[0], color="grey", linestyle=":", label="dense")
     axes.set(xlabel="removed, % of the parameters in blocks", ylabel="overall score", ylim=(0, 1.03))
     finish(figure, axes, folder / "scores.png")
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
-    for precision in dict.fromkeys(row["method"] for row in found["bytes"]):
-        own = [row for row in found["bytes"] if row["method"] == precision]
-        axes.plot([r["kept"] / 1e6 for r in own], [r["overall"] for r in own], marker="o", label=precision)
-    axes.set(xlabel="kept MB (from the right: dense, 24, 32, 42 %)", ylabel="overall score", ylim=(0, 1.03))
-    finish(figure, axes, folder / "bytes.png")
+    if section("bytes"):
+        figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
+        for precision in dict.fromkeys(row["precision"] for row in section("bytes")):
+            own = [row for row in section("bytes") if row["precision"] == precision]
+            points = [(number(row["kept MB"])[0], number(row["overall"])[0]) for row in own]
+            axes.plot(*zip(*points, strict=True), marker="o", label=precision)
+        axes.set(xlabel="kept MB (from the right: dense, 24, 32, 42 %)", ylabel="overall score", ylim=(0, 1.03))
+        finish(figure, axes, folder / "bytes.png")
 
     loss = json.loads((HERE / "training.json").read_text(encoding="utf-8"))["loss"]
     figure, axes = pyplot.subplots(figsize=(6, 3))
@@ -127,8 +135,9 @@ def plots(dense: dict, found: dict[str, list[dict]]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
     for method in ORDER:
-        own = [row for row in found["table"] if row["method"] == method]
-        axes.scatter([r["D_cond"] + r["D_null"] for r in own], [r["overall"] for r in own], label=method)
+        own = [row for row in rows if row["method"] == method]
+        errors = [number(row["D_cond"])[0] + number(row["D_null"])[0] for row in own]
+        axes.scatter(errors, [number(row["overall"])[0] for row in own], label=method)
     axes.set(xlabel="D on the evaluation prompts", ylabel="overall score", xscale="log", ylim=(0, 1.03))
     finish(figure, axes, folder / "proxy.png")
 
