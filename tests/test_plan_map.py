@@ -230,16 +230,36 @@ def test_map_survives(page):
 
 
 def test_stand_ins_are_a_state_of_their_own(page):
-    chosen(page)
-    run(page)
-    wait_for_map(page, 2)
-    page.evaluate("() => (skrrTest.node(2).properties.skrr_map[0].standins = { 46: 64 })")
-    page.evaluate("() => skrrTest.node(2).onConfigure({})")
-    assert cells(page, 2)["t5xxl"][0][46] == (46, "standin", None)
-    assert page.evaluate("() => skrrTest.point(2, 46)").startswith(
-        "block 23's attention: repaired by a stand-in of rank 64"
+    """Also in the editor, whose edits leave them out: they were fitted to another plan."""
+    search = {"encoder": "t5xxl", "sparsity": 0.02, "beam": 1, "prompts": 32, "plan_name": "repaired"}
+    build(
+        page,
+        [
+            (1, "SkrrTestCLIP", (0, 0), SMALL),
+            (2, "SkrrPrune", (320, 0), {**search, "quality": "linear stand-ins", "rank": 4}),
+            (3, "SkrrEditPlan", (860, 0), {}),
+            (4, "SkrrMemoryReport", (1300, 0), {}),
+        ],
+        [(1, 0, 2, "clip"), (2, 0, 3, "clip"), (3, 0, 4, "clip")],
     )
-    picture(page, "plan_map_stand_in", [2])
+    told = "\n".join(report(run(page)))
+    assert "repaired by linear stand-ins" in told
+    plan = Plan.from_json(page.evaluate("() => skrrTest.node(2).properties.skrr_plan"))
+    ranks = plan.encoder("t5xxl").levels[-1].standins.ranks
+    for node in (2, 3, 4):
+        wait_for_map(page, node)
+        repaired = {index for index, state, _ in cells(page, node)["t5xxl"][0] if state == "standin"}
+        assert repaired == set(ranks) != set()
+    (place, rank), *_ = ranks.items()
+    words = page.evaluate("(index) => skrrTest.point(4, index)", place)
+    assert f": repaired by a stand-in of rank {rank}" in words
+    picture(page, "plan_map_stand_in", [4])
+
+    cell(page, 3, place).click()
+    button(page, "kept").click()
+    left = [state for _, state, _ in cells(page, 3)["t5xxl"][0]]
+    assert left[place] == "kept" and "standin" not in left
+    assert "stand-ins" not in "\n".join(report(run(page)))
 
 
 def test_nodes_2(page):

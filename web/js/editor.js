@@ -39,7 +39,7 @@ export function targets(encoder, index) {
 export function changed(encoder, index, state, target) {
   const next = copied(encoder);
   delete next.reuse[index];
-  delete next.standins[index];
+  next.standins = {}; // they were fitted to the plan as it was
   const at = next.order.indexOf(index);
   if (state === "kept" && at >= 0) {
     next.order.splice(at, 1);
