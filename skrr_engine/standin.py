@@ -167,11 +167,11 @@ class Streams:
 
     They are held on their device up to a quarter of the meter's memory, beyond that in RAM, and beyond that not at all:
     then they are computed anew, from the first sub-block, when they are asked for. passed: what is done at the places
-    behind us.
+    behind us. tick: called before every batch.
     """
 
-    def __init__(self, meter: Meter):
-        self.meter, self.row = meter, meter.tracer.row
+    def __init__(self, meter: Meter, tick: Callable[[], None]):
+        self.meter, self.row, self.tick = meter, meter.tracer.row, tick
         self.passed: list[Action] = []
         self._held: dict[int, Pair] = {}
         self._room = {"device": meter.memory // 4, "cpu": 0}
@@ -186,6 +186,7 @@ class Streams:
     def here(self, kept: bool = False) -> Iterable[tuple[int, Pair]]:
         """Every batch's number and streams at this place, `behind` known, and, where asked for, `kept`."""
         for number, trace in self.traces():
+            self.tick()
             pair = self._held.get(number, Pair(0, trace.x, trace.x))
             if pair.dense.device != trace.x.device:
                 pair = pair.to(trace.x.device)
@@ -230,6 +231,11 @@ class Streams:
             where = "device" if self._held[number].dense.device == pair.dense.device else "cpu"
         self._held[number] = pair.to("cpu") if where == "cpu" else pair
 
+    def pass_by(self, kept: bool) -> None:
+        """Take all that is held through this place together: the weights of a streamed encoder come in once."""
+        for _ in self.here(kept):
+            pass
+
     def go_on(self, action: Action) -> None:
         """To the next place; action: what is done at this one, its own index where it is kept."""
         self.passed.append(action)
@@ -246,15 +252,14 @@ def fit(
 
     meter: its prompts are fitted on. removed: sub-block -> None where a stand-in is to be fitted; a stand-in or a
     re-used sub-block stays what it is. tried: kept sub-blocks to fit a stand-in for as well. tick: called before every
-    sub-block with the share of the work that is done; what it raises ends the fit.
+    sub-block of every batch with the share of the work that is done; what it raises ends the fit.
     """
     row = meter.tracer.row
     norm, tried = families.by_name(row.family).NORM, set(tried)
-    streams = Streams(meter)
-    found, trials = {}, {}
     last = max([*removed, *tried], default=-1)
+    streams = Streams(meter, lambda: tick(len(streams.passed) / (last + 1)))
+    found, trials = {}, {}
     for index in range(last + 1):
-        tick(index / (last + 1))
         action = removed.get(index, index)
         if action is None or index in tried:
             kept, held, harm = grams(streams, norm, fitting, index in tried)
@@ -264,6 +269,8 @@ def fit(
                 found[index] = action = standin
             else:
                 trials[index] = Trial(standin, (kept + held).error(chosen) - harm)
+        else:
+            streams.pass_by(action == index)
         streams.go_on(action)
     return found, trials
 
