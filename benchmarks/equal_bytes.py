@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks import smollm2
+from benchmarks.pages import fill
 from skrr_engine import cli, families
 from skrr_engine.discrepancy import Batch, Discrepancy, Meter
 from skrr_engine.encoders import load
@@ -38,7 +39,6 @@ from skrr_engine.trace import Tracer
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (0.15, 0.30, 0.42)
 HELD_OUT_SEED = 1  # the search's prompts have seed 0
-START, END = "<!-- table -->", "<!-- end -->"
 
 
 @dataclass(frozen=True)
@@ -221,10 +221,7 @@ def main() -> None:
     print(f"{table(points)}\n\nD of an encoder that gives zeros: {zeros:.4g}")
     if not options.quick:
         plot(points, zeros, ROOT / "docs" / "images" / "equal_bytes.png")
-        page = ROOT / "docs" / "equal_bytes.md"
-        before, _, rest = page.read_text(encoding="utf-8").partition(START)
-        after = rest.partition(END)[2]
-        page.write_text(f"{before}{START}\n{table(points)}\n{END}{after}", encoding="utf-8")
+        fill(ROOT / "docs" / "equal_bytes.md", {"table": table(points)})
     print(f"took {cli.duration(time.monotonic() - start)}")
 
 

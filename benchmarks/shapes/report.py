@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.pages import END, fill
+
 from .scenes import TASKS
 
 HERE = Path(__file__).resolve().parent
@@ -72,19 +74,13 @@ def plain_table(rows: Sequence[dict], first: str) -> str:
 
 def write(tables: dict[str, str]) -> None:
     """Put tables into RESULTS.md, each between its marks, and draw the plots of all that stands there beside it."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        before, mark, rest = text.partition(f"<!-- {name} -->")
-        if not mark:
-            raise SystemExit(f"RESULTS.md has no mark <!-- {name} -->")
-        text = f"{before}{mark}\n{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    PAGE.write_text(text, encoding="utf-8")
+    fill(PAGE, tables)
     plots()
 
 
 def section(name: str) -> list[dict[str, str]]:
     """The rows of a table in RESULTS.md, each by its columns' heads; empty where it is not filled yet."""
-    text = PAGE.read_text(encoding="utf-8").partition(f"<!-- {name} -->")[2].partition("<!-- end -->")[0]
+    text = PAGE.read_text(encoding="utf-8").partition(f"<!-- {name} -->")[2].partition(END)[0]
     lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.strip().splitlines()]
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
