@@ -172,16 +172,19 @@ def steps_of(trail: Sequence[float]) -> dict:
     return {"steps": [float(f"{d:.6g}") for d in trail]} if trail else {}
 
 
-def unfinished(row: Row, path: Path, settings: Settings) -> EncoderPlan:
-    """The plan of a search that was stopped at `path`: each step that it got to is a level, without re-use."""
+def unfinished(row: Row, path: Path, settings: Settings, repaired: bool = False) -> EncoderPlan:
+    """The plan of a search that was stopped at `path`: each step that it got to is a level, without re-use. repaired:
+    its discrepancies were measured with stand-ins, which this plan has not: it says none."""
     trail = path.trail or (None,) * (len(path.order) - 1) + (path.discrepancy,)
+    if repaired:
+        trail = (None,) * len(path.order)
     levels = [
         Level(skipped=n + 1, reuse={}, sparsity=round(row.sparsity(path.order[: n + 1]), 6), discrepancy=d)
         for n, d in enumerate(trail)
     ]
     return EncoderPlan(
         family=row.family, blocks=row.blocks, width=row.width, order=path.order, levels=tuple(levels),
-        extensions={EXTENSION: {**how(settings), **steps_of(path.trail), "unfinished": True}},
+        extensions={EXTENSION: {**how(settings), **({} if repaired else steps_of(path.trail)), "unfinished": True}},
     )  # fmt: skip
 
 

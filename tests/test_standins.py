@@ -299,6 +299,30 @@ def test_heal_goes_on_where_it_was_stopped():
         heal.search(fitted, ranked, Settings(0.99, (), 1, False, 0.0), fitting)
 
 
+def test_what_a_tick_raises_ends_a_fit():
+    """Between any two batches: in ComfyUI that is the Stop button."""
+    meter = small.meter("llama", small.build("llama"), small.prompts(LENGTHS), [2])
+    shares = []
+
+    def tick(share: float) -> None:
+        shares.append(share)
+        if len(shares) == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        standin.fit(meter, {3: None, 6: None}, Fitting(rank=2), tick=tick)
+    assert len(shares) == 17 and shares == sorted(shares) and 0 <= shares[0] <= shares[-1] < 1
+    assert len({round(share, 6) for share in shares}) == 2, "a tick for every batch, 11 of them, at every place"
+
+
+def test_a_stopped_search_claims_no_discrepancy():
+    from skrr_engine.search import unfinished
+
+    row = families.find(small.build("t5"))
+    entry = unfinished(row, SkipList((3, 6), 0.5, (0.2, 0.5)), Settings(0.4), repaired=True)
+    assert [level.discrepancy for level in entry.levels] == [None, None] and "steps" not in entry.extensions["search"]
+
+
 def test_auto_takes_the_least_rank_that_is_enough():
     module = small.build("llama")
     fitted = small.meter("llama", module, small.prompts([10] * 40), [2])

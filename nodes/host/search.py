@@ -98,7 +98,8 @@ def find_plan(
             entry, standins = healed.plan, {view.name: healed.standins}
     except comfy.model_management.InterruptProcessingException:
         if reporter.path.order:
-            so_far = plan_of(engine.unfinished(row, reporter.path, settings), library.UNFINISHED_KEY)
+            entry = engine.unfinished(row, reporter.path, settings, fitting is not None)
+            so_far = plan_of(entry, library.UNFINISHED_KEY)
             saved = library.save_unfinished(so_far, name, key)
             say(f'stopped: the best so far is saved as "{saved}"; run again to go on', node_id)
         raise
