@@ -173,9 +173,9 @@ def variants(bench: Bench, aware: Sequence[int]) -> list[dict]:
 
 
 def refined(bench: Bench, aware: Sequence[int]) -> list[dict]:
-    """The order at 42 % refined in two ways, with as many discrepancies evaluated: the search's own exchanges, and an
-    evolution in EvoPress's manner (arXiv 2410.14649): offspring exchange one or two sub-blocks for others of their kind,
-    at random, and the best one takes its parent's place where it is better. Stand-ins are fitted anew for each."""
+    """The order at 42 % refined in two ways, at about as many evaluations: by the search's own exchanges, and by
+    an evolution in EvoPress's manner: offspring exchange one or two sub-blocks for others of their kind, at random, and
+    the best one takes its parent's place where it is better. Stand-ins are fitted anew for each."""
     order, settings = bench.prefix(aware, MIDDLE), Settings(MIDDLE)
 
     def meters() -> tuple[Meter, Meter]:
