@@ -163,7 +163,7 @@ def of_level(
     path = find(folders, level.standins.sha256, first)
     if path is None:
         return {}, (
-            f"{name}: the file of this plan's stand-ins (*{ENDING}) is missing: without it the plan only skips and"
-            " re-uses, and pictures are worse; put it beside the plan"
+            f"{name}: the file of this plan's stand-ins (*{ENDING}) is missing: the plan only skips and re-uses now, and"
+            " pictures may break; put the file beside the plan"
         )
     return read(path, name, entry, level), ""
