@@ -1,12 +1,13 @@
 """What the plan map in the browser draws: plain values, one dictionary for each text encoder.
 
 name, family, blocks, width: of the encoder. order: its removed sub-blocks in the order of removal (`2 * block` is a
-block's attention, `2 * block + 1` its feed-forward); costs: the discrepancy after each of these steps, None where that
-was not measured. reuse: removed sub-block -> the kept one at its place; standins: removed sub-block -> rank of the
-small map that repairs its place; unread: sub-blocks that are gone because no conditioning reads them. sparsity: the
-fraction of the parameters that is gone by order; discrepancy: with all of order gone and the re-uses in place, or None.
-total, counts: parameters of the encoder and of each sub-block; dense, now, bytes: likewise in bytes, before and after.
-These five are None where only a plan is known, not the encoder.
+block's attention, `2 * block + 1` its feed-forward); costs: the discrepancy after each of these steps, None where
+that was not measured. reuse: removed sub-block -> the kept one at its place; standins: removed sub-block -> rank of
+the small map that repairs its place, standins_sha256: of their file, or None; unread: sub-blocks that are gone
+because no conditioning reads them. sparsity: the fraction of the parameters that is gone by order; discrepancy: with
+all of order gone and the re-uses in place, or None. total, counts: parameters of the encoder and of each sub-block;
+dense, now, bytes: likewise in bytes, before and after. These five are None where only a plan is known, not the
+encoder.
 """
 
 import math
@@ -45,6 +46,7 @@ def of_level(name: str, entry: "EncoderPlan", level: "Level") -> dict:
         "costs": costs(entry, level.skipped),
         "reuse": {str(i): j for i, j in level.reuse.items()},
         "standins": {str(i): rank for i, rank in level.standins.ranks.items()} if level.standins else {},
+        "standins_sha256": level.standins.sha256 if level.standins else None,
         "unread": [],
         "sparsity": level.sparsity,
         "discrepancy": level.discrepancy,
@@ -75,6 +77,7 @@ def of_encoder(name: str, shape: "Shape", pruned: "Pruned | None") -> dict:
         "blocks": shape.blocks,
         "width": shape.width,
         "standins": {str(place): standin.rank for place, standin in pruned.standins.items()} if pruned else {},
+        "standins_sha256": level["standins_sha256"] if by_plan and pruned.standins else None,
         "unread": sorted(set(removed) - set(order)),
         "sparsity": round(shape.sparsity(order), 6),
         "total": shape.total,

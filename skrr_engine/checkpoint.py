@@ -242,7 +242,8 @@ class Checkpoint:
         def fetch(key: str) -> torch.Tensor | None:
             return self.tensor(STANDINS + key).clone() if STANDINS + key in self._standins else None
 
-        norms = self.metadata.get(STANDINS, "")
+        layout, norms = self.layout, self.metadata.get(STANDINS, "")
+        record.plan.check(layout.family, layout.blocks, layout.width, record.encoder)
         return standin_file.checked(fetch, norms, self.path.name, record.encoder, record.plan, level)
 
     def sha256(self) -> str:
@@ -432,6 +433,7 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{found.path.name}: {min(wrong)[:80]} does not agree with its plan; save it again")
     with found.path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
+    _ = found.standins  # raises where they are not what the plan names
     if file_sha256(found.path, start) != record.data_sha256:
         raise CheckpointError(f"{found.path.name}: its tensors are not what was written; get the file again")
     return found

@@ -179,7 +179,7 @@ def run_search(options) -> None:
         print(f"skrr: {BARE}", file=sys.stderr)
     report = (lambda progress: None) if options.quiet or not leads else Reporter()
     fitted, ranked = (None, bench.meter(bench.prompts)) if fitting is None else map(bench.meter, halved(bench.prompts))
-    state, save, beam = resumed(options, bench, settings, fitting)
+    state, save, beam = resumed(options, bench, settings, fitting, method)
     if method == "heal":
         healed = heal_search(fitted, ranked, settings, fitting, report, save, beam)
         entry = healed.plan
@@ -199,7 +199,7 @@ def run_search(options) -> None:
         denoiser=bench.projection and bench.projection.denoiser,
         prompts=len(bench.prompts),
         prompts_sha256=prompts_sha256(bench.prompts),
-        beam=options.beam,
+        beam=1 if method == "heal" else options.beam,
         created_with=f"skrr {__version__}",
     )
     name = options.name or bench.encoder.name
@@ -233,14 +233,14 @@ def parsed_standins(text: str | None):
     return Fitting(rank=rank)
 
 
-def resumed(options, bench: "Bench", settings, fitting):
+def resumed(options, bench: "Bench", settings, fitting, method: str):
     """The search's saved state (None without --resume), what saves it, and the beam to go on from."""
     from .state import State, fingerprint
 
     if not options.resume:
         return None, lambda beam: None, ()
     facts = [__version__, repr(settings), prompts_sha256(bench.prompts), options.dtype, str(options.projection)]
-    facts += [repr(fitting), options.method]
+    facts += [repr(fitting), method]
     encoder = bench.encoder
     state = State(options.resume, fingerprint(encoder.row, *facts, bring=encoder.bring))
     return state, state.save if bench.team.leads else lambda beam: None, state.load(len(encoder.row))
@@ -324,7 +324,7 @@ def removal(options, bench: "Bench"):
 
 def run_encode(options) -> None:
     """Write each prompt's conditioning (last hidden state, float32 [tokens, width]) as the encoder gives it, pruned and
-    repaired by a plan where one is given: keys 0, 1, ... by the prompts' lines, and null for the empty prompt."""
+    repaired by a plan where one is given: keys 0, 1, ... by prompt, without blank lines, and null for the empty one."""
     import torch
     from safetensors.torch import save
 

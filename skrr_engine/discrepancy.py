@@ -15,6 +15,7 @@ from torch import nn
 
 from .budget import Store, free_memory
 from .race import Board, rank
+from .repair import StandIn
 from .rewire import Assignment
 from .team import Team
 from .trace import Reading, Run, Shelf, Trace, Tracer, forwards
@@ -235,7 +236,7 @@ class Meter:
             evaluate(unknown, [0])
         found = rank(board, lambda members, batches: evaluate(members, [b + 1 for b in batches]), keep, delta, below)
         for c, candidate in enumerate(candidates):
-            if found[c] < math.inf:
+            if found[c] < math.inf and not any(isinstance(action, StandIn) for action in candidate.values()):
                 self._known[frozenset(candidate.items())] = board.null[c], board.values[c].copy()
         self.share = min(max(step.share(), 0.01), 1.0)
         return found

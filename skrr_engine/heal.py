@@ -11,8 +11,10 @@ time, to see whether another of their kind can go instead at less cost.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from . import reuse, skip, standin
 from .discrepancy import Meter
@@ -21,7 +23,7 @@ from .repair import StandIn
 from .rewire import assignment
 from .search import EXTENSION, Clock, Progress, Settings, how, step_line, steps_of
 from .skip import Path
-from .standin import Fitting
+from .standin import Fitting, Trial
 
 ENOUGH = 1.05
 """A rank is enough where a higher one would not lower the discrepancy by more than this factor."""
@@ -68,7 +70,6 @@ class Search:
             save([self.path])
         for place in self.least_at_home(self.fitting.swaps):
             self.path = self.exchanged(place) or self.path
-        save([self.path])
         return self.path
 
     def least_at_home(self, count: int) -> list[int]:
@@ -90,7 +91,7 @@ class Search:
         kept = {i for i in range(place % 2, self.length, 2) if i not in order}
         found, trials = standin.fit(self.fitted, dict.fromkeys(order), self.fitting, kept, self.tick(0.0, 0.4))
         now = assignment(order, standins=found)
-        chosen = sorted({place, *sorted(trials, key=lambda i: (trials[i].harm, i))[:SCREENED]})
+        chosen = sorted({place, *self.by_harm(trials)[:SCREENED]})
         candidates = [{**now, i: trials[i].standin} for i in chosen]
         scores = self.ranked.rank(candidates, 1, self.settings.delta, tick=self.tick(0.4, 0.6))
         score, best = min(zip(scores, chosen, strict=True))
@@ -105,9 +106,9 @@ class Search:
         )
         now = assignment(order, standins=found)
         current = self.ranked.measure([now], self.tick(0.3, 0.05))[0].total if order else 0.0
-        if order:  # the repairs of the last step's removal are fitted only now
+        if trail:  # the repairs of the last step's removal are fitted only now
             trail = (*trail[:-1], current)
-        by_harm = sorted(trials, key=lambda i: (trials[i].harm, i))
+        by_harm = self.by_harm(trials)
         kinds = [sorted([i for i in by_harm if i % 2 == kind][:SCREENED]) for kind in (0, 1)]
         scores = {}
         for number, places in enumerate(places for places in kinds if places):
@@ -117,7 +118,16 @@ class Search:
             score, place = min(zip(found_scores, places, strict=True))
             scores[place] = score
         place = min(scores, key=lambda i: ((scores[i] - current) / self.costs[i], i))
-        return Path((*order, place), scores[place], (*trail, scores[place]))
+        known = len(trail) == len(order)
+        return Path((*order, place), scores[place], (*trail, scores[place]) if known else ())
+
+    def by_harm(self, trials: Mapping[int, Trial]) -> list[int]:
+        """Places, the least harmed first. Processes fit on their own, and may round differently: they take each other's
+        numbers, so that all of them go on with the same candidates."""
+        places = sorted(trials)
+        shared = self.ranked.team.shared(places, lambda own: np.array([[trials[i].harm] for i in own]))
+        harm = dict(zip(places, shared[:, 0].tolist(), strict=True))
+        return sorted(places, key=lambda i: (harm[i], i))
 
     def tick(self, start: float, span: float) -> Callable[[float], None]:
         """For a part of a step that begins at share `start` of it and takes `span`."""

@@ -148,7 +148,7 @@ class StandIns(_Part):
     sha256: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")] = Field(
         description="64 hexadecimal digits in lower case"
     )
-    ranks: _Ranks = Field(
+    ranks: Annotated[_Ranks, Field(min_length=1)] = Field(
         description='an object like {"5": 16}, skipped sub-block to the rank of its stand-in, '
         f"integers from 0 to {2 * MAX_BLOCKS - 1} without leading zeros and ranks from 1 to {MAX_RANK}",
         json_schema_extra={"propertyNames": {"pattern": _SUB_BLOCK_KEY}, "maxProperties": 2 * MAX_BLOCKS},

@@ -64,8 +64,9 @@ class Repair(nn.Module):
     def __init__(self, standin: StandIn, linear: Callable[..., nn.Linear] = Linear):
         super().__init__()
         self.norm, (rank, width) = standin.norm, standin.down.shape
-        self.down = linear(width, rank, bias=False, dtype=standin.down.dtype, device="meta")
-        self.up = linear(rank, width, bias=True, dtype=standin.up.dtype, device="meta")
+        # No dtype is named: ComfyUI might cast the bias to it, too, and T5's huge channels do not survive float16.
+        self.down = linear(width, rank, bias=False, device="meta")
+        self.up = linear(rank, width, bias=True, device="meta")
         for layer, key, tensor in (
             (self.down, "weight", standin.down), (self.up, "weight", standin.up), (self.up, "bias", standin.bias)
         ):  # fmt: skip

@@ -15,6 +15,7 @@ benchmarks/standins.py tell what it does here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -64,7 +65,8 @@ def halved(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     if len(set(prompts)) < 16:
         raise SearchError(f"{len(set(prompts))} prompts are too few to fit stand-ins on: give at least 16, better 500")
     ranked = list(dict.fromkeys(prompts))[::8][:MAX_RANKED]
-    return [p for p in prompts if p not in set(ranked)], ranked
+    apart = set(ranked)
+    return [p for p in prompts if p not in apart], ranked
 
 
 @dataclass
@@ -104,9 +106,9 @@ class Gram:
     def error(self, fit: Fit) -> float:
         """Weighted sum of squared errors of a fit on these tokens."""
         down, up, bias = fit
-        a = down @ up
-        predicted = (a * (self.zz @ a)).sum() + 2 * (self.z @ a) @ bias + self.weight * (bias @ bias)
-        return self.rr + float(predicted - 2 * (a * self.zr).sum() - 2 * (bias @ self.r))
+        own = ((down.T @ (self.zz @ down)) * (up @ up.T)).sum() + 2 * (self.z @ down @ up) @ bias
+        cross = ((down.T @ self.zr) * up).sum() + bias @ self.r
+        return self.rr + float(own + self.weight * (bias @ bias) - 2 * cross)
 
 
 Fit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -119,7 +121,12 @@ def solve(gram: Gram, rank: int, ridge: float) -> Fit:
     zz = gram.zz - torch.outer(gram.z, mean_z)
     zr = gram.zr - torch.outer(gram.z, mean_r)
     zz.diagonal().add_(ridge * zz.diagonal().mean() + 1e-12)
-    full = torch.cholesky_solve(zr, torch.linalg.cholesky(zz))
+    try:
+        full = torch.cholesky_solve(zr, torch.linalg.cholesky(zz))
+    except torch.linalg.LinAlgError:
+        raise SearchError(
+            "the encoder's states are not finite in this precision, so no stand-ins can be fitted: use bfloat16"
+        ) from None
     up = leading(zr.T @ full, rank)
     down = full @ up
     return down, up.T, mean_r - mean_z @ down @ up.T
@@ -159,7 +166,10 @@ class Pair:
     def to(self, device) -> Pair:
         """The same on a device."""
         dense = self.dense.to(device)
-        return Pair(self.place, dense, dense if self.pruned is self.dense else self.pruned.to(device))
+        behind = None if self.behind is None else self.behind.to(device)
+        pruned = dense if self.pruned is self.dense else self.pruned.to(device)
+        kept = behind if self.kept is self.behind else None if self.kept is None else self.kept.to(device)
+        return Pair(self.place, dense, pruned, behind, kept)
 
 
 class Streams:
@@ -174,17 +184,28 @@ class Streams:
         self.meter, self.row, self.tick = meter, meter.tracer.row, tick
         self.passed: list[Action] = []
         self._held: dict[int, Pair] = {}
+        self._masks: dict[int, torch.Tensor | None] = {}
         self._room = {"device": meter.memory // 4, "cpu": 0}
-        if next(meter.encoder.parameters()).device.type != "cpu":
-            self._room["cpu"] = free_memory("cpu")
+        if meter.null_trace().x.device.type != "cpu":  # where it computes: its weights may lie elsewhere
+            self._room["cpu"] = free_memory("cpu") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def traces(self) -> Iterable[tuple[int, Trace]]:
         """Every batch, numbered; number 0 is the null prompt's."""
         yield 0, self.meter.null_trace()
         yield from enumerate(self.meter.calibration_traces(), 1)
 
-    def here(self, kept: bool = False) -> Iterable[tuple[int, Pair]]:
-        """Every batch's number and streams at this place, `behind` known, and, where asked for, `kept`."""
+    def mask(self, number: int, trace: Trace) -> torch.Tensor | None:
+        """Which of a batch's tokens the conditioning reads, `[batch, tokens]`; None where all, as far as is known."""
+        if number not in self._masks:
+            self.meter.readable()  # finds where the conditioning is read
+            reading = self.meter.tracer.read(trace, dict.fromkeys(self.meter.tracer.boundaries, trace.x))
+            masks = [mask for _, mask in reading if mask is not None and mask.shape == trace.x.shape[:2]]
+            self._masks[number] = masks[0] if masks else None
+        return self._masks[number]
+
+    def here(self, kept: bool = False) -> Iterable[tuple[int, Pair, torch.Tensor]]:
+        """Every batch's number and streams at this place, `behind` known, and, where asked for, `kept`; and its tokens'
+        weights `[batch, tokens]`: the inverse mean square of the dense stream, zero where nobody reads."""
         for number, trace in self.traces():
             self.tick()
             pair = self._held.get(number, Pair(0, trace.x, trace.x))
@@ -197,7 +218,10 @@ class Streams:
                 pair.kept = self._apply(pair.place, pair.pruned, trace)
             elif kept:
                 pair.kept = pair.behind
-            yield number, pair
+            size = pair.behind.double().square().mean(dim=-1)
+            weights = 1 / size.clamp(min=1e-3 * float(size.median()) + 1e-12)
+            mask = self.mask(number, trace)
+            yield number, pair, weights if mask is None else weights * mask.to(weights)
             self._hold(number, pair)
 
     def _apply(self, index: int, x: torch.Tensor, trace: Trace) -> torch.Tensor:
@@ -290,13 +314,12 @@ def grams(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> tuple[
     null = prompts = 0
     share = harm = 0.0
     kept = held = None
-    for number, pair in streams.here(kept=trying):
+    for number, pair, weights in streams.here(kept=trying):
         behind = pair.behind
         if kept is None:
             kept, held = (Gram.of(behind.shape[-1], behind.device) for _ in range(2))
         batch, tokens, width = behind.shape
         z, r = NORMS[norm](pair.pruned.float()), behind.float() - pair.pruned.float()
-        weights = 1 / behind.double().square().mean(dim=-1).clamp(min=1e-12)
         error = 0.0
         if trying and pair.kept is not behind:
             off = pair.kept.double() - behind.double()

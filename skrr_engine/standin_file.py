@@ -7,6 +7,7 @@ are untrusted input, as plans are.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,7 @@ from .repair import NORMS, StandIn
 ENDING = ".standins.safetensors"
 FORMAT = {"format": "skrr-standins", "version": "1"}
 PARTS = ("down", "up", "bias")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_BYTES = 1 << 30
 
 
@@ -30,7 +32,7 @@ class StandInError(SkrrError):
 
 def beside(plan: str | os.PathLike[str]) -> Path:
     """The usual place of the stand-ins of a plan's file."""
-    return Path(plan).with_suffix("").with_name(Path(plan).stem + ENDING)
+    return Path(plan).with_name(Path(plan).stem + ENDING)
 
 
 Found = Mapping[str, Mapping[int, Mapping[int, StandIn]]]
@@ -96,7 +98,7 @@ def read(path: str | os.PathLike[str], name: str, entry: EncoderPlan, level: Lev
                 raise StandInError(f"{path.name}: no stand-ins that this Skrr can read; update Skrr, or get it again")
 
             def fetch(key: str) -> torch.Tensor | None:
-                return file.get_tensor(key) if key in names else None
+                return file.get_tensor(key).clone() if key in names else None  # else it would stay the file's own bytes
 
             return checked(fetch, metadata.get("norms", ""), path.name, name, entry, level)
     except (SafetensorError, OSError, ValueError) as error:
@@ -118,7 +120,7 @@ def checked(
         for part, shape in shapes.items():
             key = f"{name}.{level.skipped}.{place}.{part}"
             tensor = fetch(key)
-            if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype not in DTYPES:
                 has = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
                 raise StandInError(f"{source}: {key}: expected floats {list(shape)}, found {has}; get it again")
             if not bool(tensor.float().isfinite().all()):
@@ -140,15 +142,22 @@ def sha256(path: Path) -> str:
         raise StandInError(f"{path.name}: can't be read ({error.strerror}); put it beside the plan") from None
 
 
+@functools.lru_cache(maxsize=256)
+def known_sha256(path: Path, size: int, changed: int) -> str:
+    """`sha256`, asked for once for as long as a file's size and time stay."""
+    return sha256(path)
+
+
 def find(folders: Iterable[Path], wanted: str, first: Path | None = None) -> Path | None:
     """The file of stand-ins with this hash: `first`, where it is that, or any in the folders; None where none is."""
     candidates = [first] if first is not None else []
-    candidates += [path for folder in folders for path in sorted(Path(folder).glob(f"*{ENDING}"))]
+    candidates += [path for folder in folders for path in sorted(Path(folder).rglob(f"*{ENDING}"))]
     for path in candidates:
         try:
-            if path.is_file() and sha256(path) == wanted:
+            stat = path.stat()
+            if known_sha256(path, stat.st_size, stat.st_mtime_ns) == wanted:
                 return path
-        except StandInError:
+        except (StandInError, OSError):
             continue
     return None
 
@@ -163,7 +172,7 @@ def of_level(
     path = find(folders, level.standins.sha256, first)
     if path is None:
         return {}, (
-            f"{name}: the file of this plan's stand-ins (*{ENDING}) is missing: the plan only skips and re-uses now, and"
-            " pictures may break; put the file beside the plan"
+            f"{name}: the file of this plan's stand-ins (*{ENDING}) is missing: the plan only skips and re-uses now,"
+            " and pictures may break; put the file beside the plan, or into models/skrr_plans"
         )
     return read(path, name, entry, level), ""

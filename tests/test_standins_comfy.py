@@ -213,6 +213,66 @@ def test_report_and_map(comfy, host, small_heads, text_encoders, files, plans): 
     assert "repaired by linear stand-ins: 3 (~), rank 4" in text and text.count("~") == 4
     assert report.as_image([encoder], {}).shape[0] == 1
     (drawn,) = host("nodes.plan_map").of_clip(loaded)
-    assert drawn["standins"] == {str(i): 4 for i in standins} and drawn["now"] == encoder.now
+    assert drawn["standins"] == {str(i): 4 for i in standins} and drawn["now"] == encoder.now - (
+        whole.dense - layout.total_bytes
+    )
     level = plan.encoder("t5xxl").levels[-1]
     assert level.standins.nbytes(WIDTH) == repairs
+
+
+def test_editing_one_encoder_keeps_the_stand_ins_of_the_others(comfy, builders, host):  # noqa: F811
+    """What the editor sends names them by their file's hash; turning a repaired place into a skipped one does not."""
+    plan, apply, encoders = host("skrr_engine.plan"), host("nodes.host.apply"), host("nodes.host.encoders")
+    clip = builders.flux()
+    pruned = pruned_with(host, clip, "t5xxl", (2, 5))
+    named = plan.StandIns(sha256="a" * 64, ranks={2: 4, 5: 4})
+    level = pruned.level.model_copy(update={"standins": named})
+    pruned = encoders.Pruned(pruned.plan.model_copy(update={"levels": (level,)}), level, standins=pruned.standins)
+    derived = apply.derive(clip, {"t5xxl": pruned})
+    (drawn,) = [m for m in host("nodes.plan_map").of_clip(derived) if m["name"] == "t5xxl"]
+    assert drawn["standins_sha256"] == "a" * 64 and drawn["standins"] == {"2": 4, "5": 4}
+
+    other = plan.EncoderPlan(
+        family="clip", blocks=4, width=64, order=(1,), levels=(plan.Level(skipped=1, reuse={}, sparsity=0.1),)
+    )
+    edited = plan.Plan(encoders={"t5xxl": pruned.plan, "clip_l": other}, provenance=plan.Provenance(source="manual"))
+    assert set(apply.replaced(derived, edited)) == {"clip_l"}
+    bare = pruned.plan.model_copy(update={"levels": (level.model_copy(update={"standins": None}),)})
+    changed = apply.replaced(derived, plan.Plan(encoders={"t5xxl": bare}, provenance=edited.provenance))
+    assert changed["t5xxl"].standins == {}, "now only skipped"
+
+
+def test_a_pruned_file_without_its_stand_ins_says_so(host, small_heads, text_encoders, files, plans, tmp_path):  # noqa: F811
+    from skrr_engine.checkpoint import write_pruned
+    from skrr_engine.standin_file import StandInError
+
+    plan, standins = repaired_plan(plans)
+    folder = files["fp16"].parent
+    write_pruned(Checkpoint(files["fp16"]), folder / "without.safetensors", "t5xxl", plan, 8)
+    text_encoders.filename_list_cache.clear()
+    said = []
+    loader = host("nodes.host.loader")
+    original, loader.say = loader.say, lambda text, node: said.append(text)
+    try:
+        loader.load(["without.safetensors"], "mochi", choice(host, None))
+    finally:
+        loader.say = original
+    assert "was saved without the stand-ins that its plan names" in said[0]
+    broken = {i: StandIn(s.norm, s.down * float("nan"), s.up, s.bias) for i, s in standins.items()}
+    write_pruned(Checkpoint(files["fp16"]), tmp_path / "broken.safetensors", "t5xxl", plan, 8, standins=broken)
+    with pytest.raises(StandInError, match="not finite"):
+        verify(tmp_path / "broken.safetensors")
+
+
+def test_library_never_writes_over_stand_ins(comfy, host, plans):  # noqa: F811
+    """A plan was renamed, its stand-ins were not: they stay, and a change of files makes nodes run again."""
+    library, folder_paths = host("nodes.host.library"), pytest.importorskip("folder_paths")
+    plan = host("skrr_engine.plan").Plan.from_json(plan_for().to_json())
+    folder_paths.folder_names_and_paths[library.FOLDER] = ([str(plans)], {".json"})
+    plans.mkdir(exist_ok=True)
+    before = library.standins_state()
+    assert library.save(plan, "mine", b"first") == "mine.json"
+    (plans / "mine.json").rename(plans / "good.json")
+    assert library.save(plan, "mine", b"second") == "mine_2.json"
+    assert (plans / "mine.standins.safetensors").read_bytes() == b"first"
+    assert before != library.standins_state()

@@ -160,7 +160,8 @@ def replaced(clip, plan: Plan) -> dict[str, Pruned]:
             exact = round(view.shape.sparsity(entry.order[: level.skipped]), 6)
             level = level.model_copy(update={"sparsity": exact})
             entry = entry.model_copy(update={"levels": (level,)})
-        after = dataclasses.replace(before, plan=entry, level=level, standins={})
+        same = level and before.level and level.standins == before.level.standins
+        after = dataclasses.replace(before, plan=entry, level=level, standins=before.standins if same else {})
         if after.removed != before.removed:
             _ = view.row  # refuses an encoder that was loaded pruned
             found[name] = after

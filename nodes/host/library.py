@@ -58,6 +58,12 @@ def file_sha256(name: str) -> str:
         return ""  # told when the node runs
 
 
+def standins_state() -> str:
+    """Changes when a file of stand-ins comes, goes or changes."""
+    found = [path for folder in folders() for path in sorted(folder.rglob(f"*{standin_file.ENDING}"))]
+    return " ".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in found)
+
+
 def file_name(name: str) -> str:
     """The file name of a new plan. Raises PlanError where the name could be a path."""
     stem = name.strip().removesuffix(".json")
@@ -75,7 +81,7 @@ def save(plan: Plan, name: str, standins: bytes = b"") -> str:
     folder.mkdir(parents=True, exist_ok=True)
     wanted = file_name(name)
     stem, number = wanted.removesuffix(".json"), 1
-    while (folder / wanted).exists():
+    while (folder / wanted).exists() or standin_file.beside(folder / wanted).exists():  # a renamed plan's may be left
         number += 1
         wanted = f"{stem}_{number}.json"
     if standins:
@@ -94,14 +100,17 @@ def save_unfinished(plan: Plan, name: str, key: str) -> str:
 
 
 def searched(key: str, mark: str = SEARCH_KEY) -> tuple[str, Plan] | None:
-    """The saved plan that a search with this key gave, and its name. mark: see SEARCH_KEY, UNFINISHED_KEY."""
+    """The saved plan that a search with this key gave, and its name; not one whose stand-ins are missing. mark: see
+    SEARCH_KEY, UNFINISHED_KEY."""
     for name in folder_paths.get_filename_list(FOLDER):
         try:
             plan = Plan.read(path_of(name))
         except PlanError:
             continue  # told to whoever loads it
         if any((entry.extensions or {}).get(mark) == key for entry in plan.encoders.values()):
-            return name, plan
+            named = {x.standins.sha256 for entry in plan.encoders.values() for x in entry.levels if x.standins}
+            if all(standin_file.find(folders(), digest) for digest in named):
+                return name, plan
     return None
 
 

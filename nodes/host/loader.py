@@ -132,6 +132,12 @@ def load(
     homes = {id(file): home_of(file, known) for file in files}
     pruned = {home.name: recorded(file) for file in files if (home := homes[id(file)]) and file.checkpoint.record}
     lines = [f"{p.file}: pruned already, its own plan stays" for p in pruned.values()]
+    lines += [
+        f"{p.file}: was saved without the stand-ins that its plan names, and pictures may break; save it again from the"
+        " dense file with them in models/skrr_plans"
+        for p in pruned.values()
+        if p.level and p.level.standins and not p.standins
+    ]
     if chosen.plan is not None:
         for name, view in match(known, chosen.plan).items():
             if view.name not in pruned:
@@ -174,7 +180,9 @@ def path_of(name: str) -> str:
 
 def recorded(file: EncoderFile) -> Pruned:
     """What a pruned file says that it has left out."""
-    record = file.checkpoint.record
+    record, layout = file.checkpoint.record, file.checkpoint.layout
+    if record.plan is not None:
+        record.plan.check(layout.family, layout.blocks, layout.width, record.encoder)
     level = record.plan.level(record.skipped) if record.plan else None
     return Pruned(record.plan, level, record.unread, None, file.checkpoint.path.name, file.checkpoint.standins)
 

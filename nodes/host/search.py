@@ -80,7 +80,7 @@ def find_plan(
         denoiser=projection and projection.denoiser,
         prompts=len(prompts) + len(fitted_on or ()),
         prompts_sha256=prompts_sha256([*prompts, *(fitted_on or ())]),
-        beam=settings.beam,
+        beam=settings.beam if fitting is None else 1,
         created_with=f"skrr {__version__}",
     )
 

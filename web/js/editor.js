@@ -66,6 +66,9 @@ export function planText(encoders) {
     .filter((e) => e.order.length)
     .map((e) => {
       const level = { skipped: e.order.length, reuse: e.reuse, sparsity: e.sparsity };
+      if (e.standins_sha256 && Object.keys(e.standins).length) {
+        level.standins = { sha256: e.standins_sha256, ranks: e.standins };
+      }
       return [e.name, { family: e.family, blocks: e.blocks, width: e.width, order: e.order, levels: [level] }];
     });
   const plan = { format: "skrr-plan", version: 1, encoders: Object.fromEntries(entries), provenance: { source: "manual" } };
