@@ -183,11 +183,12 @@ def test_the_workflow_paints(shapes_server, studio):
             node["inputs"]["steps"] = evaluate.STEPS
         if node["class_type"] == "SkrrLoadPlan":
             node["inputs"]["sparsity"] = 0.23
-    chosen = studio.prompts[::3]
+    chosen = studio.prompts  # all: a task's score from a picture or two would be a lottery
     found = demo.paint(shapes_server, workflow, chosen)
     assert seen(chosen, found["dense"]) >= LEAST_DENSE and seen(chosen, found["pruned"]) >= LEAST_PRUNED
+    stored = copy.deepcopy(studio.encoder.module).half().float()  # ComfyUI holds the weights in float16
     for kind, removed in (("dense", {}), ("pruned", plan_level(0)[0])):
-        texts, null = studio.embed(studio.encoder.module, removed)
+        texts, null = studio.embed(stored, removed)
         positions = [studio.prompts.index(p) for p in chosen]
         seeds = range(evaluate.SEED, evaluate.SEED + len(chosen))
         wanted = studio.painter.paint([texts[i] for i in positions], null, seeds)
