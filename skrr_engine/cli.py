@@ -192,6 +192,7 @@ def run_search(options) -> None:
             healed = best_rank(fitted, ranked, entry.order, settings, fitting, entry.extensions["search"])
             entry = healed.plan
     if not leads:
+        bench.team.part()
         return
     provenance = Provenance(
         source="search" if method in ("skrr", "heal") else method,
@@ -215,7 +216,8 @@ def run_search(options) -> None:
     if not options.quiet:
         print("", file=sys.stderr)
     print(describe_plan(plan))
-    print(f"written to {written}")
+    print(f"written to {written}", flush=True)
+    bench.team.part()
 
 
 def parsed_standins(text: str | None):

@@ -31,6 +31,12 @@ class Team:
         """How many processes take their memory from the same place."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 and str(self.device) == "cpu" else 1
 
+    def part(self) -> None:
+        """Wait until all processes have come this far, then leave. Raises TeamError."""
+        if self.size > 1:
+            self.shared(range(self.size), lambda own: np.zeros((len(own), 1)))
+            part()
+
     def shared(self, candidates: Sequence, measure: Callable[[Sequence], np.ndarray]) -> np.ndarray:
         """`measure(candidates)`, a row `[columns]` for each, each made by one of the processes. Raises TeamError."""
         if self.size == 1:
@@ -51,6 +57,13 @@ class Team:
         return torch.stack(parts, dim=1).flatten(0, 1)[: len(candidates)].cpu().numpy()
 
 
+def part() -> None:
+    """Leave the team, together: a process that ends while another still talks to it may take that one down. On the way
+    out of an error nobody is waited for."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def join(device: str) -> Team:
     """The team of the `torchrun` that started this process, over gloo or NCCL; a team of one where none did."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -63,5 +76,5 @@ def join(device: str) -> Team:
     except (RuntimeError, ValueError) as error:
         problem = first_line(error)[:120]
         raise TeamError(f"the processes can't find each other ({problem}); start them all again") from None
-    atexit.register(dist.destroy_process_group)
+    atexit.register(part)
     return Team(dist.get_rank(), size, device)
