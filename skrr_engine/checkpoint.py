@@ -4,7 +4,6 @@ Only headers are read to find out. A pruned file holds the kept tensors, bit for
 metadata what was left out, by which plan, of which file.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -20,6 +19,7 @@ import torch
 
 from . import __version__, families, standin_file
 from .errors import SkrrError, first_line
+from .files import CHUNK, file_sha256, replacing
 from .plan import EncoderPlan, Plan, PlanError
 from .repair import StandIn
 
@@ -35,7 +35,6 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_RECORD = 4 << 20
-CHUNK = 16 << 20
 
 
 class Source(Protocol):
@@ -383,33 +382,6 @@ def tensor_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
     view = memoryview(flat.numpy())
     for start in range(0, len(view), CHUNK):
         yield view[start : start + CHUNK]
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]):
-    """A new binary file that takes the place of `path` when the block ends well, and is gone when it does not."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: its folder does not exist; make it first") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path, start: int = 0) -> str:
-    """SHA-256 of a file from byte `start` on, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(start)
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def verify(path: str | os.PathLike[str]) -> Checkpoint:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from .errors import SkrrError, first_line
+from .files import file_sha256, replacing
 from .plan import EncoderPlan, Level, Plan, StandIns
 from .repair import NORMS, StandIn
 
@@ -76,9 +77,7 @@ def encoded(plan: Plan, found: Found) -> tuple[Plan, bytes]:
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all. Raises CheckpointError, OSError."""
-    from .checkpoint import replacing
-
+    """Write a file whole or not at all. Raises SkrrError, OSError."""
     with replacing(path) as file:
         file.write(data)
 
@@ -132,8 +131,6 @@ def checked(
 
 def sha256(path: Path) -> str:
     """Of a file of stand-ins. Raises StandInError where there is none, or a file too large to be one."""
-    from .checkpoint import file_sha256
-
     try:
         if path.stat().st_size > MAX_BYTES:
             raise StandInError(f"{path.name}: too large for stand-ins; get the file that came with the plan")
