@@ -169,12 +169,16 @@ def scores(prompts: Sequence[scenes.Prompt], made: np.ndarray) -> tuple[dict[str
 
 def perceptual():
     """LPIPS (shift-tolerant AlexNet, the weights of stlpips-pytorch): mean over pairs of uint8 pictures."""
-    # Its modules import two debugging aids that they never use.
-    for name, attribute in (("IPython", "embed"), ("torchsummary", "summary")):
-        if importlib.util.find_spec(name) is None:
-            sys.modules[name] = ModuleType(name)
-            setattr(sys.modules[name], attribute, None)
+    # Its modules import two debugging aids that they never use; others (matplotlib) must not take these for real.
+    aids = {"IPython": "embed", "torchsummary": "summary"}
+    missing = {name: attribute for name, attribute in aids.items() if importlib.util.find_spec(name) is None}
+    for name, attribute in missing.items():
+        sys.modules[name] = ModuleType(name)
+        setattr(sys.modules[name], attribute, None)
     from stlpips_pytorch import stlpips
+
+    for name in missing:
+        del sys.modules[name]
 
     net = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
 
