@@ -314,12 +314,12 @@ def write(found: dict[str, str], rows: Sequence[dict]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
-    for name in dict.fromkeys(row["name"] for row in rows):
+    for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
         own = [row for row in rows if row["name"] == name]
         for axis, key in zip(axes, ("captions", "overall"), strict=True):
             points = [(100 * row["removed"], row[key]) for row in own if row.get(key) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=name)
+                axis.plot(*zip(*points, strict=True), marker="o", label=name, color=f"C{number}")
     axes[0].set(xlabel="removed, % of the parameters in blocks", ylabel="D_cond on unseen captions", yscale="log")
     axes[1].set(xlabel="removed, % of the parameters in blocks", ylabel="score of the pictures", ylim=(0, 1.03))
     for axis in axes:
