@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -332,7 +332,7 @@ def write(found: dict[str, str], rows: Sequence[dict]) -> None:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="42 % only, 5 prompts a task, writes nothing here")
+    parser.add_argument("--quick", action="store_true", help="42 %% only, 5 prompts a task, writes nothing here")
     parser.add_argument("--search", action="store_true", help="find the aware order anew, and nothing else")
     options, start = parser.parse_args(), time.monotonic()
     torch.set_grad_enabled(False)
