@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..skrr_engine.compare import Comparison, verdict
-from .report import BACKGROUND, FAINT, TEXT
+from .report import BACKGROUND, FAINT, TEXT, as_tensor
 
 SCALE = ((30, 30, 60), (70, 130, 180), (230, 160, 60), (255, 245, 200))
 """From no error to the largest: dark, blue, orange, pale. Its brightness alone tells, too."""
@@ -95,8 +95,3 @@ def shortened(text: str, font, width: float) -> str:
     while len(text) > 4 and font.getlength(text) > width:
         text = text[:-4] + "..." if text.endswith("...") else text[:-3] + "..."
     return text
-
-
-def as_tensor(image: Image.Image) -> torch.Tensor:
-    """A picture as ComfyUI's IMAGE."""
-    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255.0)[None]

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..skrr_engine.show import in_words
+
 COLOURS = {"kept": (70, 130, 180), "skipped": (48, 48, 52), "re-used": (230, 160, 60), "repaired": (0, 160, 120)}
 """Told apart by the colour-blind, too: blue, near black, orange, bluish green."""
 
@@ -87,8 +89,7 @@ def map_lines(encoder) -> list[str]:
     if told:
         lines.append("  stood in for: " + ", ".join(told))
     if encoder.pruned and encoder.pruned.standins:
-        ranks = sorted({standin.rank for standin in encoder.pruned.standins.values()})
-        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        rank = in_words(standin.rank for standin in encoder.pruned.standins.values())
         count, size = len(encoder.pruned.standins), human(encoder.pruned.standin_bytes)
         lines.append(f"  repaired by linear stand-ins: {count} (~), {rank}, {size}")
     return lines
@@ -122,6 +123,11 @@ def as_image(encoders, others: dict[str, int]) -> torch.Tensor:
         total += f"; whole pipeline {human(now + rest)} of {human(dense + rest)}"
     draw.text((MARGIN, y), total, TEXT, font)
     draw_legend(draw, y + 28, small)
+    return as_tensor(image)
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    """A picture as ComfyUI's IMAGE."""
     return torch.from_numpy(np.asarray(image).astype(np.float32) / 255.0)[None]
 
 

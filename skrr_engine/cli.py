@@ -275,10 +275,9 @@ def run_discrepancy(options) -> None:
     """Measure a plan's level on prompts: D_cond and D_null (mean squared errors of the projected conditional and null
     embeddings), null_norm (mean L2 norm of the projected null embedding's tokens), dense and pruned."""
     bench = prepare(options)
-    name, level, removed = removal(options, bench)
+    name, level, standins, removed = removal(options, bench)
     row, meter = bench.encoder.row, bench.meter(bench.prompts)
     (found,) = meter.measure([removed])
-    standins = level.standins.ranks if level.standins and any(map(is_stand_in, removed.values())) else {}
     result = {
         "encoder": name,
         "skipped": level.skipped,
@@ -299,16 +298,19 @@ def run_discrepancy(options) -> None:
     print(f"null_norm {result['null_norm']['dense']:.6g} dense, {found.null_norm:.6g} pruned")
 
 
-def is_stand_in(action) -> bool:
-    from .repair import StandIn
+def standins_beside(path: str, name: str, entry, level):
+    """The stand-ins of a level of the plan at `path`; none, and a word on stderr, where their file is missing."""
+    from . import standin_file
 
-    return isinstance(action, StandIn)
+    standins, problem = standin_file.of_level([Path(path).parent], name, entry, level, standin_file.beside(path))
+    if problem:
+        print(f"skrr: {problem}", file=sys.stderr)
+    return standins
 
 
 def removal(options, bench: "Bench"):
-    """The plan's entry for the encoder, its level asked for, and that as an assignment, stand-ins in place where their
-    file is beside the plan."""
-    from . import standin_file
+    """The name of the plan's entry for the encoder, its level asked for, the stand-ins that are there, and all of it as
+    an assignment."""
     from .level import at_sparsity
     from .rewire import assignment
 
@@ -317,41 +319,32 @@ def removal(options, bench: "Bench"):
     entry, row = plan.encoder(name), encoder.row
     entry.check(row.family, row.blocks, row.width, name)
     level = entry.levels[-1] if options.sparsity is None else at_sparsity(row, entry, options.sparsity)
-    folder = Path(options.plan).parent
-    standins, problem = standin_file.of_level([folder], name, entry, level, standin_file.beside(options.plan))
-    if problem:
-        print(f"skrr: {problem}", file=sys.stderr)
-    return name, level, assignment(entry.order[: level.skipped], level.reuse, standins)
+    standins = standins_beside(options.plan, name, entry, level)
+    return name, level, standins, assignment(entry.order[: level.skipped], level.reuse, standins)
 
 
 def run_encode(options) -> None:
     """Write each prompt's conditioning (last hidden state, float32 [tokens, width]) as the encoder gives it, pruned and
     repaired by a plan where one is given: keys 0, 1, ... by prompt, without blank lines, and null for the empty one."""
-    import torch
     from safetensors.torch import save
 
     from . import standin_file
+    from .encoders import grouped
     from .rewire import rewire
 
     check_writable(options.out, "--out")
     bench = prepare(options)
     encoder = bench.encoder
     if options.plan:
-        _, _, removed = removal(options, bench)
+        *_, removed = removal(options, bench)
         rewire(encoder.module, encoder.row, removed)
     found = {}
-    by_length: dict[int, list[int]] = {}
     ids = [encoder.tokenize(prompt) for prompt in bench.prompts]
-    for number, tokens in enumerate(ids):
-        by_length.setdefault(len(tokens), []).append(number)
-    for length, members in sorted(by_length.items()):
-        size = max(1, 512 // length)
-        for start in range(0, len(members), size):
-            chosen = members[start : start + size]
-            ((hidden, _),) = encoder.batch([ids[i] for i in chosen]).run(encoder.module)
-            found |= {str(i): row.float().cpu().clone() for i, row in zip(chosen, hidden, strict=True)}
+    for group in grouped(ids):
+        ((hidden, _),) = encoder.batch([ids[i] for i in group]).run(encoder.module)
+        found |= {str(i): row.float().cpu().clone() for i, row in zip(group, hidden, strict=True)}
     ((null, _),) = encoder.batch([encoder.tokenize("")]).run(encoder.module)
-    found["null"] = null[0].float().cpu().to(torch.float32)
+    found["null"] = null[0].float().cpu()
     data = save(found)
     standin_file.write(options.out, data)
     print(f"{len(ids)} prompts and the empty one written to {options.out} ({len(data) / 1e6:.1f} MB)")
@@ -359,7 +352,6 @@ def run_encode(options) -> None:
 
 def run_apply(options) -> None:
     """Write a copy of an encoder's .safetensors without what a plan skips: kept tensors bit for bit, and the plan."""
-    from . import standin_file
     from .checkpoint import Checkpoint, write_pruned
     from .level import at_sparsity
 
@@ -372,10 +364,7 @@ def run_apply(options) -> None:
     entry = plan.encoder(name)
     entry.check(*shape, name)
     level = entry.levels[-1] if options.sparsity is None else at_sparsity(layout, entry, options.sparsity)
-    folder = Path(options.plan).parent
-    standins, problem = standin_file.of_level([folder], name, entry, level, standin_file.beside(options.plan))
-    if problem:
-        print(f"skrr: {problem}", file=sys.stderr)
+    standins = standins_beside(options.plan, name, entry, level)
     written = write_pruned(source, options.out, name, plan, level.skipped, standins=standins)
     gone = layout.sparsity(entry.order[: level.skipped])
     before = source.path.stat().st_size

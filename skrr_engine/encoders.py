@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,15 +36,8 @@ class Encoder:
 
     def batches(self, prompts: Sequence[str], tokens: int = 512) -> list[Batch]:
         """Prompts grouped by length, so that no padding is computed; at most about `tokens` tokens in a batch."""
-        by_length: dict[int, list[list[int]]] = {}
-        for prompt in prompts:
-            ids = self.tokenize(prompt)
-            by_length.setdefault(len(ids), []).append(ids)
-        batches = []
-        for length, group in sorted(by_length.items()):
-            size = max(1, tokens // length)
-            batches += [self.batch(group[i : i + size]) for i in range(0, len(group), size)]
-        return batches
+        ids = [self.tokenize(prompt) for prompt in prompts]
+        return [self.batch([ids[i] for i in group]) for group in grouped(ids, tokens)]
 
     def batch(self, ids: list[list[int]]) -> Batch:
         """Token ids of equal length as a batch; the conditioning is the last hidden state after the final norm."""
@@ -57,6 +50,16 @@ class Encoder:
 
         middle = len(ids) // 2
         return Batch(run, len(ids), lambda: (self.batch(ids[:middle]), self.batch(ids[middle:])))
+
+
+def grouped(ids: Sequence[Sequence[int]], tokens: int = 512) -> Iterator[list[int]]:
+    """Positions of token ids of equal length, the short ones first, at most about `tokens` tokens together."""
+    by_length: dict[int, list[int]] = {}
+    for position, own in enumerate(ids):
+        by_length.setdefault(len(own), []).append(position)
+    for length, group in sorted(by_length.items()):
+        size = max(1, tokens // length)
+        yield from (group[i : i + size] for i in range(0, len(group), size))
 
 
 def load(

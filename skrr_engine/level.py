@@ -33,9 +33,7 @@ def at_size(sub_block_bytes: Sequence[int], dense_bytes: int, plan: EncoderPlan,
     if dense_bytes <= limit:
         return None
     left = [
-        dense_bytes
-        - sum(sub_block_bytes[i] for i in plan.order[: level.skipped])
-        + (level.standins.nbytes(plan.width) if level.standins else 0)
+        dense_bytes - sum(sub_block_bytes[i] for i in plan.order[: level.skipped]) + level.standin_bytes(plan.width)
         for level in plan.levels
     ]
     for level, size in zip(plan.levels, left, strict=True):

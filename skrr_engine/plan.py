@@ -181,6 +181,10 @@ class Level(_Part):
     discrepancy: _Number | None = Field(default=None, description="a finite number from 0 up, or null")
     extensions: _Extensions = Field(default_factory=dict, description=_EXTENSIONS_EXPECTED)
 
+    def standin_bytes(self, width: int) -> int:
+        """Bytes of its stand-ins in an encoder of this width, 0 where it has none."""
+        return self.standins.nbytes(width) if self.standins else 0
+
 
 class EncoderPlan(_Part):
     """What a plan says about one text encoder of `blocks` blocks of `width` channels.

@@ -1,5 +1,7 @@
 """Plans and times in words."""
 
+from collections.abc import Iterable
+
 from .plan import EncoderPlan, Level, Plan
 
 COLUMNS = 24
@@ -41,10 +43,16 @@ def describe_level(level: Level) -> str:
     pairs = " ".join(f"{i}>{j}" for i, j in level.reuse.items())
     reused = f", re-use {pairs}" if pairs else ""
     if level.standins is not None:
-        ranks = sorted(set(level.standins.ranks.values()))
-        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        rank = in_words(level.standins.ranks.values())
         reused = f", {len(level.standins.ranks)} linear stand-ins of {rank}{f'; without them {pairs}' if pairs else ''}"
     return f"  {level.skipped:3} skipped: sparsity {level.sparsity:.1%}{measured}{reused}"
+
+
+def in_words(ranks: Iterable[int]) -> str:
+    """Ranks of stand-ins: "rank 16", "ranks 4 to 16"."""
+    known = set(ranks)
+    least, most = min(known), max(known)
+    return f"rank {least}" if least == most else f"ranks {least} to {most}"
 
 
 def plan_map(entry: EncoderPlan, level: Level) -> list[str]:

@@ -203,9 +203,16 @@ class Streams:
             self._masks[number] = masks[0] if masks else None
         return self._masks[number]
 
-    def here(self, kept: bool = False) -> Iterable[tuple[int, Pair, torch.Tensor]]:
-        """Every batch's number and streams at this place, `behind` known, and, where asked for, `kept`; and its tokens'
-        weights `[batch, tokens]`: the inverse mean square of the dense stream, zero where nobody reads."""
+    def weights(self, number: int, trace: Trace, behind: torch.Tensor) -> torch.Tensor:
+        """Of a batch's tokens, `[batch, tokens]`: the inverse mean square of the dense stream, zero where nobody
+        reads."""
+        size = behind.double().square().mean(dim=-1)
+        weights = 1 / size.clamp(min=1e-3 * float(size.median()) + 1e-12)
+        mask = self.mask(number, trace)
+        return weights if mask is None else weights * mask.to(weights)
+
+    def here(self, kept: bool = False) -> Iterable[tuple[int, Trace, Pair]]:
+        """Every batch's number, trace and streams at this place, `behind` known, and, where asked for, `kept`."""
         for number, trace in self.traces():
             self.tick()
             pair = self._held.get(number, Pair(0, trace.x, trace.x))
@@ -218,10 +225,7 @@ class Streams:
                 pair.kept = self._apply(pair.place, pair.pruned, trace)
             elif kept:
                 pair.kept = pair.behind
-            size = pair.behind.double().square().mean(dim=-1)
-            weights = 1 / size.clamp(min=1e-3 * float(size.median()) + 1e-12)
-            mask = self.mask(number, trace)
-            yield number, pair, weights if mask is None else weights * mask.to(weights)
+            yield number, trace, pair
             self._hold(number, pair)
 
     def _apply(self, index: int, x: torch.Tensor, trace: Trace) -> torch.Tensor:
@@ -314,8 +318,8 @@ def grams(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> tuple[
     null = prompts = 0
     share = harm = 0.0
     kept = held = None
-    for number, pair, weights in streams.here(kept=trying):
-        behind = pair.behind
+    for number, trace, pair in streams.here(kept=trying):
+        behind, weights = pair.behind, streams.weights(number, trace, pair.behind)
         if kept is None:
             kept, held = (Gram.of(behind.shape[-1], behind.device) for _ in range(2))
         batch, tokens, width = behind.shape

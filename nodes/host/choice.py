@@ -35,8 +35,7 @@ class Choice:
         if level is None:
             return None, f"{name}: {asked}, it has {shape.total_bytes / 1e9:.2f} GB as it is: nothing removed"
         gone = entry.order[: level.skipped]
-        repairs = level.standins.nbytes(entry.width) if level.standins else 0
-        left = (shape.total_bytes - shape.bytes_of(gone) + repairs) / 1e9
+        left = (shape.total_bytes - shape.bytes_of(gone) + level.standin_bytes(entry.width)) / 1e9
         return level, (
             f"{name}: {asked}, using the level that skips {level.skipped} of {2 * shape.blocks} sub-blocks:"
             f" {shape.sparsity(gone):.1%} removed, {left:.2f} GB left"
