@@ -10,11 +10,13 @@ Writes docs/images/search_scaling.png and prints the tables of docs/search.md.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +29,8 @@ from benchmarks.smollm2 import ensure  # noqa: E402
 from skrr_engine import families, skip  # noqa: E402
 from skrr_engine.discrepancy import Batch, Meter  # noqa: E402
 from skrr_engine.encoders import import_transformers, load  # noqa: E402
-from skrr_engine.prompts import generate  # noqa: E402
+from skrr_engine.plan import EncoderPlan  # noqa: E402
+from skrr_engine.prompts import generate, of_kind  # noqa: E402
 from skrr_engine.rewire import assignment  # noqa: E402
 from skrr_engine.search import Settings, search  # noqa: E402
 from skrr_engine.trace import Tracer  # noqa: E402
@@ -74,6 +77,25 @@ class Naive(Meter):
             self._states.clear()
             found.append(self.measure([candidate])[0].total)
         return found
+
+
+class Counted(Meter):
+    """Counts what the naive loop would do for the same candidates. work, touched: see `Count`."""
+
+    work = touched = 0
+
+    def rank(self, candidates, keep, delta=0.0, below=math.inf, tick=None):
+        forwards = sum(naive_forwards(c, len(self.tracer.row)) for c in candidates)
+        self.work += sum(self._tokens) * forwards
+        parameters = self.tracer.row.parameter_counts
+        kept = sum(sum(parameters) - sum(parameters[i] for i, by in c.items() if by is None) for c in candidates)
+        self.touched += kept * 4 * len(self._tokens)
+        return super().rank(candidates, keep, delta, below, tick)
+
+
+def naive_forwards(candidate: dict, length: int) -> int:
+    """Sub-blocks that a pass over what a candidate keeps and re-uses runs."""
+    return length - sum(by is None for by in candidate.values())
 
 
 @dataclass
@@ -186,6 +208,58 @@ def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
     return rows
 
 
+def smollm2_whole(prompts: int, seeds: int, modes: Sequence[str], beam: int, folder: Path) -> list[dict]:
+    """Whole searches to 42 % with re-use on SmolLM2 and captions, in exact and racing mode; the naive loop's work is
+    counted from the same candidates, its seconds from three of them. `folder` keeps what was run."""
+    rows = []
+    for seed in range(seeds):
+        captions, D = of_kind("captions", prompts, seed), {}
+        for mode in modes:
+            path = folder / f"{mode}-{prompts}-{beam}-{seed}.json"
+            if not path.exists():
+                found = one_search(captions, mode, beam)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(found), encoding="utf-8")
+            found = json.loads(path.read_text(encoding="utf-8"))
+            plan = EncoderPlan.model_validate(found.pop("plan"))
+            D[mode] = plan.levels[-1].discrepancy
+            row = {"prompts": prompts, "seed": seed, "mode": mode, **found, "removed": len(plan.order), "D": D[mode]}
+            rows.append(row | {"D above exact": D[mode] / D["exact"] - 1 if "exact" in D else math.nan})
+            rows[-1] |= {"plan": hash_of(plan)}
+            show(rows[-1])
+    return rows
+
+
+def hash_of(plan: EncoderPlan) -> str:
+    """Alike where order and re-uses are."""
+    level = plan.levels[-1]
+    return hashlib.sha256(repr((plan.order, sorted(level.reuse.items()))).encode()).hexdigest()[:8]
+
+
+def one_search(captions: Sequence[str], mode: str, beam: int) -> dict:
+    """What a search took, beside what the naive loop would take, and its plan."""
+    encoder = load(str(ensure(ROOT / ".cache" / "smollm2")))
+    batches, null = encoder.batches(captions), encoder.batch([encoder.tokenize("")])
+    meter = Counted(encoder.module, Tracer(encoder.module, encoder.row), batches, null, memory=4 * 2**30)
+    full = range(len(encoder.row))
+    pace = naive_pace(meter, [assignment((i,)) for i in full[:: len(full) // 3]])
+    steps = []
+
+    def after_step(beam: Sequence[skip.Path]) -> None:
+        steps.append({"work": run_count.work, "naive": meter.work, "seconds": time.perf_counter() - start})
+        print(mode, len(steps), f"D {beam[0].discrepancy:.4g}, {steps[-1]}", file=sys.stderr, flush=True)
+
+    run_count, start = Count().watch(encoder.row), time.perf_counter()
+    plan = search(meter, Settings(beam=beam, delta=MODES[mode]), save=after_step)
+    seconds = time.perf_counter() - start
+    return {
+        "work": run_count.work, "naive work": meter.work, "fewer": meter.work / run_count.work, "seconds": seconds,
+        "faster (naive sampled)": pace * meter.work / seconds,
+        "weights touched, fewer": meter.touched / run_count.touched, "steps": steps,
+        "plan": plan.model_dump(mode="json"),
+    }  # fmt: skip
+
+
 def naive_pace(meter: Meter, candidates: list[dict]) -> float:
     """Seconds a sub-block x token forward of the naive loop, from some candidates."""
     count = Count().watch(meter.tracer.row)
@@ -264,8 +338,10 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="within 10 minutes on 2 cores")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--prompts", type=int, help="SmolLM2's (default: 256, quick 32)")
+    options.add_argument("--seeds", type=int, default=5, help="calibration seeds of the whole searches on SmolLM2")
+    options.add_argument("--mode", choices=MODES, help="of the whole searches on SmolLM2 (default: both)")
     options.add_argument("--depths", help="removals before the step measured on SmolLM2 (default: 0,6,12,18,24,30,33)")
-    options.add_argument("--only", choices=("whole", "smollm2", "scaling"))
+    options.add_argument("--only", choices=("whole", "smollm2", "search", "scaling"))
     options = options.parse_args()
     torch.set_grad_enabled(False)
     torch.set_num_threads(options.threads)
@@ -282,6 +358,9 @@ def main() -> None:
             chosen = [r for r in rows if r["mode"] == mode]
             spent = sum(r["work"] for r in chosen) * flops / sum(r["seconds"] for r in chosen) / 1e9
             print(f"{mode}: {spent:.1f} GFLOP/s, {spent / rate:.0%} of the GEMM rate")
+    if options.only == "search" or (options.only is None and not quick):
+        modes = [options.mode] if options.mode else list(MODES)
+        smollm2_whole(options.prompts or 64, options.seeds, modes, 3, ROOT / ".cache" / "search")
     if options.only in (None, "scaling"):
         path = ROOT / "docs" / "images" / "search_scaling.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -148,6 +148,9 @@ class Meter:
         self._scale = [elements[0].sum(axis=1), *[totals] * len(batches)]
         self._weights = [e[0] / totals[0] for e in elements[1:]]
         self._tokens = [self._guarded(b, functools.partial(self._width, b)) for b in range(len(self._pieces))]
+        self._states.capacity = max(0, self.memory * 5 // 8 - self._dense.used - self._traces.used)
+        self._landmarks: frozenset[int] = frozenset()
+        self._places: set[int] = set()
 
     def _elements(self, batch: int) -> np.ndarray:
         """Number of read elements, `[tensors, prompts]`."""
@@ -229,6 +232,7 @@ class Meter:
         self._states.turn()
 
         def evaluate(members: Sequence[int], batches: Sequence[int]) -> None:
+            self._landmarks = self._likely(board, candidates, keep)
             self._fill(board, candidates, members, batches, 2 * keep, step)
 
         unknown = [c for c in range(len(candidates)) if np.isnan(board.null[c])]
@@ -240,6 +244,17 @@ class Meter:
                 self._known[frozenset(candidate.items())] = board.null[c], board.values[c].copy()
         self.share = min(max(step.share(), 0.01), 1.0)
         return found
+
+    def _likely(self, board: Board, candidates: Sequence[Assignment], keep: int) -> frozenset[int]:
+        """Sub-blocks that the next removals will probably be among: those of the candidates that look best now, as many
+        as there is room to keep every candidate's state in front of."""
+        if np.isnan(board.values).all():
+            return self._landmarks  # nothing is known yet: those of the step before
+        state = sum(self._tokens) * self.tracer.row.width * 4
+        room = self._states.capacity // 2 // max(1, state * len(candidates) // 2)
+        best = sorted(range(len(candidates)), key=board.estimate)[: min(room, 4 * keep)]
+        common = frozenset.intersection(*map(frozenset, candidates))
+        return frozenset().union(*(candidates[c] for c in best)) - common
 
     def _stepping(self, candidates: Sequence[Assignment], tick, share: float) -> "Stepping":
         work = forwards(len(self.tracer.row), candidates) * sum(self._tokens)
@@ -274,7 +289,7 @@ class Meter:
 
     def _walk(self, batch: int, piece: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None]):
         trace, dense = self._trace(batch, piece), self._dense_features(batch, piece)
-        shelf = Shelf(self._states, (batch, piece), few)
+        shelf = Shelf(self._states, (batch, piece), few, self._landmarks, self._places)
         limit = self.limit or max(4, (self.memory // 4 - 16 * trace.x.nbytes) // (2 * trace.x.nbytes))
         found: list = [None] * len(candidates)
         for member, reading in self.tracer.walk(trace, candidates, limit, step, shelf):

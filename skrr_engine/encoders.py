@@ -15,6 +15,7 @@ from . import families
 from .discrepancy import Batch
 from .errors import first_line
 from .projection import dequantised
+from .race import FIRST_LOOK
 from .row import EncoderError, Row
 from .stream import Files, Stream
 from .trace import Reading
@@ -35,9 +36,10 @@ class Encoder:
     bring: Callable[[int], None] = lambda index: None
 
     def batches(self, prompts: Sequence[str], tokens: int = 512) -> list[Batch]:
-        """Prompts grouped by length, so that no padding is computed; at most about `tokens` tokens in a batch."""
+        """Prompts grouped by length, so that no padding is computed; at most about `tokens` tokens in a batch, and no
+        more prompts than a race looks at first."""
         ids = [self.tokenize(prompt) for prompt in prompts]
-        return [self.batch([ids[i] for i in group]) for group in grouped(ids, tokens)]
+        return [self.batch([ids[i] for i in group]) for group in grouped(ids, tokens, FIRST_LOOK)]
 
     def batch(self, ids: list[list[int]]) -> Batch:
         """Token ids of equal length as a batch; the conditioning is the last hidden state after the final norm."""
@@ -52,13 +54,14 @@ class Encoder:
         return Batch(run, len(ids), lambda: (self.batch(ids[:middle]), self.batch(ids[middle:])))
 
 
-def grouped(ids: Sequence[Sequence[int]], tokens: int = 512) -> Iterator[list[int]]:
-    """Positions of token ids of equal length, the short ones first, at most about `tokens` tokens together."""
+def grouped(ids: Sequence[Sequence[int]], tokens: int = 512, most: int | None = None) -> Iterator[list[int]]:
+    """Positions of token ids of equal length, the short ones first, at most about `tokens` tokens and `most` prompts
+    together."""
     by_length: dict[int, list[int]] = {}
     for position, own in enumerate(ids):
         by_length.setdefault(len(own), []).append(position)
     for length, group in sorted(by_length.items()):
-        size = max(1, tokens // length)
+        size = max(1, min(tokens // length, most or len(group)))
         yield from (group[i : i + size] for i in range(0, len(group), size))
 
 

@@ -6,7 +6,7 @@ rotary tables) of every attention call, and, with the walk's states put in behin
 the encoder's own code (final norm, layer choice, pooling, masking).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +118,7 @@ class Tracer:
             index, streams = waiting.pop()
             while index < len(self.row):
                 streams += starts.pop(index, [])
-                if shelf is not None and index % STRIDE == 0:
+                if shelf is not None:
                     for stream in streams:
                         shelf.leave(index, stream, candidates)
                 if limit and 1 < len(streams) >= limit:
@@ -187,7 +187,7 @@ class Stream:
 
 
 STRIDE = 4
-"""Every how many sub-blocks a walk leaves its states on the shelf."""
+"""Every how many sub-blocks a walk leaves the states that later ones are sure to start from."""
 
 
 def before(candidate: Assignment, index: int) -> tuple[tuple[int, Action], ...]:
@@ -197,15 +197,18 @@ def before(candidate: Assignment, index: int) -> tuple[tuple[int, Action], ...]:
 
 class Shelf:
     """States of one trace kept between walks. store: where; tag: the trace's name there; few: walks of at most so many
-    candidates leave all their states, larger ones only those that several candidates share."""
+    candidates leave all their states, larger ones only those that several candidates share, and every state in front
+    of a landmark; landmarks: sub-blocks that are likely to be removed next: what a candidate with j < i removed leaves
+    in front of i is where the one with both removed starts; places: where anything may lie, kept by the caller from
+    walk to walk."""
 
-    def __init__(self, store: Store, tag, few: int):
-        self.store, self.tag, self.few = store, tag, few
+    def __init__(self, store: Store, tag, few: int, landmarks: Collection[int], places: set[int]):
+        self.store, self.tag, self.few, self.landmarks, self.places = store, tag, few, landmarks, places
 
     def latest(self, candidate: Assignment, length: int) -> tuple[int, tuple]:
         """The last place at which this candidate's state is held: `(index, what it removes before)`."""
-        for index in range((length - 1) // STRIDE * STRIDE, 0, -STRIDE):
-            if (self.tag, index, before(candidate, index)) in self.store:
+        for index in sorted(self.places, reverse=True):
+            if index < length and (self.tag, index, before(candidate, index)) in self.store:
                 return index, before(candidate, index)
         return 0, ()
 
@@ -213,6 +216,9 @@ class Shelf:
         return self.store.get((self.tag, index, prefix))
 
     def leave(self, index: int, stream: Stream, candidates: Sequence[Assignment]) -> None:
-        if index and (len(stream.members) > 1 or len(candidates) <= self.few):
+        """Called with each stream in front of each sub-block: holds its state if it is likely to be of use."""
+        sure = index % STRIDE == 0 and (len(stream.members) > 1 or len(candidates) <= self.few)
+        if index and (sure or index in self.landmarks):
             prefix = before(candidates[stream.members[0]], index)
             self.store.put((self.tag, index, prefix), (stream.x, stream.taps))
+            self.places.add(index)

@@ -94,6 +94,28 @@ def test_rank_is_measure_for_the_best(name):
     assert sum(d < math.inf for d in raced) >= 3 and all(d in (f, math.inf) for d, f in zip(raced, full, strict=True))
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_step_starts_from_the_states_of_the_one_before(name):
+    """With i removed, a candidate j < i starts in front of i, where the step before has left its state."""
+    module = small.build(name, 6)
+    batches, found = small.prompts([5, 7, 9] * 3), {}
+    for memory in (2**30, 0):
+        tracer = Tracer(module, families.find(module))
+        meter = Meter(
+            module, tracer, [small.batch(name, ids) for ids in batches], small.batch(name, [[2]]), memory=memory
+        )
+        steps, passed = [], []
+        for beam in skip.search(
+            lambda c, keep, meter=meter, passed=passed: meter.rank(c, keep, tick=passed.append),
+            tracer.row.parameter_counts, tracer.row.total, 0.3, 1,
+        ):  # fmt: skip
+            steps.append((beam[0], len(passed)))
+        found[memory] = steps
+    assert [beam for beam, _ in found[2**30]] == [beam for beam, _ in found[0]], "held states changed the result"
+    assert max(found[0][-1][0].order) > 3, "nothing stands in front of what was removed: the test shows nothing"
+    assert found[2**30][-1][1] < 0.7 * found[0][-1][1]
+
+
 @pytest.mark.parametrize("name", ["t5", "clip"])
 def test_racing_is_close_cheaper_and_says_so(name):
     module = small.build(name, 5)
