@@ -31,6 +31,7 @@ from skrr_engine.discrepancy import Batch, Meter  # noqa: E402
 from skrr_engine.encoders import import_transformers, load  # noqa: E402
 from skrr_engine.plan import EncoderPlan  # noqa: E402
 from skrr_engine.prompts import generate, of_kind  # noqa: E402
+from skrr_engine.race import grouped  # noqa: E402
 from skrr_engine.rewire import assignment  # noqa: E402
 from skrr_engine.search import Settings, search  # noqa: E402
 from skrr_engine.trace import Tracer  # noqa: E402
@@ -133,14 +134,12 @@ def synthetic(blocks: int, seed: int = 0, width: int = 64):
     return module
 
 
-def synthetic_meter(module, prompts: int, seed: int = 0, kind=Meter) -> Meter:
-    """Random prompts of 8 to 23 tokens, batches of up to 8."""
+def synthetic_meter(module, prompts: int, seed: int = 0, kind=Meter, race: bool = False) -> Meter:
+    """Random prompts of 8 to 23 tokens, batches of up to 8. race: in the order of a race."""
     draw = torch.Generator().manual_seed(seed)
-    by_length: dict[int, list] = {}
-    for _ in range(prompts):
-        length = int(torch.randint(8, 24, (), generator=draw))
-        by_length.setdefault(length, []).append(torch.randint(3, 1000, (length,), generator=draw))
-    groups = [group[i : i + 8] for _, group in sorted(by_length.items()) for i in range(0, len(group), 8)]
+    lengths = torch.randint(8, 24, (prompts,), generator=draw).tolist()
+    texts = [torch.randint(3, 1000, (length,), generator=draw) for length in lengths]
+    groups = [[texts[i] for i in group] for group in grouped(lengths, lambda length: 8, race)]
 
     def batch(ids) -> Batch:
         ids = torch.stack(ids)
@@ -156,7 +155,10 @@ def whole(prompts: int, seeds: int) -> list[dict]:
     for seed in range(seeds):
         module = synthetic(12, seed)
         runs = {"naive": run_search(synthetic_meter(module, prompts, seed, Naive), Settings(delta=0.0))}
-        runs |= {m: run_search(synthetic_meter(module, prompts, seed), Settings(delta=d)) for m, d in MODES.items()}
+        runs |= {
+            m: run_search(synthetic_meter(module, prompts, seed, race=d > 0), Settings(delta=d))
+            for m, d in MODES.items()
+        }
         naive = runs["naive"]
         d = {mode: run.plan.levels[-1].discrepancy for mode, run in runs.items()}
         for mode, run in runs.items():
@@ -172,14 +174,14 @@ def whole(prompts: int, seeds: int) -> list[dict]:
 def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
     """One step at k = 3 with `depth` sub-blocks gone: its beam is ORDER's prefix and two lists beside it."""
     encoder = load(str(ensure(ROOT / ".cache" / "smollm2")))
-    batches, null = encoder.batches(generate(prompts, seed)), encoder.batch([encoder.tokenize("")])
-    rows = []
+    null, rows = encoder.batch([encoder.tokenize("")]), []
     for depth in depths:
         beam = [skip.Path((*ORDER[: depth - 1], ORDER[depth - 1 + i]), 0.0) for i in range(3)] if depth else []
         orders = skip.expand(beam or [skip.Path((), 0.0)], len(encoder.row))
         candidates = [assignment(order) for order in orders]
         found = {}
         for mode, delta in MODES.items():
+            batches = encoder.batches(generate(prompts, seed), race=delta > 0)
             meter = Meter(encoder.module, Tracer(encoder.module, encoder.row), batches, null, memory=4 * 2**30)
             tokens = sum(meter._tokens)
             naive = {"work": tokens * sum(len(encoder.row) - len(c) for c in candidates)}
@@ -208,7 +210,9 @@ def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
     return rows
 
 
-def smollm2_whole(prompts: int, seeds: int, modes: Sequence[str], beam: int, folder: Path) -> list[dict]:
+def smollm2_whole(
+    prompts: int, seeds: int, modes: Sequence[str], folder: Path, memory: int, beam: int = 3
+) -> list[dict]:
     """Whole searches to 42 % with re-use on SmolLM2 and captions, in exact and racing mode; the naive loop's work is
     counted from the same candidates, its seconds from three of them. `folder` keeps what was run."""
     rows = []
@@ -217,8 +221,8 @@ def smollm2_whole(prompts: int, seeds: int, modes: Sequence[str], beam: int, fol
         for mode in modes:
             path = folder / f"{mode}-{prompts}-{beam}-{seed}.json"
             if not path.exists():
-                found = one_search(captions, mode, beam)
                 path.parent.mkdir(parents=True, exist_ok=True)
+                found = one_search(captions, mode, beam, path.with_suffix(".part"), memory)
                 path.write_text(json.dumps(found), encoding="utf-8")
             found = json.loads(path.read_text(encoding="utf-8"))
             plan = EncoderPlan.model_validate(found.pop("plan"))
@@ -236,28 +240,35 @@ def hash_of(plan: EncoderPlan) -> str:
     return hashlib.sha256(repr((plan.order, sorted(level.reuse.items()))).encode()).hexdigest()[:8]
 
 
-def one_search(captions: Sequence[str], mode: str, beam: int) -> dict:
-    """What a search took, beside what the naive loop would take, and its plan."""
+def one_search(captions: Sequence[str], mode: str, beam: int, part: Path, memory: int) -> dict:
+    """What a search took, beside what the naive loop would take, and its plan. part: holds each step's numbers; a
+    search that was stopped goes on from there (what it kept of states is lost, which costs it some work)."""
     encoder = load(str(ensure(ROOT / ".cache" / "smollm2")))
-    batches, null = encoder.batches(captions), encoder.batch([encoder.tokenize("")])
-    meter = Counted(encoder.module, Tracer(encoder.module, encoder.row), batches, null, memory=4 * 2**30)
-    full = range(len(encoder.row))
-    pace = naive_pace(meter, [assignment((i,)) for i in full[:: len(full) // 3]])
-    steps = []
+    batches, null = encoder.batches(captions, race=MODES[mode] > 0), encoder.batch([encoder.tokenize("")])
+    meter = Counted(encoder.module, Tracer(encoder.module, encoder.row), batches, null, memory=memory)
+    pace = naive_pace(meter, [assignment((i,)) for i in range(0, len(encoder.row), len(encoder.row) // 3)])
+    steps = json.loads(part.read_text(encoding="utf-8")) if part.exists() else []
+    last = steps[-1] if steps else {"work": 0, "naive": 0, "touched": 0, "naive touched": 0, "seconds": 0.0, "beam": []}
+    begun = [skip.Path(tuple(order), trail[-1], tuple(trail)) for order, trail in last["beam"]]
+    count, start = Count(last["work"], last["touched"]).watch(encoder.row), time.perf_counter() - last["seconds"]
+    meter.work, meter.touched = last["naive"], last["naive touched"]
 
-    def after_step(beam: Sequence[skip.Path]) -> None:
-        steps.append({"work": run_count.work, "naive": meter.work, "seconds": time.perf_counter() - start})
-        print(mode, len(steps), f"D {beam[0].discrepancy:.4g}, {steps[-1]}", file=sys.stderr, flush=True)
+    def now() -> dict:
+        seconds = time.perf_counter() - start
+        return {"work": count.work, "naive": meter.work, "touched": count.touched, "naive touched": meter.touched,
+                "seconds": seconds, "fewer": meter.work / count.work}  # fmt: skip
 
-    run_count, start = Count().watch(encoder.row), time.perf_counter()
-    plan = search(meter, Settings(beam=beam, delta=MODES[mode]), save=after_step)
-    seconds = time.perf_counter() - start
-    return {
-        "work": run_count.work, "naive work": meter.work, "fewer": meter.work / run_count.work, "seconds": seconds,
-        "faster (naive sampled)": pace * meter.work / seconds,
-        "weights touched, fewer": meter.touched / run_count.touched, "steps": steps,
-        "plan": plan.model_dump(mode="json"),
-    }  # fmt: skip
+    def after_step(paths: Sequence[skip.Path]) -> None:
+        steps.append({**now(), "beam": [(path.order, path.trail) for path in paths]})
+        part.write_text(json.dumps(steps), encoding="utf-8")
+        told = f"D {paths[0].discrepancy:.4g}, {steps[-1]['seconds']:.0f} s, {steps[-1]['fewer']:.2f} x fewer forwards"
+        print(f"{mode}, {len(captions)} prompts, step {len(steps)}: {told}", file=sys.stderr, flush=True)
+
+    plan = search(meter, Settings(beam=beam, delta=MODES[mode]), save=after_step, beam=begun)
+    found = now()
+    found |= {"faster (naive sampled)": pace * found["naive"] / found["seconds"]}
+    found |= {"weights touched, fewer": found["naive touched"] / found["touched"]}
+    return {**found, "plan": plan.model_dump(mode="json")}
 
 
 def naive_pace(meter: Meter, candidates: list[dict]) -> float:
@@ -278,7 +289,7 @@ def scaling() -> list[dict]:
         module = synthetic(sub_blocks // 2)
         row = families.find(module)
         for mode, delta in MODES.items():
-            meter = synthetic_meter(module, prompts)
+            meter = synthetic_meter(module, prompts, race=delta > 0)
             count = Count().watch(meter.tracer.row)
             start = time.perf_counter()
 
@@ -337,8 +348,11 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="within 10 minutes on 2 cores")
     options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--prompts", type=int, help="SmolLM2's (default: 256, quick 32)")
-    options.add_argument("--seeds", type=int, default=5, help="calibration seeds of the whole searches on SmolLM2")
+    options.add_argument("--prompts", type=int, help="(default: 256; 64 for whole searches on SmolLM2)")
+    options.add_argument("--seeds", type=int, default=5, help="of the whole searches (default: 5)")
+    options.add_argument(
+        "--memory", type=int, default=4, help="GiB that these may take beside the encoder (default: 4)"
+    )
     options.add_argument("--mode", choices=MODES, help="of the whole searches on SmolLM2 (default: both)")
     options.add_argument("--depths", help="removals before the step measured on SmolLM2 (default: 0,6,12,18,24,30,33)")
     options.add_argument("--only", choices=("whole", "smollm2", "search", "scaling"))
@@ -350,7 +364,7 @@ def main() -> None:
     rate = gemm_rate()
     print(f"GEMM floor: {rate:.1f} GFLOP/s on {options.threads} thread(s)")
     if options.only in (None, "whole"):
-        whole(64 if quick else 256, 2 if quick else 5)
+        whole(options.prompts or (64 if quick else 256), 2 if quick else options.seeds)
     if options.only in (None, "smollm2"):
         rows = smollm2_steps(options.prompts or (32 if quick else 256), depths, 0)
         flops = 2 * 106_168_320 / 60  # SmolLM2's weights in sub-blocks, a mean sub-block
@@ -360,7 +374,7 @@ def main() -> None:
             print(f"{mode}: {spent:.1f} GFLOP/s, {spent / rate:.0%} of the GEMM rate")
     if options.only == "search" or (options.only is None and not quick):
         modes = [options.mode] if options.mode else list(MODES)
-        smollm2_whole(options.prompts or 64, options.seeds, modes, 3, ROOT / ".cache" / "search")
+        smollm2_whole(options.prompts or 64, options.seeds, modes, ROOT / ".cache" / "search", options.memory * 2**30)
     if options.only in (None, "scaling"):
         path = ROOT / "docs" / "images" / "search_scaling.png"
         path.parent.mkdir(parents=True, exist_ok=True)

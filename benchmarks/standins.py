@@ -130,7 +130,7 @@ def aware_order(bench: Bench, again: bool = False) -> list[int]:
     """The order that heals best, to MOST."""
     if ORDER.exists() and not again:
         return json.loads(ORDER.read_text(encoding="utf-8"))["order"]
-    fitted, ranked = map(bench.lab.studio.meter, standin.halved(prompts.broad(SEARCHED)))
+    fitted, ranked = meters(bench)
     share = sum(bench.row.parameter_counts) / bench.row.total
     start = time.monotonic()
 
@@ -141,6 +141,12 @@ def aware_order(bench: Bench, again: bool = False) -> list[int]:
 
     search = heal.Search(fitted, ranked, Settings(MOST * share), Fitting(), lambda progress: None)
     return list(search.run(SkipList((), 0.0), save).order)
+
+
+def meters(bench: Bench) -> tuple[Meter, Meter]:
+    """On the prompts to fit on, and, in the order of a race, on those to rank on."""
+    fitted_on, ranked_on = standin.halved(prompts.broad(SEARCHED))
+    return bench.lab.studio.meter(fitted_on), bench.lab.studio.meter(ranked_on, race=True)
 
 
 def levels(bench: Bench, aware: Sequence[int], chosen: Sequence[float] = LEVELS) -> list[dict]:
@@ -178,12 +184,8 @@ def refined(bench: Bench, aware: Sequence[int]) -> list[dict]:
     the best one takes its parent's place where it is better. Stand-ins are fitted anew for each."""
     order, settings = bench.prefix(aware, MIDDLE), Settings(MIDDLE)
 
-    def meters() -> tuple[Meter, Meter]:
-        fitted, ranked = map(bench.lab.studio.meter, standin.halved(prompts.broad(SEARCHED)))
-        return fitted, ranked
-
     def exchanges() -> dict:
-        search = heal.Search(*meters(), settings, Fitting(), lambda progress: None)
+        search = heal.Search(*meters(bench), settings, Fitting(), lambda progress: None)
         search.path, accepted = SkipList(tuple(order), 0.0), 0
         for place in search.least_at_home(2):
             better = search.exchanged(place)
@@ -191,7 +193,7 @@ def refined(bench: Bench, aware: Sequence[int]) -> list[dict]:
         return {"order": search.path.order, "accepted": accepted}
 
     def evolution(generations: int = 6, offspring: int = 4) -> dict:
-        fitted, ranked = meters()
+        fitted, ranked = meters(bench)
         lot = random.Random(0)
 
         def score(candidate: Sequence[int]) -> float:

@@ -178,7 +178,9 @@ def run_search(options) -> None:
     if bench.projection is None and leads:
         print(f"skrr: {BARE}", file=sys.stderr)
     report = (lambda progress: None) if options.quiet or not leads else Reporter()
-    fitted, ranked = (None, bench.meter(bench.prompts)) if fitting is None else map(bench.meter, halved(bench.prompts))
+    fitted_on, ranked_on = (None, bench.prompts) if fitting is None else halved(bench.prompts)
+    ranked = bench.meter(ranked_on, race=delta > 0)
+    fitted = bench.meter(fitted_on) if fitted_on else None
     state, save, beam = resumed(options, bench, settings, fitting, method)
     if method == "heal":
         healed = heal_search(fitted, ranked, settings, fitting, report, save, beam)
@@ -329,7 +331,7 @@ def run_encode(options) -> None:
     from safetensors.torch import save
 
     from . import standin_file
-    from .encoders import grouped
+    from .race import grouped
     from .rewire import rewire
 
     check_writable(options.out, "--out")
@@ -340,7 +342,7 @@ def run_encode(options) -> None:
         rewire(encoder.module, encoder.row, removed)
     found = {}
     ids = [encoder.tokenize(prompt) for prompt in bench.prompts]
-    for group in grouped(ids):
+    for group in grouped([len(own) for own in ids], lambda length: 512 // length):
         ((hidden, _),) = encoder.batch([ids[i] for i in group]).run(encoder.module)
         found |= {str(i): row.float().cpu().clone() for i, row in zip(group, hidden, strict=True)}
     ((null, _),) = encoder.batch([encoder.tokenize("")]).run(encoder.module)
@@ -384,13 +386,13 @@ def run_verify(options) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the commands work on. meter: prompts -> a meter on them."""
+    """What the commands work on. meter: prompts -> a meter on them; race: in the order of a race."""
 
     encoder: "Encoder"
     prompts: list[str]
     projection: "TextProjection | None"
     team: "Team"
-    meter: "Callable[[Sequence[str]], Meter]"
+    meter: "Callable[..., Meter]"
 
 
 def prepare(options, broad: bool = False) -> Bench:
@@ -428,8 +430,8 @@ def prepare(options, broad: bool = False) -> Bench:
     tracer = Tracer(encoder.module, encoder.row)
     share = memory // (4 if broad else 2) // team.sharing  # stand-ins take two meters
 
-    def meter(chosen: Sequence[str]) -> Meter:
-        batches = encoder.batches(chosen, batch_tokens(memory, encoder.row.width, options.device))
+    def meter(chosen: Sequence[str], race: bool = False) -> Meter:
+        batches = encoder.batches(chosen, batch_tokens(memory, encoder.row.width, options.device), race)
         null = encoder.batch([encoder.tokenize("")])
         return Meter(encoder.module, tracer, batches, null, projection, memory=share, team=team)
 

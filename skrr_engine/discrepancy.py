@@ -115,10 +115,10 @@ class Meter:
     """Measures candidates' discrepancies on one encoder and one set of prompts.
 
     encoder: the dense encoder, as `Batch.run` takes it; never changed. tracer: of the same encoder. batches: of the
-    calibration prompts; null: of the empty one. projection: see `Projection`. limit: states held at once by the walk
-    (0: as many as the memory allows). memory: bytes that all of this may take beside the encoder (None: see
-    budget.free_memory); what does not fit is computed again when it is needed. team: processes that share the work.
-    criterion: what is measured.
+    calibration prompts, in the order in which a race sees them (see race.grouped); null: of the empty one. projection:
+    see `Projection`. limit: states held at once by the walk (0: as many as the memory allows). memory: bytes that all
+    of this may take beside the encoder (None: see budget.free_memory); what does not fit is computed again when it is
+    needed. team: processes that share the work. criterion: what is measured.
 
     share: of the work of measuring all candidates on all prompts (prefixes shared) that the last `rank` did.
     """

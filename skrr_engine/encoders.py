@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from . import families
 from .discrepancy import Batch
 from .errors import first_line
 from .projection import dequantised
-from .race import FIRST_LOOK
+from .race import grouped
 from .row import EncoderError, Row
 from .stream import Files, Stream
 from .trace import Reading
@@ -35,11 +35,12 @@ class Encoder:
     tokenize: Callable[[str], list[int]]
     bring: Callable[[int], None] = lambda index: None
 
-    def batches(self, prompts: Sequence[str], tokens: int = 512) -> list[Batch]:
-        """Prompts grouped by length, so that no padding is computed; at most about `tokens` tokens in a batch, and no
-        more prompts than a race looks at first."""
+    def batches(self, prompts: Sequence[str], tokens: int = 512, race: bool = False) -> list[Batch]:
+        """Prompts grouped by length, so that no padding is computed; at most about `tokens` tokens in a batch. race: in
+        the order of a race (see race.grouped)."""
         ids = [self.tokenize(prompt) for prompt in prompts]
-        return [self.batch([ids[i] for i in group]) for group in grouped(ids, tokens, FIRST_LOOK)]
+        groups = grouped([len(own) for own in ids], lambda length: tokens // length, race)
+        return [self.batch([ids[i] for i in group]) for group in groups]
 
     def batch(self, ids: list[list[int]]) -> Batch:
         """Token ids of equal length as a batch; the conditioning is the last hidden state after the final norm."""
@@ -52,17 +53,6 @@ class Encoder:
 
         middle = len(ids) // 2
         return Batch(run, len(ids), lambda: (self.batch(ids[:middle]), self.batch(ids[middle:])))
-
-
-def grouped(ids: Sequence[Sequence[int]], tokens: int = 512, most: int | None = None) -> Iterator[list[int]]:
-    """Positions of token ids of equal length, the short ones first, at most about `tokens` tokens and `most` prompts
-    together."""
-    by_length: dict[int, list[int]] = {}
-    for position, own in enumerate(ids):
-        by_length.setdefault(len(own), []).append(position)
-    for length, group in sorted(by_length.items()):
-        size = max(1, min(tokens // length, most or len(group)))
-        yield from (group[i : i + size] for i in range(0, len(group), size))
 
 
 def load(

@@ -12,7 +12,7 @@ Sums are correctly rounded (`math.fsum`): they depend on no order, and never fal
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -123,11 +123,9 @@ class Lanes:
                 self.measure(promising[: self.keep], order)
 
     def race(self) -> None:
-        """All on the same growing set of prompts, in an order drawn by lot (but the same on every run)."""
+        """All on the same growing set of prompts, in the order of the batches (see `grouped`)."""
         self.abandon()
-        order = self.batches[:]
-        random.Random(0).shuffle(order)
-        looks = list(chunks(order, [len(self.board.weights[s]) for s in self.board.spans]))
+        looks = list(chunks(self.batches, [len(self.board.weights[s]) for s in self.board.spans]))
         seen: list[int] = []
         for chunk in looks:
             if len(self.live) <= self.keep:
@@ -135,7 +133,7 @@ class Lanes:
             self.measure(self.incomplete(), chunk)
             seen += chunk
             self.drop(seen, len(looks))
-        self.measure(self.incomplete(), order)
+        self.measure(self.incomplete(), self.batches)
 
     def drop(self, seen: Sequence[int], looks: int) -> None:
         """Candidates that are behind the keep-th best with confidence, on the prompts of the batches seen, are out."""
@@ -168,6 +166,26 @@ def chunks(order: Sequence[int], sizes: Sequence[int]):
             chunk, wanted = [], count * GROWTH
     if chunk:
         yield chunk
+
+
+def grouped(kinds: Sequence, size: Callable[[object], int], race: bool = False) -> Iterator[list[int]]:
+    """Positions of prompts of one kind (of one length), which can run together; the lowest kind first.
+
+    kinds: of each prompt; size: how many of a kind may run together. race: in the order of a race instead. The prompts
+    of each look are then drawn by lot (the same on every run) from all that are left, whatever their kind, and those of
+    one kind in one look run together: were the first batch all of one length, a race would take the candidates that
+    short captions like for the best.
+    """
+    order = list(range(len(kinds)))
+    if race:
+        random.Random(0).shuffle(order)
+    for chunk in chunks(order, [1] * len(order)) if race else [order]:
+        alike: dict[object, list[int]] = {}
+        for position in chunk:
+            alike.setdefault(kinds[position], []).append(position)
+        for kind, group in sorted(alike.items()):
+            step = max(1, size(kind))
+            yield from (group[i : i + step] for i in range(0, len(group), step))
 
 
 def t_quantile(p: float, freedom: int) -> float:

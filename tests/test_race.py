@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from skrr_engine.race import Board, rank, t_quantile
+from skrr_engine.race import FIRST_LOOK, Board, grouped, rank, t_quantile
 
 CONTRIBUTION = st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0, 1.0000000000000002, 1e-16, 7.0])
 
@@ -95,3 +95,30 @@ def test_equals_are_not_raced_against_each_other():
 def test_t_quantile(p, freedom, expected):
     assert t_quantile(p, freedom) == pytest.approx(expected, rel=0.02)
     assert t_quantile(p, 2) == math.inf
+
+
+@given(st.lists(st.integers(1, 9), max_size=60), st.integers(0, 5), st.booleans())
+def test_groups_hold_everything_once_and_one_kind_each(kinds, size, race):
+    groups = list(grouped(kinds, lambda kind: size, race))
+    assert sorted(position for group in groups for position in group) == list(range(len(kinds)))
+    assert all(len({kinds[i] for i in group}) == 1 and len(group) <= max(size, 1) for group in groups)
+    assert groups == list(grouped(kinds, lambda kind: size, race)), "another order on another run"
+
+
+def test_a_race_first_sees_prompts_of_all_kinds():
+    """What is best on short prompts is not what is best on all: looking at one length after the other would lose it."""
+    kinds = [4] * 40 + [5] * 40 + [6] * 40 + [7] * 40
+    draw = np.random.default_rng(0)
+    values = 1 + 0.01 * draw.standard_normal((20, 160))
+    values[0] *= np.repeat([1.2, 0.9, 0.9, 0.9], 40)  # the best of all, though the worst on the short ones
+    values /= values.shape[1]
+    groups = list(grouped(kinds, lambda kind: 8, race=True))
+    assert len({kinds[i] for group in groups[:4] for i in group}) > 1
+    assert sum(map(len, groups[:4])) <= FIRST_LOOK
+
+    def raced(groups):
+        table = values[:, [i for group in groups for i in group]]
+        return measured(np.zeros(20), table, [len(group) for group in groups], 1, 0.05)[0]
+
+    assert raced(groups)[0] < math.inf
+    assert raced(list(grouped(kinds, lambda kind: 8)))[0] == math.inf, "nothing is to be lost here: no test"

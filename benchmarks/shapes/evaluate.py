@@ -110,10 +110,11 @@ class Studio:
         self.texts, self.null = self.embed(self.encoder.module, {})
         self.dense = self.painter.paint(self.texts, self.null, range(SEED, SEED + len(self.texts)))
 
-    def meter(self, captions: Sequence[str], **options) -> Meter:
-        """A Meter on these captions, through the denoiser's projection unless another (or None) is given."""
+    def meter(self, captions: Sequence[str], race: bool = False, **options) -> Meter:
+        """A Meter on these captions, through the denoiser's projection unless another (or None) is given. race: in the
+        order of a race."""
         options = {"projection": self.projection, **options}
-        batches, null = self.encoder.batches(captions), self.encoder.batch([self.encoder.tokenize("")])
+        batches, null = self.encoder.batches(captions, race=race), self.encoder.batch([self.encoder.tokenize("")])
         return Meter(self.encoder.module, self.tracer, batches, null, **options)
 
     @torch.no_grad()

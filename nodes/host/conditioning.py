@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...skrr_engine.discrepancy import Batch
-from ...skrr_engine.race import FIRST_LOOK
+from ...skrr_engine.race import grouped
 from ...skrr_engine.rewire import fork, rewire
 from ...skrr_engine.row import EncoderError
 from ...skrr_engine.trace import Reading
@@ -141,18 +141,12 @@ class Conditioning:
             return [[token[0] for token in section] for section in found.args[0]]
         return []
 
-    def batches(self, prompts: Sequence[str], tokens: int = 2048) -> list[Batch]:
-        """Prompts as batches of sections of one length and read range, at most about `tokens` tokens each, and no more
-        sections than a race looks at first."""
-        alike: dict[tuple[int, int, int], list[tuple[list, bool]]] = {}
-        for prompt in prompts:
-            for key, section, is_first in self._read_sections(prompt):
-                alike.setdefault(key, []).append((section, is_first))
-        batches = []
-        for (length, start, end), group in sorted(alike.items()):
-            step = max(1, min(tokens // max(1, length), FIRST_LOOK))
-            batches += [self._batch(group[i : i + step], start, end) for i in range(0, len(group), step)]
-        return batches
+    def batches(self, prompts: Sequence[str], tokens: int = 2048, race: bool = False) -> list[Batch]:
+        """Prompts as batches of sections of one length and read range, at most about `tokens` tokens each. race: in the
+        order of a race (see race.grouped)."""
+        found = [section for prompt in prompts for section in self._read_sections(prompt)]
+        groups = grouped([key for key, *_ in found], lambda key: tokens // max(1, key[0]), race)
+        return [self._batch([found[i][1:] for i in group], *found[group[0]][0][1:]) for group in groups]
 
     def null(self) -> Batch:
         """The empty prompt."""

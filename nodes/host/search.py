@@ -63,10 +63,11 @@ def find_plan(
     memory = free_memory(device) if device.type == "cpu" else comfy.model_management.get_free_memory(device) * 9 // 10
     null, share = conditioning.null(), int(memory) // (1 if fitting is None else 2)
 
-    def meter_on(texts: Sequence[str]) -> Meter:
-        return Meter(conditioning.encoder, tracer, conditioning.batches(texts), null, projection, memory=share)
+    def meter_on(texts: Sequence[str], race: bool = False) -> Meter:
+        batches = conditioning.batches(texts, race=race)
+        return Meter(conditioning.encoder, tracer, batches, null, projection, memory=share)
 
-    meter = meter_on(prompts)
+    meter = meter_on(prompts, settings.delta > 0)
     state = library.state(key)
     try:
         beam = state.load(len(row))
