@@ -305,20 +305,23 @@ class Meter:
             try:
                 return act()
             except torch.OutOfMemoryError:
-                if not self._shrink(batch):
+                if not self.shrink([batch]):
                     raise
 
-    def _shrink(self, batch: int) -> bool:
-        """Let go of what can be had again, hold fewer states and halve a batch; whether there was anything to halve."""
+    def shrink(self, batches: Iterable[int] | None = None) -> bool:
+        """After an out-of-memory error: let go of what can be had again, hold fewer states and halve some batches (all,
+        where None); whether there is any sense in another try."""
         for store in (self._dense, self._traces, self._states):
             store.clear()
             store.capacity //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.memory //= 2
-        halves = [half for piece in self._pieces[batch] for half in piece.halves()]
-        smaller = len(halves) > len(self._pieces[batch]) or self.memory > 2**20
-        self._pieces[batch] = halves
+        smaller = self.memory > 2**20
+        for batch in range(len(self._pieces)) if batches is None else batches:
+            halves = [half for piece in self._pieces[batch] for half in piece.halves()]
+            smaller = smaller or len(halves) > len(self._pieces[batch])
+            self._pieces[batch] = halves
         return smaller
 
 

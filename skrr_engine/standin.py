@@ -15,6 +15,7 @@ benchmarks/standins.py tell what it does here.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -228,6 +229,17 @@ class Streams:
             yield number, trace, pair
             self._hold(number, pair)
 
+    def guarded(self, act: Callable):
+        """What `act` returns; where the device runs out of memory, nothing is held there any more, the batches are
+        halved, and it is tried again."""
+        while True:
+            try:
+                return act()
+            except torch.OutOfMemoryError:
+                self._held, self._masks, self._room["device"] = {}, {}, 0
+                if not self.meter.shrink():
+                    raise
+
     def _apply(self, index: int, x: torch.Tensor, trace: Trace) -> torch.Tensor:
         return self.row.sub_blocks[index].apply(x, trace.calls[index])
 
@@ -290,17 +302,22 @@ def fit(
     for index in range(last + 1):
         action = removed.get(index, index)
         if action is None or index in tried:
-            kept, held, harm = grams(streams, norm, fitting, index in tried)
-            chosen = best(kept, held, fitting)
-            standin = stand_in(chosen, norm)
+            trial = streams.guarded(functools.partial(fit_here, streams, norm, fitting, index in tried))
             if action is None:
-                found[index] = action = standin
+                found[index] = action = trial.standin
             else:
-                trials[index] = Trial(standin, (kept + held).error(chosen) - harm)
+                trials[index] = trial
         else:
-            streams.pass_by(action == index)
+            streams.guarded(functools.partial(streams.pass_by, action == index))
         streams.go_on(action)
     return found, trials
+
+
+def fit_here(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> Trial:
+    """The stand-in for the place where the streams are; see `grams`."""
+    kept, held, harm = grams(streams, norm, fitting, trying)
+    chosen = best(kept, held, fitting)
+    return Trial(stand_in(chosen, norm), (kept + held).error(chosen) - harm)
 
 
 @dataclass(frozen=True)

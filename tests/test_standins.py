@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from skrr_engine import families, heal, standin, standin_file
 from skrr_engine.cli import main
+from skrr_engine.discrepancy import Batch, Meter
 from skrr_engine.plan import EncoderPlan, Level, Plan, PlanError, Provenance
 from skrr_engine.repair import NORMS, Repair, StandIn
 from skrr_engine.rewire import assignment, rewire, undo
@@ -195,6 +196,47 @@ def test_fits_in_any_memory_and_helps(name):
     fresh = small.meter(name, module, small.prompts(LENGTHS, seed=9), [2])
     skipped, repaired = fresh.measure([removed, assignment(removed, {4: 2}, roomy)])
     assert repaired.total < skipped.total
+
+
+def test_fits_halve_the_batches_where_memory_runs_out():
+    module = small.build("t5", 4)
+    row = families.find(module)
+    batches = [sum(small.prompts([6] * 8, seed), []) for seed in range(3)]
+    refused, least = [], 2
+
+    def scarce(sub_block):
+        apply = sub_block.apply
+
+        def applied(x, call):
+            if len(x) > least:
+                refused.append(len(x))
+                raise torch.OutOfMemoryError("as CUDA says it")
+            return apply(x, call)
+
+        return applied
+
+    def batch(ids):
+        half = len(ids) // 2
+        return Batch(small.batch("t5", ids).run, len(ids), lambda: (batch(ids[:half]), batch(ids[half:])))
+
+    def meter():
+        return Meter(module, Tracer(module, row), [batch(ids) for ids in batches], batch([[2]]))
+
+    removed, tried = {2: None, 3: None, 5: None}, {4}
+    wanted = standin.fit(meter(), removed, Fitting(3), tried)
+    short = meter()
+    for sub_block in row.sub_blocks:
+        sub_block.apply = scarce(sub_block)
+    found = standin.fit(short, removed, Fitting(3), tried)
+    assert refused == [8, 4]
+    for index in removed:
+        x = torch.randn(2, 6, 32)
+        torch.testing.assert_close(found[0][index].apply(x), wanted[0][index].apply(x), rtol=1e-2, atol=1e-2)
+    assert found[1][4].harm == pytest.approx(wanted[1][4].harm, rel=1e-3)
+    batches = [[[5, 6, 2]]]
+    least = 0
+    with pytest.raises(torch.OutOfMemoryError):  # nothing left to halve
+        standin.fit(meter(), removed, Fitting(3))
 
 
 def test_each_fit_corrects_what_earlier_ones_left():
