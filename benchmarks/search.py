@@ -182,17 +182,10 @@ def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
         found = {}
         for mode, delta in MODES.items():
             batches = encoder.batches(generate(prompts, seed), race=delta > 0)
-            meter = Meter(encoder.module, Tracer(encoder.module, encoder.row), batches, null, memory=4 * 2**30)
-            tokens = sum(meter._tokens)
-            naive = {"work": tokens * sum(len(encoder.row) - len(c) for c in candidates)}
-            naive["touched"] = sum(
-                (sum(encoder.row.parameter_counts) - sum(encoder.row.parameter_counts[i] for i in c)) * 4
-                for c in candidates
-            ) * len(meter._tokens)
+            meter = Counted(encoder.module, Tracer(encoder.module, encoder.row), batches, null, memory=4 * 2**30)
             if mode == "exact":
                 sampled = candidates[:: max(1, len(candidates) // 3)][:3]
                 pace = naive_pace(meter, sampled)
-                meter._states.clear()
             count = Count().watch(encoder.row)
             start = time.perf_counter()
             scores = meter.rank(candidates, 3, delta)
@@ -201,8 +194,8 @@ def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
             found[mode] = [orders[i] for i in best]
             rows.append({
                 "removed": depth, "candidates": len(candidates), "mode": mode, "work": count.work, "seconds": seconds,
-                "fewer": naive["work"] / count.work, "faster (naive sampled)": pace * naive["work"] / seconds,
-                "weights touched, fewer": naive["touched"] / count.touched,
+                "fewer": meter.work / count.work, "faster (naive sampled)": pace * meter.work / seconds,
+                "weights touched, fewer": meter.touched / count.touched,
                 "microseconds a forward": seconds / count.work * 1e6,
                 "naive microseconds": pace * 1e6, "kept as exact": sum(o in found["exact"] for o in found[mode]),
             })  # fmt: skip
@@ -276,7 +269,9 @@ def naive_pace(meter: Meter, candidates: list[dict]) -> float:
     count = Count().watch(meter.tracer.row)
     start = time.perf_counter()
     Naive.rank(meter, candidates, 1)
-    return (time.perf_counter() - start) / count.work
+    seconds = time.perf_counter() - start
+    meter._states.clear()  # what is timed next starts with nothing
+    return seconds / count.work
 
 
 def scaling() -> list[dict]:

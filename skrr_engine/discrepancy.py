@@ -139,7 +139,7 @@ class Meter:
         self.encoder, self.tracer, self.projection, self.limit = encoder, tracer, projection, limit
         self.team = team or Team()
         self.memory = free_memory(next(encoder.parameters()).device) if memory is None else memory
-        self._dense, self._traces, self._states = (Store(self.memory // n) for n in (4, 8, 4))
+        self._dense, self._traces, self._states = Store(self.memory // 4), Store(self.memory // 8), Store(0)
         self._pieces = [[batch] for batch in (null, *batches)]
         self._known: dict[frozenset, tuple[float, np.ndarray]] = {}
         self.share = 0.5
@@ -148,6 +148,7 @@ class Meter:
         self._scale = [elements[0].sum(axis=1), *[totals] * len(batches)]
         self._weights = [e[0] / totals[0] for e in elements[1:]]
         self._tokens = [self._guarded(b, functools.partial(self._width, b)) for b in range(len(self._pieces))]
+        # States take what the dense features and the traces, all known by now, leave of five eighths.
         self._states.capacity = max(0, self.memory * 5 // 8 - self._dense.used - self._traces.used)
         self._landmarks: frozenset[int] = frozenset()
         self._places: set[int] = set()

@@ -27,6 +27,7 @@ from skrr_engine import families
 from skrr_engine.discrepancy import Meter
 from skrr_engine.encoders import Encoder, load
 from skrr_engine.projection import TextProjection, from_file
+from skrr_engine.race import grouped
 from skrr_engine.rewire import Assignment, rewire, undo
 from skrr_engine.trace import Tracer
 
@@ -122,13 +123,10 @@ class Studio:
         """The prompts' embeddings `[tokens, 576]` and the empty prompt's, by a module of the encoder's kind with an
         assignment in it."""
         ids = [self.encoder.tokenize(caption) for caption in self.captions]
-        groups: dict[int, list[int]] = {}
-        for i, tokens in enumerate(ids):
-            groups.setdefault(len(tokens), []).append(i)
         texts: list = [None] * len(ids)
         replaced = rewire(module, families.find(module), removed)
         try:
-            for members in groups.values():
+            for members in grouped([len(tokens) for tokens in ids], lambda length: len(ids)):
                 ((hidden, _),) = self.encoder.batch([ids[i] for i in members]).run(module)
                 for i, tokens in zip(members, hidden, strict=True):
                     texts[i] = tokens
