@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .budget import Store, free_memory
+from .budget import Store, batch_tokens, free_memory
 from .race import Board, rank
 from .repair import StandIn
 from .rewire import Assignment
@@ -150,6 +150,7 @@ class Meter:
         self._tokens = [self._guarded(b, functools.partial(self._width, b)) for b in range(len(self._pieces))]
         # States take what the dense features and the traces, all known by now, leave of five eighths.
         self._states.capacity = max(0, self.memory * 5 // 8 - self._dense.used - self._traces.used)
+        self._together = False
         self._landmarks: frozenset[int] = frozenset()
         self._places: set[int] = set()
 
@@ -206,6 +207,7 @@ class Meter:
         """Each candidate's discrepancy. tick: called before every sub-block's forward with the share of this call's
         work that is done; what it raises ends the measurement."""
         board = Board(len(candidates), self._weights)
+        self._together = False
         step = self._stepping(candidates, tick, 1.0)
         norms = self._fill(board, candidates, range(len(candidates)), range(len(self._pieces)), len(candidates), step)
         return [Discrepancy(board.conditional(c), float(board.null[c]), norm) for c, norm in enumerate(norms)]
@@ -218,13 +220,15 @@ class Meter:
         below: float = math.inf,
         tick: Callable[[float], None] | None = None,
     ) -> list[float]:
-        """The total discrepancies of the `keep` best candidates (and of what ties with them), bit for bit those that
-        `measure` gives; infinity for the others, which are measured only as far as needed (see race.py).
+        """The total discrepancies of the `keep` best candidates (and of what ties with them); infinity for the others,
+        which are measured only as far as needed (see race.py).
 
-        delta: 0 for exactly the best; above it they race, and it is about how likely one of the best is lost. below:
+        delta: 0 for exactly the best, with bit for bit the discrepancies that `measure` gives; above it they race, and
+        it is about how likely one of the best is lost; streams are then stacked, so the last bits may differ. below:
         candidates above this discrepancy are of no interest. tick: as for `measure`.
         """
         board = Board(len(candidates), self._weights)
+        self._together = delta > 0
         for c, candidate in enumerate(candidates):
             known = self._known.get(frozenset(candidate.items()))
             if known is not None:
@@ -290,10 +294,12 @@ class Meter:
 
     def _walk(self, batch: int, piece: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None]):
         trace, dense = self._trace(batch, piece), self._dense_features(batch, piece)
-        shelf = Shelf(self._states, (batch, piece), few, self._landmarks, self._places)
+        # States of stacked walks are only for their like: what is exact stays so to the last bit.
+        shelf = Shelf(self._states, (batch, piece, self._together), few, self._landmarks, self._places)
         limit = self.limit or max(4, (self.memory // 4 - 16 * trace.x.nbytes) // (2 * trace.x.nbytes))
+        stack = batch_tokens(self.memory, trace.x.shape[-1], trace.x.device) if self._together else 0
         found: list = [None] * len(candidates)
-        for member, reading in self.tracer.walk(trace, candidates, limit, step, shelf):
+        for member, reading in self.tracer.walk(trace, candidates, limit, step, shelf, stack):
             pruned = features(reading, self.projection)
             errors = self.criterion.errors(dense, pruned)
             values = sum(e.numpy() / n for e, n in zip(errors, self._scale[batch], strict=True))

@@ -43,6 +43,20 @@ class Call:
             return module(x, *self.args, **self.kwargs)
         return module(*self.args, **{self.hidden: x}, **self.kwargs)
 
+    def stacked(self, prompts: int, times: int) -> "Call":
+        """The call for so many copies of the batch, one behind the other. Every argument that has a place for each of
+        the batch's `prompts` is repeated; what holds for all of them (a batch of one, too) broadcasts as it is."""
+
+        def repeat(value):
+            if isinstance(value, torch.Tensor):
+                alike = prompts == 1 or value.ndim < 2 or value.shape[0] != prompts
+                return value if alike else value.repeat(times, *[1] * (value.ndim - 1))
+            if isinstance(value, dict):
+                return {key: repeat(part) for key, part in value.items()}
+            return type(value)(map(repeat, value)) if type(value) in (tuple, list) else value
+
+        return Call(repeat(self.args), repeat(self.kwargs), self.hidden)
+
 
 class SubBlock:
     """One sub-block: attention or feed-forward with its norm(s), as it stands in the encoder.

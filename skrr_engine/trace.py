@@ -53,6 +53,7 @@ class Tracer:
             block = self.hollow.get_submodule(prefix + path)
             block.register_forward_hook(lambda module, args, out, behind=i + 1: self._put(behind, out))
         self.boundaries: tuple[int, ...] | None = None
+        self._stackable: dict[torch.Size, tuple[bool, bool]] = {}
 
     def _put(self, behind: int, out):
         state = self._states.get(behind)
@@ -83,6 +84,18 @@ class Tracer:
         finally:
             self._states = {}
 
+    def read_stacked(self, trace: Trace, states: Sequence[dict[int, torch.Tensor]]) -> list[Reading]:
+        """What `read` gives for each of these states, by one run of the encoder's code on all of them."""
+        prompts = trace.x.shape[0]
+        reading = self.read(trace, {behind: torch.cat([s[behind] for s in states]) for behind in states[0]})
+        parts = []
+        for t, mask in reading:
+            if t.shape[0] != prompts * len(states):
+                raise ValueError("the conditioning does not follow the stream's batch")
+            masks = [mask] * len(states) if mask is None or mask.shape[0] <= prompts else mask.split(prompts)
+            parts.append(list(zip(t.split(prompts), masks, strict=True)))
+        return [list(part) for part in zip(*parts, strict=True)]
+
     def find_boundaries(self, trace: Trace) -> tuple[int, ...]:
         """Behind how many blocks the conditioning reads the stream: found by poisoning one place after the other."""
         places = range(1, self.row.blocks + 1)
@@ -102,16 +115,21 @@ class Tracer:
         limit: int = 0,
         step: Callable[[], None] | None = None,
         shelf: "Shelf | None" = None,
+        stack: int = 0,
     ) -> Iterator[tuple[int, Reading]]:
         """Yield `(candidate's position, its conditioning)` for every candidate, in the order in which they finish.
 
         Candidates share every state up to their first difference: the row is walked once, and a state is forked where
         candidates part. limit: how many states may be held at once (0: any number); where it is reached, the stream
         that most candidates share waits at its place while the others go to the end. step: called before each
-        sub-block's forward. shelf: states that earlier walks over this trace left, to start from.
+        sub-block's forward. shelf: states that earlier walks over this trace left, to start from. stack: streams may
+        pass a sub-block together, so many tokens at most: far quicker where batches are small, but other sums, in the
+        last bits, than those of each stream alone (0: never together).
         """
         if self.boundaries is None:
             self.boundaries = self.find_boundaries(trace)
+        together = max(1, stack // trace.x.shape[:2].numel())
+        passes, reads = self._can_stack(trace) if together > 1 else (False, False)
         starts = self._starts(trace, candidates, shelf)
         waiting = [(min(starts), [])] if starts else []
         while waiting:
@@ -124,12 +142,15 @@ class Tracer:
                 if limit and 1 < len(streams) >= limit:
                     streams.sort(key=lambda stream: len(stream.members))
                     waiting.append((index, [streams.pop()]))
-                streams = [s for stream in streams for s in self._advance(stream, index, trace, candidates, step)]
+                streams = self._advance(streams, index, trace, candidates, step, together if passes else 1)
                 index += 1
-            for stream in streams:
-                reading = self.read(trace, stream.taps)
-                for member in stream.members:
-                    yield member, reading
+            while streams:
+                chunk, streams = streams[:together], streams[together:]
+                taps = [stream.taps for stream in chunk]
+                readings = self.read_stacked(trace, taps) if reads else (self.read(trace, t) for t in taps)
+                for stream, reading in zip(chunk, readings, strict=True):
+                    for member in stream.members:
+                        yield member, reading
 
     def _starts(self, trace: Trace, candidates: Sequence[Assignment], shelf: "Shelf | None") -> dict[int, list]:
         """Sub-block index -> the streams that start before it: each candidate as late as the shelf allows."""
@@ -143,19 +164,76 @@ class Tracer:
             starts.setdefault(index, []).append(Stream(x, tuple(members), taps))
         return starts
 
-    def _advance(self, stream: "Stream", index: int, trace: Trace, candidates: Sequence[Assignment], step):
-        """The stream behind sub-block `index`, forked where its candidates treat that sub-block differently."""
-        for action, members in parted(stream.members, index, candidates).items():
-            x = stream.x
+    def _advance(
+        self, streams: Sequence["Stream"], index: int, trace: Trace, candidates: Sequence[Assignment], step,
+        together: int,
+    ) -> list["Stream"]:  # fmt: skip
+        """The streams behind sub-block `index`, forked where their candidates treat that sub-block differently."""
+        forks = [(s, *fork) for s in streams for fork in parted(s.members, index, candidates).items()]
+        through: dict[int, list[torch.Tensor]] = {}  # a sub-block -> the states that pass it, in the order of the forks
+        for stream, action, _ in forks:
+            if isinstance(action, int):
+                through.setdefault(action, []).append(stream.x)
+        passed = {i: self._pass(i, xs, trace, trace.calls[index], step, together) for i, xs in through.items()}
+        behind = (index + 1) // 2 if index % 2 and (index + 1) // 2 in self.boundaries else None
+        advanced = []
+        for stream, action, members in forks:
             if isinstance(action, StandIn):
-                x = action.apply(x)
-            elif action is not None:
-                if step is not None:
+                x = action.apply(stream.x)
+            else:
+                x = stream.x if action is None else next(passed[action])
+            advanced.append(Stream(x, members, stream.taps if behind is None else {**stream.taps, behind: x}))
+        return advanced
+
+    def _pass(
+        self, sub_block: int, states: Sequence[torch.Tensor], trace: Trace, call: Call, step, together: int
+    ) -> Iterator[torch.Tensor]:
+        """The states behind a sub-block, in their order; `together` of them at a time are one batch."""
+        for i in range(0, len(states), together):
+            chunk = states[i : i + together]
+            if step is not None:
+                for _ in chunk:
                     step()
-                x = self.row.sub_blocks[action].apply(x, trace.calls[index])
-            behind = (index + 1) // 2
-            taps = {**stream.taps, behind: x} if index % 2 and behind in self.boundaries else stream.taps
-            yield Stream(x, members, taps)
+            if len(chunk) == 1:
+                yield self.row.sub_blocks[sub_block].apply(chunk[0], call)
+                continue
+            prompts = trace.x.shape[0]
+            stacked = self.row.sub_blocks[sub_block].apply(torch.cat(chunk), call.stacked(prompts, len(chunk)))
+            yield from (x.clone() for x in stacked.split(prompts))  # as a view, each would hold all of them in memory
+
+    def _can_stack(self, trace: Trace) -> tuple[bool, bool]:
+        """Whether the encoder's attention takes copies of this batch as one batch, and whether the conditioning can be
+        read of them together: tried once for each shape, as arguments and wrappers may have a batch size of their own.
+        """
+        if trace.x.shape not in self._stackable:
+            attention, call, x = self.row.sub_blocks[0], trace.calls[0], trace.x
+            y = attention.apply(x, call)
+            states = [dict.fromkeys(self.boundaries, state) for state in (x, y)]
+            self._stackable[x.shape] = (
+                agree(
+                    lambda: attention.apply(torch.cat([x, x]), call.stacked(x.shape[0], 2)), lambda: torch.cat([y, y])
+                ),
+                agree(
+                    lambda: [t for reading in self.read_stacked(trace, states) for t, _ in reading],
+                    lambda: [t for state in states for t, _ in self.read(trace, state)],
+                ),
+            )
+        return self._stackable[trace.x.shape]
+
+
+def agree(one: Callable[[], Sequence[torch.Tensor]], other: Callable[[], Sequence[torch.Tensor]]) -> bool:
+    """Whether `one` runs and gives, but for rounding, the tensors that `other` gives."""
+    expected = other()
+    try:
+        found = one()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    return all(
+        f.shape == e.shape and torch.allclose(f, e, rtol=0.02, atol=0.02 * float(e.abs().max()), equal_nan=True)
+        for f, e in zip(found, expected, strict=True)
+    )
 
 
 def parted(members: Sequence[int], index: int, candidates: Sequence[Assignment]) -> dict[Action, tuple[int, ...]]:

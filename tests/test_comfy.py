@@ -194,6 +194,26 @@ def test_what_the_conditioning_reads(builders, host, smollm2_folder):
     assert reads(builders.random_llama(folder=smollm2_folder), "auto") == (True, False, (5,))
 
 
+@pytest.mark.parametrize("kind, name", [("flux", "t5xxl"), ("flux", "clip_l"), ("sdxl", "clip_g"), ("llama", "llama")])
+def test_streams_are_stacked(builders, host, kind, name):
+    """A race passes all candidates' streams through ComfyUI's own sub-blocks together, prompts padded or not."""
+    clip = builders.hunyuan_video() if kind == "llama" else getattr(builders, kind)()
+    view = host("nodes.host.encoders").choose(clip, name)
+    conditioning = host("nodes.host.conditioning").Conditioning(clip, view)
+    tracer = host("skrr_engine.trace").Tracer(conditioning.encoder, view.row, "transformer.")
+    candidates = [{}, *({i: None} for i in range(len(view.row))), {3: 1}, {2: 0, 1: None}]
+    for prompts in (["a cat"], ["a cat", "a dog on a red carpet", "an old house"]):
+        for batch in conditioning.batches(prompts):
+            trace = tracer.trace(batch.run)
+            alone = dict(tracer.walk(trace, candidates))
+            found = dict(tracer.walk(trace, candidates, stack=2000))
+            attention, reading = tracer._stackable[trace.x.shape]
+            assert attention and (reading or batch.prompts > 1)
+            for i in range(len(candidates)):
+                for (t, _), (wanted, _) in zip(found[i], alone[i], strict=True):
+                    torch.testing.assert_close(t, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_template_tokens_are_not_read(builders, host):
     """HunyuanVideo reads a hidden state before the last one, without the system prompt around it."""
     clip = builders.hunyuan_video()

@@ -7,8 +7,8 @@ import torch
 
 from skrr_engine import families
 from skrr_engine.rewire import assignment, fork, rewire, undo
-from skrr_engine.row import EncoderError
-from skrr_engine.trace import Tracer, forwards
+from skrr_engine.row import Call, EncoderError
+from skrr_engine.trace import Trace, Tracer, forwards
 
 REMOVALS = [
     {},
@@ -103,6 +103,78 @@ def test_walk_shares_prefixes_within_any_limit(limit):
     for i, candidate in enumerate(candidates):
         ((_, alone),) = tracer.walk(tracer.trace(run), [candidate])
         assert torch.equal(found[i][0][0], alone[0][0])
+
+
+CANDIDATES = [{}, *({i: None} for i in range(8)), {3: 1}, {3: 1, 6: None}, {6: None, 0: None}, {2: 0, 4: 0, 5: 7}]
+
+
+def padded(name, ids, pads):
+    """A run on prompts of one length, of which the last `pads[i]` tokens are padding that attention must not see."""
+    mask = torch.tensor([[1] * (len(row) - n) + [0] * n for row, n in zip(ids, pads, strict=True)])
+    options = {"use_cache": False} if small.family_of(name) in ("llama", "gemma") else {}
+    ids = torch.tensor(ids)
+    return lambda module: [(module(input_ids=ids, attention_mask=mask, **options).last_hidden_state, mask)]
+
+
+@pytest.mark.parametrize("prompts, tokens", [(1, 5), (2, 11), (3, 3), (4, 8)])
+@pytest.mark.parametrize("name", small.BUILDERS)
+def test_stacked_streams_are_those_of_each_alone(name, prompts, tokens):
+    """Batches of one, of several, of as many prompts as tokens and as heads; each prompt with padding of its own."""
+    module = small.build(name)
+    tracer = Tracer(module, families.find(module))
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 100, (prompts, tokens), generator=draw).tolist()
+    trace = tracer.trace(padded(name, ids, [i % tokens for i in range(prompts)]))
+    alone = dict(tracer.walk(trace, CANDIDATES))
+    for stack in (5 * prompts * tokens, 10**6):
+        steps, applied = [], []
+        for sub_block in tracer.row.sub_blocks:
+            sub_block.apply = lambda x, call, s=sub_block, n=applied: (n.append(1), type(s).apply(s, x, call))[1]
+        found = dict(tracer.walk(trace, CANDIDATES, 0, lambda steps=steps: steps.append(1), stack=stack))
+        for sub_block in tracer.row.sub_blocks:
+            del sub_block.apply
+        assert len(steps) == forwards(8, CANDIDATES) and len(applied) < len(steps) / 2, "nothing was stacked"
+        for i in range(len(CANDIDATES)):
+            for (t, mask), (wanted, wanted_mask) in zip(found[i], alone[i], strict=True):
+                torch.testing.assert_close(t, wanted, rtol=1e-5, atol=1e-5)
+                assert torch.equal(mask, wanted_mask)
+
+
+def test_a_reading_that_cannot_be_stacked_is_not():
+    """A wrapper that picks a token of each of its own prompts."""
+    module = small.build("t5")
+    tracer = Tracer(module, families.find(module))
+    last = torch.tensor([4, 7])
+
+    def picking(module):
+        hidden = module(input_ids=torch.tensor(IDS)).last_hidden_state
+        return [(hidden[torch.arange(len(hidden)), last].unsqueeze(1), None)]
+
+    trace = tracer.trace(picking)
+    alone, found = dict(tracer.walk(trace, CANDIDATES)), dict(tracer.walk(trace, CANDIDATES, stack=10**6))
+    assert list(tracer._stackable.values()) == [(True, False)]
+    for i in range(len(CANDIDATES)):
+        torch.testing.assert_close(found[i][0][0], alone[i][0][0], rtol=1e-5, atol=1e-5)
+
+
+def test_attention_that_cannot_be_stacked_is_not():
+    """One that takes its bias as `[batch * heads, tokens, tokens]`."""
+    module = small.build("t5")
+    tracer = Tracer(module, families.find(module))
+    trace = tracer.trace(small.batch("t5", IDS).run)
+    wanted = dict(tracer.walk(trace, CANDIDATES))
+
+    def with_bias(call, change):
+        return Call(call.args, {**call.kwargs, "position_bias": change(call.kwargs["position_bias"])}, call.hidden)
+
+    for sub_block in tracer.row.sub_blocks[::2]:
+        apply = sub_block.apply
+        sub_block.apply = lambda x, call, a=apply: a(x, with_bias(call, lambda bias: bias.unflatten(0, (-1, 4))))
+    calls = [with_bias(c, lambda b: b.expand(2, -1, -1, -1).flatten(0, 1)) if c.kwargs else c for c in trace.calls]
+    found = dict(tracer.walk(Trace(trace.run, trace.x, tuple(calls)), CANDIDATES, stack=10**6))
+    assert list(tracer._stackable.values()) == [(False, True)]
+    for i in range(len(CANDIDATES)):
+        torch.testing.assert_close(found[i][0][0], wanted[i][0][0], rtol=1e-5, atol=1e-5)
 
 
 def test_finds_where_the_conditioning_is_read():

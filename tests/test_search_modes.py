@@ -194,10 +194,11 @@ def test_out_of_memory_halves_the_batch():
         Meter(module, roomy.tracer, [Batch(batch(ids).run, 4)], small.batch("llama", [[2]]))
 
 
-def test_interruption_and_resuming_at_every_step(tmp_path):
+@pytest.mark.parametrize("delta", [0.0, 0.05])
+def test_interruption_and_resuming_at_every_step(tmp_path, delta):
     module = small.build("clip", 4)
     batches = small.prompts([5, 7, 9, 12] * 3)
-    chosen = Settings(0.35, (0.1,), 2, True, 0.05)
+    chosen = Settings(0.35, (0.1,), 2, True, delta)
 
     def make():
         return small.meter("clip", module, batches, [2])
@@ -224,7 +225,11 @@ def test_interruption_and_resuming_at_every_step(tmp_path):
             break
         except Interrupt:
             assert runs < 200
-    assert found == wanted and runs > 2
+    assert runs > 2 and found.order == wanted.order
+    assert [level.reuse for level in found.levels] == [level.reuse for level in wanted.levels]
+    assert [level.discrepancy for level in found.levels] == [level.discrepancy for level in wanted.levels]
+    if not delta:  # the last bits of a race's sums, and so of `steps`, depend on what was kept of the steps before
+        assert found == wanted
     state.forget()
     assert state.load(8) == [] and list(tmp_path.iterdir()) == []
 
