@@ -69,29 +69,38 @@ class Count:
         return self
 
 
-class Naive(Meter):
-    """Every candidate by whole passes of its own, all prompts, nothing shared, nothing kept."""
-
-    def rank(self, candidates, keep, delta=0.0, below=math.inf, tick=None):
-        found = []
-        for candidate in candidates:
-            self._states.clear()
-            found.append(self.measure([candidate])[0].total)
-        return found
-
-
 class Counted(Meter):
     """Counts what the naive loop would do for the same candidates. work, touched: see `Count`."""
 
     work = touched = 0
 
-    def rank(self, candidates, keep, delta=0.0, below=math.inf, tick=None):
+    def count(self, candidates) -> None:
         forwards = sum(naive_forwards(c, len(self.tracer.row)) for c in candidates)
         self.work += sum(self._tokens) * forwards
         parameters = self.tracer.row.parameter_counts
         kept = sum(sum(parameters) - sum(parameters[i] for i, by in c.items() if by is None) for c in candidates)
         self.touched += kept * 4 * len(self._tokens)
+
+    def rank(self, candidates, keep, delta=0.0, below=math.inf, tick=None):
+        self.count(candidates)
         return super().rank(candidates, keep, delta, below, tick)
+
+
+class Naive(Counted):
+    """The naive loop itself."""
+
+    def rank(self, candidates, keep, delta=0.0, below=math.inf, tick=None):
+        self.count(candidates)
+        return naive_scores(self, candidates)
+
+
+def naive_scores(meter: Meter, candidates) -> list[float]:
+    """Every candidate by whole passes of its own, all prompts, nothing shared, nothing kept."""
+    found = []
+    for candidate in candidates:
+        meter._states.clear()
+        found.append(meter.measure([candidate])[0].total)
+    return found
 
 
 def naive_forwards(candidate: dict, length: int) -> int:
@@ -206,25 +215,38 @@ def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
 def smollm2_whole(
     prompts: int, seeds: int, modes: Sequence[str], folder: Path, memory: int, beam: int = 3
 ) -> list[dict]:
-    """Whole searches to 42 % with re-use on SmolLM2 and captions, in exact and racing mode; the naive loop's work is
-    counted from the same candidates, its seconds from three of them. `folder` keeps what was run."""
+    """Whole searches to 42 % with re-use on SmolLM2 and captions; the naive loop's work is counted from the same
+    candidates, its seconds from three of them. `folder` keeps what was run; racing's plan and `D` are compared with the
+    exact search's where that is there."""
     rows = []
     for seed in range(seeds):
-        captions, D = of_kind("captions", prompts, seed), {}
+        captions = of_kind("captions", prompts, seed)
         for mode in modes:
-            path = folder / f"{mode}-{prompts}-{beam}-{seed}.json"
+            path, exact = (folder / f"{m}-{prompts}-{beam}-{seed}.json" for m in (mode, "exact"))
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 found = one_search(captions, mode, beam, path.with_suffix(".part"), memory)
                 path.write_text(json.dumps(found), encoding="utf-8")
-            found = json.loads(path.read_text(encoding="utf-8"))
-            plan = EncoderPlan.model_validate(found.pop("plan"))
-            D[mode] = plan.levels[-1].discrepancy
-            row = {"prompts": prompts, "seed": seed, "mode": mode, **found, "removed": len(plan.order), "D": D[mode]}
-            rows.append(row | {"D above exact": D[mode] / D["exact"] - 1 if "exact" in D else math.nan})
-            rows[-1] |= {"plan": hash_of(plan)}
-            show(rows[-1])
+            found, plan = read_search(path)
+            row = {"prompts": prompts, "seed": seed, "mode": mode, **found, "removed": len(plan.order)}
+            row |= {"D": plan.levels[-1].discrepancy, "plan": hash_of(plan)}
+            if exact.exists():
+                wanted = read_search(exact)[1]
+                row |= {"D above exact": row["D"] / wanted.levels[-1].discrepancy - 1}
+                row |= {
+                    "same sub-blocks": set(plan.order) == set(wanted.order),
+                    "same plan": row["plan"] == hash_of(wanted),
+                }
+            rows.append(row)
+            show(row)
     return rows
+
+
+def read_search(path: Path) -> tuple[dict, EncoderPlan]:
+    """What `one_search` found: its numbers, and its plan."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    plan = EncoderPlan.model_validate(found.pop("plan"))
+    return {k: v for k, v in found.items() if not isinstance(v, list)}, plan
 
 
 def hash_of(plan: EncoderPlan) -> str:
@@ -237,8 +259,9 @@ def one_search(captions: Sequence[str], mode: str, beam: int, part: Path, memory
     """What a search took, beside what the naive loop would take, and its plan. part: holds each step's numbers; a
     search that was stopped goes on from there (what it kept of states is lost, which costs it some work)."""
     encoder = load(str(ensure(ROOT / ".cache" / "smollm2")))
-    batches, null = encoder.batches(captions, race=MODES[mode] > 0), encoder.batch([encoder.tokenize("")])
-    meter = Counted(encoder.module, Tracer(encoder.module, encoder.row), batches, null, memory=memory)
+    delta, kind = (0.0, Naive) if mode == "naive" else (MODES[mode], Counted)
+    batches, null = encoder.batches(captions, race=delta > 0), encoder.batch([encoder.tokenize("")])
+    meter = kind(encoder.module, Tracer(encoder.module, encoder.row), batches, null, memory=memory)
     pace = naive_pace(meter, [assignment((i,)) for i in range(0, len(encoder.row), len(encoder.row) // 3)])
     steps = json.loads(part.read_text(encoding="utf-8")) if part.exists() else []
     last = steps[-1] if steps else {"work": 0, "naive": 0, "touched": 0, "naive touched": 0, "seconds": 0.0, "beam": []}
@@ -257,7 +280,7 @@ def one_search(captions: Sequence[str], mode: str, beam: int, part: Path, memory
         told = f"D {paths[0].discrepancy:.4g}, {steps[-1]['seconds']:.0f} s, {steps[-1]['fewer']:.2f} x fewer forwards"
         print(f"{mode}, {len(captions)} prompts, step {len(steps)}: {told}", file=sys.stderr, flush=True)
 
-    plan = search(meter, Settings(beam=beam, delta=MODES[mode]), save=after_step, beam=begun)
+    plan = search(meter, Settings(beam=beam, delta=delta), save=after_step, beam=begun)
     found = now()
     found |= {"faster (naive sampled)": pace * found["naive"] / found["seconds"]}
     found |= {"weights touched, fewer": found["naive touched"] / found["touched"]}
@@ -268,7 +291,7 @@ def naive_pace(meter: Meter, candidates: list[dict]) -> float:
     """Seconds a sub-block x token forward of the naive loop, from some candidates."""
     count = Count().watch(meter.tracer.row)
     start = time.perf_counter()
-    Naive.rank(meter, candidates, 1)
+    naive_scores(meter, candidates)
     seconds = time.perf_counter() - start
     meter._states.clear()  # what is timed next starts with nothing
     return seconds / count.work
@@ -348,7 +371,9 @@ def main() -> None:
     options.add_argument(
         "--memory", type=int, default=4, help="GiB that these may take beside the encoder (default: 4)"
     )
-    options.add_argument("--mode", choices=MODES, help="of the whole searches on SmolLM2 (default: both)")
+    options.add_argument(
+        "--mode", choices=("naive", *MODES), help="of the whole searches on SmolLM2 (default: exact and racing)"
+    )
     options.add_argument("--depths", help="removals before the step measured on SmolLM2 (default: 0,6,12,18,24,30,33)")
     options.add_argument("--only", choices=("whole", "smollm2", "search", "scaling"))
     options = options.parse_args()

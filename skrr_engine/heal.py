@@ -204,7 +204,7 @@ def repaired(
         (d,) = ranked.measure([assignment(order[:end], standins=found)], tick)
         mapping = {}
         if settings.reuse:
-            rank = functools.partial(ranked.rank, delta=settings.delta, tick=tick)
+            rank = functools.partial(ranked.rank, delta=settings.reuse_delta(end), tick=tick)
             mapping, _ = reuse.search(rank, order[:end], length)
         sparsity = round(row.sparsity(order[:end]), 6)
         levels.append(Level(skipped=end, reuse=mapping, sparsity=sparsity, discrepancy=d.total))

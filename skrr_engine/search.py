@@ -19,7 +19,8 @@ EXTENSION = "search"
 class Settings:
     """What a search is asked for. sparsity: target, as a fraction of all encoder parameters; levels: further
     sparsities to give re-use maps for; beam: width k; reuse: whether algorithm 2 runs; delta: about how likely a step
-    may lose one of its best candidates (race.py); 0 for the exact search."""
+    may lose one of its best candidates (race.py), and how likely a level's re-use map has a mistake; 0 for the exact
+    search."""
 
     sparsity: float = 0.42
     levels: tuple[float, ...] = ()
@@ -41,6 +42,11 @@ class Settings:
             raise skip.SearchError(f"a beam of {self.beam} makes no sense: use 1 to 64 (the paper uses 3)")
         if not 0 <= self.delta < 0.5:
             raise skip.SearchError(f"a delta of {self.delta} makes no sense: use 0 (exact) to 0.5, like 0.05")
+
+    def reuse_delta(self, skipped: int) -> float:
+        """How likely each of a level's re-uses may be a mistake. They are few candidates each, but unlike a beam's list
+        nothing makes up for a wrong one."""
+        return self.delta / max(1, skipped)
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,7 @@ def find_level(meter: Meter, order: Sequence[int], settings: Settings, ticking, 
         left = max(expected - calls - 1, 0) / expected * work + ahead
         tick = ticking(line, len(candidates), left, work / expected)
         calls += 1
-        return meter.rank(candidates, keep, settings.delta, tick=tick)
+        return meter.rank(candidates, keep, settings.reuse_delta(len(order)), tick=tick)
 
     if settings.reuse:
         mapping, discrepancy = reuse.search(rank, order, length)
