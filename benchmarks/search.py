@@ -192,7 +192,7 @@ def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
         for mode, delta in MODES.items():
             batches = encoder.batches(generate(prompts, seed), race=delta > 0)
             meter = Counted(encoder.module, Tracer(encoder.module, encoder.row), batches, null, memory=4 * 2**30)
-            if mode == "exact":
+            if mode == "exact":  # the first: its batches are those of the naive loop
                 sampled = candidates[:: max(1, len(candidates) // 3)][:3]
                 pace = naive_pace(meter, sampled)
             count = Count().watch(encoder.row)
@@ -260,9 +260,12 @@ def one_search(captions: Sequence[str], mode: str, beam: int, part: Path, memory
     search that was stopped goes on from there (what it kept of states is lost, which costs it some work)."""
     encoder = load(str(ensure(ROOT / ".cache" / "smollm2")))
     delta, kind = (0.0, Naive) if mode == "naive" else (MODES[mode], Counted)
-    batches, null = encoder.batches(captions, race=delta > 0), encoder.batch([encoder.tokenize("")])
-    meter = kind(encoder.module, Tracer(encoder.module, encoder.row), batches, null, memory=memory)
-    pace = naive_pace(meter, [assignment((i,)) for i in range(0, len(encoder.row), len(encoder.row) // 3)])
+    tracer, null = Tracer(encoder.module, encoder.row), encoder.batch([encoder.tokenize("")])
+    # The naive loop has batches of one length, whatever a race has.
+    plain = Meter(encoder.module, tracer, encoder.batches(captions), null, memory=memory)
+    pace = naive_pace(plain, [assignment((i,)) for i in range(0, len(encoder.row), len(encoder.row) // 3)])
+    del plain
+    meter = kind(encoder.module, tracer, encoder.batches(captions, race=delta > 0), null, memory=memory)
     steps = json.loads(part.read_text(encoding="utf-8")) if part.exists() else []
     last = steps[-1] if steps else {"work": 0, "naive": 0, "touched": 0, "naive touched": 0, "seconds": 0.0, "beam": []}
     begun = [skip.Path(tuple(order), trail[-1], tuple(trail)) for order, trail in last["beam"]]

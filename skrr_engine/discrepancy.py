@@ -138,10 +138,12 @@ class Meter:
         self.criterion = criterion
         self.encoder, self.tracer, self.projection, self.limit = encoder, tracer, projection, limit
         self.team = team or Team()
-        self.memory = free_memory(next(encoder.parameters()).device) if memory is None else memory
+        device = next(encoder.parameters()).device
+        self.memory = free_memory(device) if memory is None else memory
         self._dense, self._traces, self._states = Store(self.memory // 4), Store(self.memory // 8), Store(0)
+        self._stack = batch_tokens(self.memory // 2, tracer.row.width, device)  # tokens that streams may pass together
         self._pieces = [[batch] for batch in (null, *batches)]
-        self._known: dict[frozenset, tuple[float, np.ndarray]] = {}
+        self._known: dict[tuple[bool, frozenset], tuple[float, np.ndarray]] = {}  # by whether streams were stacked, too
         self.share = 0.5
         elements = [self._guarded(b, functools.partial(self._elements, b)) for b in range(len(self._pieces))]
         totals = np.concatenate([elements[0], *elements[1:]], axis=1)[:, elements[0].shape[1] :].sum(axis=1)
@@ -150,7 +152,6 @@ class Meter:
         self._tokens = [self._guarded(b, functools.partial(self._width, b)) for b in range(len(self._pieces))]
         # States take what the dense features and the traces, all known by now, leave of five eighths.
         self._states.capacity = max(0, self.memory * 5 // 8 - self._dense.used - self._traces.used)
-        self._together = False
         self._landmarks: frozenset[int] = frozenset()
         self._places: set[int] = set()
 
@@ -207,9 +208,9 @@ class Meter:
         """Each candidate's discrepancy. tick: called before every sub-block's forward with the share of this call's
         work that is done; what it raises ends the measurement."""
         board = Board(len(candidates), self._weights)
-        self._together = False
         step = self._stepping(candidates, tick, 1.0)
-        norms = self._fill(board, candidates, range(len(candidates)), range(len(self._pieces)), len(candidates), step)
+        everyone, pieces = range(len(candidates)), range(len(self._pieces))
+        norms = self._fill(board, candidates, everyone, pieces, len(candidates), step, stack=False)
         return [Discrepancy(board.conditional(c), float(board.null[c]), norm) for c, norm in enumerate(norms)]
 
     def rank(
@@ -228,9 +229,8 @@ class Meter:
         candidates above this discrepancy are of no interest. tick: as for `measure`.
         """
         board = Board(len(candidates), self._weights)
-        self._together = delta > 0
         for c, candidate in enumerate(candidates):
-            known = self._known.get(frozenset(candidate.items()))
+            known = self._known.get((delta > 0, frozenset(candidate.items())))
             if known is not None:
                 board.null[c], board.values[c] = known
         step = self._stepping(candidates, tick, self.share)
@@ -238,7 +238,7 @@ class Meter:
 
         def evaluate(members: Sequence[int], batches: Sequence[int]) -> None:
             self._landmarks = self._likely(board, candidates, keep)
-            self._fill(board, candidates, members, batches, 2 * keep, step)
+            self._fill(board, candidates, members, batches, 2 * keep, step, stack=delta > 0)
 
         unknown = [c for c in range(len(candidates)) if np.isnan(board.null[c])]
         if unknown:
@@ -246,7 +246,7 @@ class Meter:
         found = rank(board, lambda members, batches: evaluate(members, [b + 1 for b in batches]), keep, delta, below)
         for c, candidate in enumerate(candidates):
             if found[c] < math.inf and not any(isinstance(action, StandIn) for action in candidate.values()):
-                self._known[frozenset(candidate.items())] = board.null[c], board.values[c].copy()
+                self._known[delta > 0, frozenset(candidate.items())] = board.null[c], board.values[c].copy()
         self.share = min(max(step.share(), 0.01), 1.0)
         return found
 
@@ -267,13 +267,14 @@ class Meter:
 
     def _fill(
         self, board: Board, candidates: Sequence[Assignment], members: Sequence[int], batches: Iterable[int], few: int,
-        step: "Stepping",
+        step: "Stepping", stack: bool,
     ) -> list[float]:  # fmt: skip
-        """Put some candidates' contributions on the board (batch 0 is the null prompt); returns their null norms."""
+        """Put some candidates' contributions on the board (batch 0 is the null prompt); returns their null norms.
+        stack: whether streams may pass a sub-block together."""
         norms = [float("nan")] * len(members)
         for batch in batches:
             step.tokens = self._tokens[batch]
-            measure = functools.partial(self._contributions, batch, few=few, step=step)
+            measure = functools.partial(self._contributions, batch, few=few, step=step, stack=stack)
             for i, (*values, norm) in enumerate(self.team.shared([candidates[m] for m in members], measure)):
                 if batch == 0:
                     board.null[members[i]], norms[i] = self.criterion.null * math.fsum(values), norm
@@ -282,24 +283,28 @@ class Meter:
         return norms
 
     def _contributions(
-        self, batch: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None]
+        self, batch: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None], stack: bool
     ) -> np.ndarray:
         """Of each candidate: what each prompt of a batch adds to its discrepancy, and its readings' token norm."""
 
         def act() -> np.ndarray:
-            pieces = [self._walk(batch, piece, candidates, few, step) for piece in range(len(self._pieces[batch]))]
+            numbers = range(len(self._pieces[batch]))
+            pieces = [self._walk(batch, piece, candidates, few, step, stack) for piece in numbers]
             return np.array([np.concatenate([v for v, _ in p] + [[p[0][1]]]) for p in zip(*pieces, strict=True)])
 
         return self._guarded(batch, act)
 
-    def _walk(self, batch: int, piece: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None]):
+    def _walk(
+        self, batch: int, piece: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None], stack: bool
+    ):
         trace, dense = self._trace(batch, piece), self._dense_features(batch, piece)
-        # States of stacked walks are only for their like: what is exact stays so to the last bit.
-        shelf = Shelf(self._states, (batch, piece, self._together), few, self._landmarks, self._places)
-        limit = self.limit or max(4, (self.memory // 4 - 16 * trace.x.nbytes) // (2 * trace.x.nbytes))
-        stack = batch_tokens(self.memory, trace.x.shape[-1], trace.x.device) if self._together else 0
+        shelf = Shelf(self._states, (batch, piece), few, self._landmarks, self._places, stack)
+        together = self._stack if stack else 0
+        # A forward takes about 16 times its stream; the walk holds each state twice where it passes a sub-block.
+        passing = max(trace.x.nbytes, together * trace.x[0, 0].nbytes)
+        limit = self.limit or max(4, (self.memory // 4 - 16 * passing) // (2 * trace.x.nbytes))
         found: list = [None] * len(candidates)
-        for member, reading in self.tracer.walk(trace, candidates, limit, step, shelf, stack):
+        for member, reading in self.tracer.walk(trace, candidates, limit, step, shelf, together):
             pruned = features(reading, self.projection)
             errors = self.criterion.errors(dense, pruned)
             values = sum(e.numpy() / n for e, n in zip(errors, self._scale[batch], strict=True))
@@ -316,14 +321,15 @@ class Meter:
                     raise
 
     def shrink(self, batches: Iterable[int] | None = None) -> bool:
-        """After an out-of-memory error: let go of what can be had again, hold fewer states and halve some batches (all,
-        where None); whether there is any sense in another try."""
+        """After an out-of-memory error: let go of what can be had again, hold and stack fewer states and halve some
+        batches (all, where None); whether there is any sense in another try."""
         for store in (self._dense, self._traces, self._states):
             store.clear()
             store.capacity //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.memory //= 2
+        self._stack //= 2
         smaller = self.memory > 2**20
         for batch in range(len(self._pieces)) if batches is None else batches:
             halves = [half for piece in self._pieces[batch] for half in piece.halves()]

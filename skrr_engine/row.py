@@ -44,8 +44,8 @@ class Call:
         return module(*self.args, **{self.hidden: x}, **self.kwargs)
 
     def stacked(self, prompts: int, times: int) -> "Call":
-        """The call for so many copies of the batch, one behind the other. Every argument that has a place for each of
-        the batch's `prompts` is repeated; what holds for all of them (a batch of one, too) broadcasts as it is."""
+        """The call for so many copies of the batch, one behind the other. Tensors whose first dimension is the batch's
+        `prompts` are repeated; what holds for all of them (a batch of one, too) broadcasts as it is."""
 
         def repeat(value):
             if isinstance(value, torch.Tensor):

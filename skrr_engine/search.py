@@ -220,9 +220,6 @@ def find_level(meter: Meter, order: Sequence[int], settings: Settings, ticking, 
         mapping, discrepancy = reuse.search(rank, order, length)
     else:
         mapping, (discrepancy,) = {}, rank([assignment(order)], 1)
-    if settings.delta:  # a race's sums are right but for rounding: what a plan says is what anyone measures
-        tick = ticking(line, 1, ahead, length - len(order))
-        discrepancy = meter.measure([assignment(order, mapping)], tick)[0].total
     return Level(skipped=len(order), reuse=mapping, sparsity=round(row.sparsity(order), 6), discrepancy=discrepancy)
 
 

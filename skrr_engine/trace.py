@@ -78,16 +78,20 @@ class Tracer:
 
     def read(self, trace: Trace, states: dict[int, torch.Tensor]) -> Reading:
         """The conditioning from states behind blocks (`{number of blocks passed: state}`), by the encoder's code."""
-        self._states = {behind: state.clone() for behind, state in states.items()}
+        return self._read(trace, {behind: state.clone() for behind, state in states.items()})
+
+    def _read(self, trace: Trace, states: dict[int, torch.Tensor]) -> Reading:
+        """The same, from states that the encoder's code may write into."""
+        self._states = states
         try:
             return trace.run(self.hollow)
         finally:
             self._states = {}
 
-    def read_stacked(self, trace: Trace, states: Sequence[dict[int, torch.Tensor]]) -> list[Reading]:
+    def _read_stacked(self, trace: Trace, states: Sequence[dict[int, torch.Tensor]]) -> list[Reading]:
         """What `read` gives for each of these states, by one run of the encoder's code on all of them."""
         prompts = trace.x.shape[0]
-        reading = self.read(trace, {behind: torch.cat([s[behind] for s in states]) for behind in states[0]})
+        reading = self._read(trace, {behind: torch.cat([s[behind] for s in states]) for behind in states[0]})
         parts = []
         for t, mask in reading:
             if t.shape[0] != prompts * len(states):
@@ -121,10 +125,10 @@ class Tracer:
 
         Candidates share every state up to their first difference: the row is walked once, and a state is forked where
         candidates part. limit: how many states may be held at once (0: any number); where it is reached, the stream
-        that most candidates share waits at its place while the others go to the end. step: called before each
-        sub-block's forward. shelf: states that earlier walks over this trace left, to start from. stack: streams may
-        pass a sub-block together, so many tokens at most: far quicker where batches are small, but other sums, in the
-        last bits, than those of each stream alone (0: never together).
+        that most candidates share waits at its place while the others go to the end. step: called once for each
+        stream before it passes a sub-block. shelf: states that earlier walks over this trace left, to start from.
+        stack: streams may pass a sub-block together, so many tokens at most: far quicker where batches are small, but
+        other sums, in the last bits, than those of each stream alone (0: never together).
         """
         if self.boundaries is None:
             self.boundaries = self.find_boundaries(trace)
@@ -147,20 +151,21 @@ class Tracer:
             while streams:
                 chunk, streams = streams[:together], streams[together:]
                 taps = [stream.taps for stream in chunk]
-                readings = self.read_stacked(trace, taps) if reads else (self.read(trace, t) for t in taps)
+                readings = self._read_stacked(trace, taps) if reads else (self.read(trace, t) for t in taps)
                 for stream, reading in zip(chunk, readings, strict=True):
                     for member in stream.members:
                         yield member, reading
 
     def _starts(self, trace: Trace, candidates: Sequence[Assignment], shelf: "Shelf | None") -> dict[int, list]:
         """Sub-block index -> the streams that start before it: each candidate as late as the shelf allows."""
-        groups: dict[tuple, list[int]] = {}
+        groups: dict[Place | None, list[int]] = {}
         for member, candidate in enumerate(candidates):
-            key = (0, ()) if shelf is None else shelf.latest(candidate, len(self.row))
-            groups.setdefault(key, []).append(member)
+            place = None if shelf is None else shelf.latest(candidate, len(self.row))
+            groups.setdefault(place, []).append(member)
         starts: dict[int, list[Stream]] = {}
-        for (index, prefix), members in groups.items():
-            x, taps = (trace.x, {}) if index == 0 else shelf.take(index, prefix)
+        for place, members in groups.items():
+            index = 0 if place is None else place.index
+            x, taps = (trace.x, {}) if place is None else shelf.store.get(place)
             starts.setdefault(index, []).append(Stream(x, tuple(members), taps))
         return starts
 
@@ -170,18 +175,21 @@ class Tracer:
     ) -> list["Stream"]:  # fmt: skip
         """The streams behind sub-block `index`, forked where their candidates treat that sub-block differently."""
         forks = [(s, *fork) for s in streams for fork in parted(s.members, index, candidates).items()]
-        through: dict[int, list[torch.Tensor]] = {}  # a sub-block -> the states that pass it, in the order of the forks
+        # (a sub-block, a dtype) -> the states that pass it, in the order of the forks. Dtypes may differ where one
+        # sub-block hands on another than the rest (transformers' T5 in fp16).
+        through: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
         for stream, action, _ in forks:
             if isinstance(action, int):
-                through.setdefault(action, []).append(stream.x)
-        passed = {i: self._pass(i, xs, trace, trace.calls[index], step, together) for i, xs in through.items()}
+                through.setdefault((action, stream.x.dtype), []).append(stream.x)
+        call = trace.calls[index]
+        passed = {key: self._pass(key[0], xs, trace, call, step, together) for key, xs in through.items()}
         behind = (index + 1) // 2 if index % 2 and (index + 1) // 2 in self.boundaries else None
         advanced = []
         for stream, action, members in forks:
             if isinstance(action, StandIn):
                 x = action.apply(stream.x)
             else:
-                x = stream.x if action is None else next(passed[action])
+                x = stream.x if action is None else next(passed[action, stream.x.dtype])
             advanced.append(Stream(x, members, stream.taps if behind is None else {**stream.taps, behind: x}))
         return advanced
 
@@ -189,51 +197,55 @@ class Tracer:
         self, sub_block: int, states: Sequence[torch.Tensor], trace: Trace, call: Call, step, together: int
     ) -> Iterator[torch.Tensor]:
         """The states behind a sub-block, in their order; `together` of them at a time are one batch."""
+        apply, prompts = self.row.sub_blocks[sub_block].apply, trace.x.shape[0]
         for i in range(0, len(states), together):
             chunk = states[i : i + together]
             if step is not None:
                 for _ in chunk:
                     step()
-            if len(chunk) == 1:
-                yield self.row.sub_blocks[sub_block].apply(chunk[0], call)
-                continue
-            prompts = trace.x.shape[0]
-            stacked = self.row.sub_blocks[sub_block].apply(torch.cat(chunk), call.stacked(prompts, len(chunk)))
-            yield from (x.clone() for x in stacked.split(prompts))  # as a view, each would hold all of them in memory
+            stacked = None
+            if len(chunk) > 1:
+                stacked = attempt(lambda chunk=chunk: apply(torch.cat(chunk), call.stacked(prompts, len(chunk))))
+            if stacked is None:
+                yield from (apply(x, call) for x in chunk)
+            else:  # as a view, each would hold all of them in memory
+                yield from (x.clone() for x in stacked.split(prompts))
 
     def _can_stack(self, trace: Trace) -> tuple[bool, bool]:
         """Whether the encoder's attention takes copies of this batch as one batch, and whether the conditioning can be
-        read of them together: tried once for each shape, as arguments and wrappers may have a batch size of their own.
-        """
+        read of them together: arguments and wrappers may have a batch size of their own (a pooled token is picked from
+        each of the wrapper's own prompts, so it can't where they are several). Tried once for each shape, on the first
+        attention; one that then refuses is called singly."""
         if trace.x.shape not in self._stackable:
             attention, call, x = self.row.sub_blocks[0], trace.calls[0], trace.x
-            y = attention.apply(x, call)
-            states = [dict.fromkeys(self.boundaries, state) for state in (x, y)]
-            self._stackable[x.shape] = (
-                agree(
-                    lambda: attention.apply(torch.cat([x, x]), call.stacked(x.shape[0], 2)), lambda: torch.cat([y, y])
-                ),
-                agree(
-                    lambda: [t for reading in self.read_stacked(trace, states) for t, _ in reading],
-                    lambda: [t for state in states for t, _ in self.read(trace, state)],
-                ),
-            )
+            # What attention adds is compared: beside the stream itself, which may be large, it would not be seen.
+            added = attention.apply(x, call) - x
+            both = torch.cat([x, x])
+            found = attempt(lambda: [attention.apply(both, call.stacked(x.shape[0], 2)) - both])
+            passes = agree(found, [torch.cat([added, added])])
+            states = [dict.fromkeys(self.boundaries, state) for state in (x, x.roll(1, -1))]
+            alone = [t for state in states for t, _ in self.read(trace, state)]
+            found = attempt(lambda: [t for reading in self._read_stacked(trace, states) for t, _ in reading])
+            self._stackable[x.shape] = passes, agree(found, alone)
         return self._stackable[trace.x.shape]
 
 
-def agree(one: Callable[[], Sequence[torch.Tensor]], other: Callable[[], Sequence[torch.Tensor]]) -> bool:
-    """Whether `one` runs and gives, but for rounding, the tensors that `other` gives."""
-    expected = other()
+def attempt(act: Callable):
+    """What `act` returns; None where it can't be done. Running out of memory is no answer to that."""
     try:
-        found = one()
+        return act()
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except Exception:  # whatever a stranger's module raises on a batch that it does not expect
+        return None
+
+
+def agree(found: Sequence[torch.Tensor] | None, expected: Sequence[torch.Tensor]) -> bool:
+    """Whether these are the same tensors, but for rounding (of half precision, too)."""
+    if found is None or [t.shape for t in found] != [t.shape for t in expected]:
         return False
-    return all(
-        f.shape == e.shape and torch.allclose(f, e, rtol=0.02, atol=0.02 * float(e.abs().max()), equal_nan=True)
-        for f, e in zip(found, expected, strict=True)
-    )
+    pairs = [(f.double().nan_to_num(), e.double().nan_to_num()) for f, e in zip(found, expected, strict=True)]
+    return all(float((f - e).norm()) <= 0.02 * float(e.norm()) for f, e in pairs)
 
 
 def parted(members: Sequence[int], index: int, candidates: Sequence[Assignment]) -> dict[Action, tuple[int, ...]]:
@@ -273,30 +285,45 @@ def before(candidate: Assignment, index: int) -> tuple[tuple[int, Action], ...]:
     return tuple(sorted(((i, action) for i, action in candidate.items() if i < index), key=lambda entry: entry[0]))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a `Shelf` holds a state: of which trace, whether of a stacked walk, in front of which sub-block, and what
+    is removed before."""
+
+    tag: object
+    stacked: bool
+    index: int
+    prefix: tuple[tuple[int, Action], ...]
+
+
 class Shelf:
     """States of one trace kept between walks. store: where; tag: the trace's name there; few: walks of at most so many
     candidates leave all their states, larger ones only those that several candidates share, and every state in front
     of a landmark; landmarks: sub-blocks that are likely to be removed next: what a candidate with j < i removed leaves
     in front of i is where the one with both removed starts; places: where anything may lie, kept by the caller from
-    walk to walk."""
+    walk to walk; stacked: whether the walk stacks streams. What such a walk left is only for its like: all others stay
+    exact to the last bit."""
 
-    def __init__(self, store: Store, tag, few: int, landmarks: Collection[int], places: set[int]):
+    def __init__(
+        self, store: Store, tag, few: int, landmarks: Collection[int], places: set[int], stacked: bool = False
+    ):
         self.store, self.tag, self.few, self.landmarks, self.places = store, tag, few, landmarks, places
+        self.stacked = stacked
 
-    def latest(self, candidate: Assignment, length: int) -> tuple[int, tuple]:
-        """The last place at which this candidate's state is held: `(index, what it removes before)`."""
+    def latest(self, candidate: Assignment, length: int) -> Place | None:
+        """The last place at which this candidate's state is held; None where none is."""
         for index in sorted(self.places, reverse=True):
-            if index < length and (self.tag, index, before(candidate, index)) in self.store:
-                return index, before(candidate, index)
-        return 0, ()
-
-    def take(self, index: int, prefix: tuple) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        return self.store.get((self.tag, index, prefix))
+            prefix = before(candidate, index)
+            for stacked in (False, True)[: 1 + self.stacked]:
+                place = Place(self.tag, stacked, index, prefix)
+                if index < length and place in self.store:
+                    return place
+        return None
 
     def leave(self, index: int, stream: Stream, candidates: Sequence[Assignment]) -> None:
         """Called with each stream in front of each sub-block: holds its state if it is likely to be of use."""
         sure = index % STRIDE == 0 and (len(stream.members) > 1 or len(candidates) <= self.few)
         if index and (sure or index in self.landmarks):
-            prefix = before(candidates[stream.members[0]], index)
-            self.store.put((self.tag, index, prefix), (stream.x, stream.taps))
+            place = Place(self.tag, self.stacked, index, before(candidates[stream.members[0]], index))
+            self.store.put(place, (stream.x, stream.taps))
             self.places.add(index)

@@ -6,9 +6,10 @@ import small
 import torch
 
 from skrr_engine import families
+from skrr_engine.budget import Store
 from skrr_engine.rewire import assignment, fork, rewire, undo
 from skrr_engine.row import Call, EncoderError
-from skrr_engine.trace import Trace, Tracer, forwards
+from skrr_engine.trace import Shelf, Trace, Tracer, forwards
 
 REMOVALS = [
     {},
@@ -138,6 +139,69 @@ def test_stacked_streams_are_those_of_each_alone(name, prompts, tokens):
             for (t, mask), (wanted, wanted_mask) in zip(found[i], alone[i], strict=True):
                 torch.testing.assert_close(t, wanted, rtol=1e-5, atol=1e-5)
                 assert torch.equal(mask, wanted_mask)
+
+
+@pytest.mark.parametrize("limit", [2, 5])
+def test_stacked_streams_wait_and_start_late_as_others_do(limit):
+    module = small.build("llama")
+    tracer = Tracer(module, families.find(module))
+    trace = tracer.trace(small.batch("llama", IDS).run)
+    alone = dict(tracer.walk(trace, CANDIDATES))
+    store, places = Store(10**9), set()
+    for found in range(3):  # the first leaves its states, the others start from them
+        shelf = Shelf(store, "trace", 99, {3, 6}, places, stacked=True)
+        steps = []
+        for i, reading in tracer.walk(trace, CANDIDATES, limit, lambda steps=steps: steps.append(1), shelf, 60):
+            torch.testing.assert_close(reading[0][0], alone[i][0][0], rtol=1e-5, atol=1e-5)
+        assert len(steps) < forwards(8, CANDIDATES) if found else len(steps) == forwards(8, CANDIDATES)
+    exact = Shelf(store, "trace", 99, {3, 6}, places)
+    for i, reading in tracer.walk(trace, CANDIDATES, limit, shelf=exact):
+        assert torch.equal(reading[0][0], alone[i][0][0]), "an exact walk took a stacked one's states"
+
+
+def test_a_small_error_beside_a_large_stream_is_seen():
+    """T5's residual stream has channels of hundreds, which the norms keep out of attention."""
+    module = small.build("t5")
+    module.shared.weight[:, 0] = 3000
+    for block in module.encoder.block:
+        block.layer[0].layer_norm.weight[0] = 0
+    tracer = Tracer(module, families.find(module))
+    trace = tracer.trace(padded("t5", IDS, [0, 6]))
+    assert tracer.boundaries is None and dict(tracer.walk(trace, CANDIDATES, stack=10**6))
+    assert list(tracer._stackable.values()) == [(True, True)]
+    wrong = lambda self, prompts, times: Call(kwargs={"position_bias": torch.zeros(1, 4, 11, 11)})  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Call, "stacked", wrong)
+        tracer._stackable.clear()
+        assert tracer._can_stack(trace) == (False, True)
+
+
+def test_a_later_attention_that_refuses_is_called_singly():
+    module = small.build("t5")
+    tracer = Tracer(module, families.find(module))
+    trace = tracer.trace(small.batch("t5", IDS).run)
+    wanted = dict(tracer.walk(trace, CANDIDATES))
+    inner = tracer.row.sub_blocks[4].apply
+
+    def refusing(x, call):
+        assert len(x) == 2
+        return inner(x, call)
+
+    tracer.row.sub_blocks[4].apply = refusing
+    for i, reading in tracer.walk(trace, CANDIDATES, stack=10**6):
+        torch.testing.assert_close(reading[0][0], wanted[i][0][0], rtol=1e-5, atol=1e-5)
+
+
+def test_streams_of_several_dtypes():
+    """transformers' T5 in fp16 has feed-forwards that hand on float32."""
+    module = small.build("t5").half()
+    for block in module.encoder.block:
+        block.layer[1].DenseReluDense.wo.float()
+    tracer = Tracer(module, families.find(module))
+    trace = tracer.trace(small.batch("t5", IDS).run)
+    wanted = dict(tracer.walk(trace, CANDIDATES))
+    for i, reading in tracer.walk(trace, CANDIDATES, stack=10**6):
+        torch.testing.assert_close(reading[0][0], wanted[i][0][0], rtol=0, atol=1e-3)
 
 
 def test_a_reading_that_cannot_be_stacked_is_not():

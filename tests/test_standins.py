@@ -94,6 +94,8 @@ def test_candidates_share_states_only_with_the_same_stand_in():
     for i, candidate in enumerate(candidates):
         ((_, alone),) = tracer.walk(trace, [candidate])
         assert torch.equal(found[i][0][0], alone[0][0])
+    for i, reading in tracer.walk(trace, candidates, stack=10**6):
+        torch.testing.assert_close(reading[0][0], found[i][0][0], rtol=1e-5, atol=1e-5)
     assert torch.equal(found[0][0][0], found[1][0][0]) and not torch.equal(found[0][0][0], found[3][0][0])
 
 
