@@ -144,6 +144,7 @@ class Meter:
         self._stack = batch_tokens(self.memory // 2, tracer.row.width, device)  # tokens that streams may pass together
         self._pieces = [[batch] for batch in (null, *batches)]
         self._known: dict[tuple[bool, frozenset], tuple[float, np.ndarray]] = {}  # by whether streams were stacked, too
+        self._expected: np.ndarray | None = None  # the prompts' shares of the best candidates' discrepancies so far
         self.share = 0.5
         elements = [self._guarded(b, functools.partial(self._elements, b)) for b in range(len(self._pieces))]
         totals = np.concatenate([elements[0], *elements[1:]], axis=1)[:, elements[0].shape[1] :].sum(axis=1)
@@ -228,7 +229,7 @@ class Meter:
         it is about how likely one of the best is lost; streams are then stacked, so the last bits may differ. below:
         candidates above this discrepancy are of no interest. tick: as for `measure`.
         """
-        board = Board(len(candidates), self._weights)
+        board = Board(len(candidates), self._weights, self._expected)
         for c, candidate in enumerate(candidates):
             known = self._known.get((delta > 0, frozenset(candidate.items())))
             if known is not None:
@@ -247,6 +248,7 @@ class Meter:
         for c, candidate in enumerate(candidates):
             if found[c] < math.inf and not any(isinstance(action, StandIn) for action in candidate.values()):
                 self._known[delta > 0, frozenset(candidate.items())] = board.null[c], board.values[c].copy()
+        self._expected = board.shares()
         self.share = min(max(step.share(), 0.01), 1.0)
         return found
 

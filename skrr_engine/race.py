@@ -27,11 +27,14 @@ FIRST_LOOK, GROWTH = 8, 1.5
 class Board:
     """What is known of candidates' contributions.
 
-    weights: each batch's prompts' shares of all read tokens, adding up to 1 over all prompts.
+    weights: each batch's prompts' shares of all read tokens, adding up to 1 over all prompts. expected: what shares of
+    a discrepancy the prompts are likely to contribute (None: their weights). It says in which order to measure, never
+    what is found.
     """
 
-    def __init__(self, candidates: int, weights: Sequence[np.ndarray]):
+    def __init__(self, candidates: int, weights: Sequence[np.ndarray], expected: np.ndarray | None = None):
         self.weights = np.concatenate(weights)
+        self.expected = self.weights if expected is None else expected
         ends = np.cumsum([len(w) for w in weights])
         self.spans = [slice(end - len(w), end) for w, end in zip(weights, ends, strict=True)]
         self.null = np.full(candidates, np.nan)
@@ -62,8 +65,20 @@ class Board:
 
     def estimate(self, candidate: int) -> float:
         """The discrepancy that the prompts known so far let expect."""
-        share = self.weights[self.known(candidate)].sum()
+        share = float(self.expected[self.known(candidate)].sum())
         return float(self.null[candidate]) + (self.conditional(candidate) / share if share else 0.0)
+
+    def shares(self) -> np.ndarray:
+        """Of the prompts in the complete candidates' discrepancies; as expected where these tell none."""
+        complete = [c for c in range(len(self.null)) if self.complete(c)]
+        sums = self.values[complete].sum(axis=0)
+        return sums / sums.sum() if 0 < sums.sum() < math.inf else self.expected
+
+    def density(self, batch: int) -> float:
+        """What a batch is expected to contribute, beside its share of the tokens."""
+        span = self.spans[batch]
+        weight = self.weights[span].sum()
+        return float(self.expected[span].sum() / weight) if weight else 0.0
 
 
 def rank(board: Board, evaluate: Evaluate, keep: int, delta: float = 0.0, below: float = math.inf) -> list[float]:
@@ -109,9 +124,12 @@ class Lanes:
         self.live = [c for c in self.live if not self.board.bound(c) > limit]
 
     def exact(self) -> None:
-        """The most promising candidates are completed first, so that the others are abandoned early."""
+        """The most promising candidates are completed first, on the batches that tell most for their tokens, so that
+        the others are abandoned early."""
         self.abandon()
-        order = sorted(self.batches, key=lambda b: -self.board.weights[self.board.spans[b]].sum())
+        order = sorted(
+            self.batches, key=lambda b: (-self.board.density(b), -self.board.weights[self.board.spans[b]].sum())
+        )
         for batch in order:
             self.measure(self.incomplete(), [batch])
             while True:
