@@ -17,6 +17,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -192,10 +193,10 @@ def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
         for mode, delta in MODES.items():
             batches = encoder.batches(generate(prompts, seed), race=delta > 0)
             meter = Counted(encoder.module, Tracer(encoder.module, encoder.row), batches, null, memory=4 * 2**30)
+            count = Count().watch(encoder.row)
             if mode == "exact":  # the first: its batches are those of the naive loop
                 sampled = candidates[:: max(1, len(candidates) // 3)][:3]
-                pace = naive_pace(meter, sampled)
-            count = Count().watch(encoder.row)
+                pace = naive_pace(meter, sampled, count)
             start = time.perf_counter()
             scores = meter.rank(candidates, 3, delta)
             seconds = time.perf_counter() - start
@@ -213,13 +214,13 @@ def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
 
 
 def smollm2_whole(
-    prompts: int, seeds: int, modes: Sequence[str], folder: Path, memory: int, beam: int = 3
+    prompts: int, seeds: Sequence[int], modes: Sequence[str], folder: Path, memory: int, beam: int = 3
 ) -> list[dict]:
-    """Whole searches to 42 % with re-use on SmolLM2 and captions; the naive loop's work is counted from the same
-    candidates, its seconds from three of them. `folder` keeps what was run; racing's plan and `D` are compared with the
-    exact search's where that is there."""
+    """Whole searches to 42 % with re-use on SmolLM2 and captions. The naive loop's work is counted from the same
+    candidates, its seconds from three of them, timed at the start and after every sixth step. `folder` keeps what was
+    run; racing's plan and `D` are compared with the exact search's where that is there."""
     rows = []
-    for seed in range(seeds):
+    for seed in seeds:
         captions = of_kind("captions", prompts, seed)
         for mode in modes:
             path, exact = (folder / f"{m}-{prompts}-{beam}-{seed}.json" for m in (mode, "exact"))
@@ -263,41 +264,67 @@ def one_search(captions: Sequence[str], mode: str, beam: int, part: Path, memory
     tracer, null = Tracer(encoder.module, encoder.row), encoder.batch([encoder.tokenize("")])
     # The naive loop has batches of one length, whatever a race has.
     plain = Meter(encoder.module, tracer, encoder.batches(captions), null, memory=memory)
-    pace = naive_pace(plain, [assignment((i,)) for i in range(0, len(encoder.row), len(encoder.row) // 3)])
-    del plain
     meter = kind(encoder.module, tracer, encoder.batches(captions, race=delta > 0), null, memory=memory)
     steps = json.loads(part.read_text(encoding="utf-8")) if part.exists() else []
-    last = steps[-1] if steps else {"work": 0, "naive": 0, "touched": 0, "naive touched": 0, "seconds": 0.0, "beam": []}
+    last = {"work": 0, "naive": 0, "touched": 0, "naive touched": 0, "seconds": 0.0, "beam": [], "paces": []}
+    last |= steps[-1] if steps else {}
     begun = [skip.Path(tuple(order), trail[-1], tuple(trail)) for order, trail in last["beam"]]
-    count, start = Count(last["work"], last["touched"]).watch(encoder.row), time.perf_counter() - last["seconds"]
-    meter.work, meter.touched = last["naive"], last["naive touched"]
+    count = Count(last["work"], last["touched"]).watch(encoder.row)
+    meter.work, meter.touched, paces = last["naive"], last["naive touched"], last["paces"]
+    sampled = [assignment((i,)) for i in range(0, len(encoder.row), len(encoder.row) // 3)]
+    clock = Clock(last["seconds"])
+
+    def pause() -> None:
+        """Time the naive loop, beside whatever else the machine is doing now."""
+        with clock.stopped():
+            paces.append(naive_pace(plain, sampled, count))
 
     def now() -> dict:
-        seconds = time.perf_counter() - start
         return {"work": count.work, "naive": meter.work, "touched": count.touched, "naive touched": meter.touched,
-                "seconds": seconds, "fewer": meter.work / count.work}  # fmt: skip
+                "seconds": clock.seconds(), "fewer": meter.work / count.work, "paces": paces}  # fmt: skip
 
     def after_step(paths: Sequence[skip.Path]) -> None:
         steps.append({**now(), "beam": [(path.order, path.trail) for path in paths]})
         part.write_text(json.dumps(steps), encoding="utf-8")
         told = f"D {paths[0].discrepancy:.4g}, {steps[-1]['seconds']:.0f} s, {steps[-1]['fewer']:.2f} x fewer forwards"
         print(f"{mode}, {len(captions)} prompts, step {len(steps)}: {told}", file=sys.stderr, flush=True)
+        if len(steps) % 6 == 0:
+            pause()
 
+    pause()
     plan = search(meter, Settings(beam=beam, delta=delta), save=after_step, beam=begun)
     found = now()
-    found |= {"faster (naive sampled)": pace * found["naive"] / found["seconds"]}
+    found |= {"faster (naive sampled)": sum(paces) / len(paces) * found["naive"] / found["seconds"]}
     found |= {"weights touched, fewer": found["naive touched"] / found["touched"]}
     return {**found, "plan": plan.model_dump(mode="json")}
 
 
-def naive_pace(meter: Meter, candidates: list[dict]) -> float:
-    """Seconds a sub-block x token forward of the naive loop, from some candidates."""
-    count = Count().watch(meter.tracer.row)
-    start = time.perf_counter()
+class Clock:
+    """Seconds since it was made, without those in which it stood; begins at `seconds`."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.start = time.perf_counter() - seconds
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    @contextmanager
+    def stopped(self):
+        begun = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begun
+
+
+def naive_pace(meter: Meter, candidates: list[dict], count: Count) -> float:
+    """Seconds a sub-block x token forward of the naive loop, from some candidates. count: watches the meter's encoder;
+    what it has counted is left as it was."""
+    work, touched, start = count.work, count.touched, time.perf_counter()
     naive_scores(meter, candidates)
     seconds = time.perf_counter() - start
     meter._states.clear()  # what is timed next starts with nothing
-    return seconds / count.work
+    pace = seconds / (count.work - work)
+    count.work, count.touched = work, touched
+    return pace
 
 
 def scaling() -> list[dict]:
@@ -371,6 +398,10 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--prompts", type=int, help="(default: 256; 64 for whole searches on SmolLM2)")
     options.add_argument("--seeds", type=int, default=5, help="of the whole searches (default: 5)")
+    options.add_argument("--seed", type=int, help="of the whole searches on SmolLM2: this one alone")
+    options.add_argument(
+        "--folder", default=ROOT / ".cache" / "search", type=Path, help="keeps these (default: %(default)s)"
+    )
     options.add_argument(
         "--memory", type=int, default=4, help="GiB that these may take beside the encoder (default: 4)"
     )
@@ -397,7 +428,8 @@ def main() -> None:
             print(f"{mode}: {spent:.1f} GFLOP/s, {spent / rate:.0%} of the GEMM rate")
     if options.only == "search" or (options.only is None and not quick):
         modes = [options.mode] if options.mode else list(MODES)
-        smollm2_whole(options.prompts or 64, options.seeds, modes, ROOT / ".cache" / "search", options.memory * 2**30)
+        seeds = range(options.seeds) if options.seed is None else [options.seed]
+        smollm2_whole(options.prompts or 64, seeds, modes, options.folder, options.memory * 2**30)
     if options.only in (None, "scaling"):
         path = ROOT / "docs" / "images" / "search_scaling.png"
         path.parent.mkdir(parents=True, exist_ok=True)
