@@ -3,26 +3,24 @@
 import contextlib
 import hashlib
 import os
+import uuid
 from pathlib import Path
-
-from .errors import SkrrError
 
 CHUNK = 16 << 20
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]):
-    """A new binary file that takes the place of `path` when the block ends well, and is gone when it does not."""
+    """A new binary file that takes the place of `path` when the block ends well, and is gone when it does not. Raises
+    OSError."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".skrr-{uuid.uuid4().hex}.partial")  # as long whatever the name is, and nobody else's
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except FileNotFoundError:
-        raise SkrrError(f"{path}: its folder does not exist; make it first") from None
     finally:
         partial.unlink(missing_ok=True)
 

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import SkrrError
+from .files import replacing
 
 MAX_BYTES = 65_536
 MAX_BLOCKS = 512
@@ -383,17 +383,10 @@ class Plan(_Part):
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan to a file, whole or not at all. Raises PlanError."""
-        path, text = Path(path), self.to_json()
-        temporary = path.with_name(f".skrr-{uuid.uuid4().hex}.tmp")
+        text = self.to_json()
         try:
-            try:
-                with temporary.open("xb") as file:
-                    file.write(text.encode("ascii"))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with replacing(path) as file:
+                file.write(text.encode("ascii"))
         except OSError as error:
             problem = f"cannot be written ({error.strerror}); choose another place"
             raise PlanError(problem, source=str(path)) from None

@@ -77,7 +77,7 @@ def encoded(plan: Plan, found: Found) -> tuple[Plan, bytes]:
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all. Raises SkrrError, OSError."""
+    """Write a file whole or not at all. Raises OSError."""
     with replacing(path) as file:
         file.write(data)
 

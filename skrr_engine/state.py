@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .errors import SkrrError
+from .files import replacing
 from .row import Row
 from .skip import Path as SkipList
 
@@ -44,13 +45,9 @@ class State:
 
     def save(self, beam: Sequence[SkipList]) -> None:
         """Replace the file by one with this beam; a crash at any moment leaves the old or the new one."""
-        partial = self.path.with_name(self.path.name + ".tmp")
-        with partial.open("w") as file:
-            entries = [{"order": p.order, "discrepancy": p.discrepancy, "trail": p.trail} for p in beam]
-            json.dump({"key": self.key, "beam": entries}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
+        entries = [{"order": p.order, "discrepancy": p.discrepancy, "trail": p.trail} for p in beam]
+        with replacing(self.path) as file:
+            file.write(json.dumps({"key": self.key, "beam": entries}).encode("ascii"))
 
     def forget(self) -> None:
         """The search has ended: its plan is written."""
