@@ -181,26 +181,29 @@ def best_rank(
         return repaired(fitted, ranked, order, settings, fitting, told, tick)
     row = fitted.tracer.row
     order = order[: skip.reaching(order, row.parameter_counts, row.total, settings.sparsity)]
-    found = {}
+    fits, found = {}, {}
     for rank in fitting.ranks:
-        standins, _ = standin.fit(fitted, dict.fromkeys(order), replace(fitting, rank=rank), tick=tick)
-        found[rank] = ranked.measure([assignment(order, standins=standins)], tick)[0].total
+        fits[rank], _ = standin.fit(fitted, dict.fromkeys(order), replace(fitting, rank=rank), tick=tick)
+        found[rank] = ranked.measure([assignment(order, standins=fits[rank])], tick)[0].total
     rank = min(rank for rank, d in found.items() if d <= ENOUGH * min(found.values()))
-    return repaired(fitted, ranked, order, settings, replace(fitting, rank=rank), told, tick)
+    chosen = replace(fitting, rank=rank)
+    return repaired(fitted, ranked, order, settings, chosen, told, tick, {len(order): fits[rank]})
 
 
 def repaired(
     fitted: Meter, ranked: Meter, order: Sequence[int], settings: Settings, fitting: Fitting, told: dict,
-    tick: Callable[[float], None] = lambda share: None,
+    tick: Callable[[float], None] = lambda share: None, fits: Mapping[int, dict[int, StandIn]] | None = None,
 ) -> Healed:  # fmt: skip
-    """Stand-ins for an order, however it was found: a level for each target. told: what the plan says of the search."""
+    """Stand-ins for an order, however it was found: a level for each target. told: what the plan says of the search;
+    fits: those already fitted, by the length of the prefix that they repair."""
     row, length = fitted.tracer.row, ranked.readable()
     targets = sorted({*settings.levels, settings.sparsity})
     ends = sorted({skip.reaching(order, row.parameter_counts, row.total, target) for target in targets})
-    levels, standins = [], {}
+    levels, standins = [], dict(fits or {})
     for end in ends:
-        found, _ = standin.fit(fitted, dict.fromkeys(order[:end]), fitting, tick=tick)
-        standins[end] = found
+        if end not in standins:
+            standins[end], _ = standin.fit(fitted, dict.fromkeys(order[:end]), fitting, tick=tick)
+        found = standins[end]
         (d,) = ranked.measure([assignment(order[:end], standins=found)], tick)
         mapping = {}
         if settings.reuse:
