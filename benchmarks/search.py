@@ -153,7 +153,11 @@ def synthetic_meter(module, prompts: int, seed: int = 0, kind=Meter, race: bool 
 
     def batch(ids) -> Batch:
         ids = torch.stack(ids)
-        return Batch(lambda module: [(module(input_ids=ids).last_hidden_state, None)], len(ids))
+
+        def run(module, times=1):
+            return [(module(input_ids=ids.repeat(times, 1)).last_hidden_state, None)]
+
+        return Batch(run, len(ids))
 
     null = batch([torch.tensor([1])])
     return kind(module, Tracer(module, families.find(module)), [batch(g) for g in groups], null, memory=2**31)

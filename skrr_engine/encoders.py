@@ -47,8 +47,8 @@ class Encoder:
         device = next(self.module.parameters()).device
         options = {"use_cache": False} if self.row.family in ("llama", "gemma") else {}
 
-        def run(module: nn.Module) -> Reading:
-            given = torch.tensor(ids, device=device)
+        def run(module: nn.Module, times: int = 1) -> Reading:
+            given = torch.tensor(ids * times, device=device)
             # With a mask that hides nothing, transformers does not spend more on making one than on reading a state.
             out = module(input_ids=given, attention_mask=torch.ones_like(given), **options)
             return [(out.last_hidden_state, None)]

@@ -8,6 +8,7 @@ the encoder's own code (final norm, layer choice, pooling, masking).
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -21,8 +22,12 @@ Reading = list[tuple[torch.Tensor, torch.Tensor | None]]
 """What a denoiser reads of an encoder: tensors `[batch, tokens, width]`, each with the mask `[batch, tokens]` of the
 tokens that count, or None where all do."""
 
-Run = Callable[[nn.Module], Reading]
-"""Runs an encoder's own forward on one batch of prompts, all of one length, on the module tree it is given."""
+
+class Run(Protocol):
+    """Runs an encoder's own forward on one batch of prompts, all of one length, on the module tree it is given. times:
+    on so many copies of the batch, one behind the other (one that takes no `times` is never asked for more)."""
+
+    def __call__(self, module: nn.Module, times: int = 1) -> Reading: ...
 
 
 @dataclass(frozen=True)
@@ -80,23 +85,21 @@ class Tracer:
         """The conditioning from states behind blocks (`{number of blocks passed: state}`), by the encoder's code."""
         return self._read(trace, {behind: state.clone() for behind, state in states.items()})
 
-    def _read(self, trace: Trace, states: dict[int, torch.Tensor]) -> Reading:
-        """The same, from states that the encoder's code may write into."""
+    def _read(self, trace: Trace, states: dict[int, torch.Tensor], times: int = 1) -> Reading:
+        """The same, from states of so many copies of the batch, that the encoder's code may write into."""
         self._states = states
         try:
-            return trace.run(self.hollow)
+            return trace.run(self.hollow) if times == 1 else trace.run(self.hollow, times)
         finally:
             self._states = {}
 
     def _read_stacked(self, trace: Trace, states: Sequence[dict[int, torch.Tensor]]) -> list[Reading]:
         """What `read` gives for each of these states, by one run of the encoder's code on all of them."""
-        prompts = trace.x.shape[0]
-        reading = self._read(trace, {behind: torch.cat([s[behind] for s in states]) for behind in states[0]})
+        times, prompts = len(states), trace.x.shape[0]
+        joined = {behind: torch.cat([s[behind] for s in states]) for behind in states[0]}
         parts = []
-        for t, mask in reading:
-            if t.shape[0] != prompts * len(states):
-                raise ValueError("the conditioning does not follow the stream's batch")
-            masks = [mask] * len(states) if mask is None or mask.shape[0] <= prompts else mask.split(prompts)
+        for t, mask in self._read(trace, joined, times):
+            masks = [None] * times if mask is None else mask.split(prompts)
             parts.append(list(zip(t.split(prompts), masks, strict=True)))
         return [list(part) for part in zip(*parts, strict=True)]
 
@@ -213,9 +216,8 @@ class Tracer:
 
     def _can_stack(self, trace: Trace) -> tuple[bool, bool]:
         """Whether the encoder's attention takes copies of this batch as one batch, and whether the conditioning can be
-        read of them together: arguments and wrappers may have a batch size of their own (a pooled token is picked from
-        each of the wrapper's own prompts, so it can't where they are several). Tried once for each shape, on the first
-        attention; one that then refuses is called singly."""
+        read of them together: arguments and wrappers may have a batch size of their own. Tried once for each shape, on
+        the first attention; one that then refuses is called singly."""
         if trace.x.shape not in self._stackable:
             attention, call, x = self.row.sub_blocks[0], trace.calls[0], trace.x
             # What attention adds is compared: beside the stream itself, which may be large, it would not be seen.

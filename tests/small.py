@@ -85,8 +85,7 @@ def forward(name: str, ids: list[list[int]]) -> Callable:
 
 
 def batch(name: str, ids: list[list[int]]) -> Batch:
-    run = forward(name, ids)
-    return Batch(lambda module: [(run(module), None)], len(ids))
+    return Batch(lambda module, times=1: [(forward(name, ids * times)(module), None)], len(ids))
 
 
 def meter(name: str, module, prompts: list[list[list[int]]], null: list[int], projection=None, limit: int = 0) -> Meter:

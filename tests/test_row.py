@@ -114,7 +114,12 @@ def padded(name, ids, pads):
     mask = torch.tensor([[1] * (len(row) - n) + [0] * n for row, n in zip(ids, pads, strict=True)])
     options = {"use_cache": False} if small.family_of(name) in ("llama", "gemma") else {}
     ids = torch.tensor(ids)
-    return lambda module: [(module(input_ids=ids, attention_mask=mask, **options).last_hidden_state, mask)]
+
+    def run(module, times=1):
+        many = mask.repeat(times, 1)
+        return [(module(input_ids=ids.repeat(times, 1), attention_mask=many, **options).last_hidden_state, many)]
+
+    return run
 
 
 @pytest.mark.parametrize("prompts, tokens", [(1, 5), (2, 11), (3, 3), (4, 8)])
@@ -204,19 +209,19 @@ def test_streams_of_several_dtypes():
         torch.testing.assert_close(reading[0][0], wanted[i][0][0], rtol=0, atol=1e-3)
 
 
-def test_a_reading_that_cannot_be_stacked_is_not():
-    """A wrapper that picks a token of each of its own prompts."""
+@pytest.mark.parametrize("takes_times", [True, False])
+def test_picked_tokens_are_stacked_where_the_run_takes_copies(takes_times):
+    """A wrapper that picks a token of each of its own prompts; a run that takes no copies is read singly."""
     module = small.build("t5")
     tracer = Tracer(module, families.find(module))
-    last = torch.tensor([4, 7])
 
-    def picking(module):
-        hidden = module(input_ids=torch.tensor(IDS)).last_hidden_state
-        return [(hidden[torch.arange(len(hidden)), last].unsqueeze(1), None)]
+    def picking(module, times=1):
+        hidden = module(input_ids=torch.tensor(IDS * times)).last_hidden_state
+        return [(hidden[torch.arange(len(hidden)), torch.tensor([4, 7] * times)].unsqueeze(1), None)]
 
-    trace = tracer.trace(picking)
+    trace = tracer.trace(picking if takes_times else lambda module: picking(module))
     alone, found = dict(tracer.walk(trace, CANDIDATES)), dict(tracer.walk(trace, CANDIDATES, stack=10**6))
-    assert list(tracer._stackable.values()) == [(True, False)]
+    assert list(tracer._stackable.values()) == [(True, takes_times)]
     for i in range(len(CANDIDATES)):
         torch.testing.assert_close(found[i][0][0], alone[i][0][0], rtol=1e-5, atol=1e-5)
 

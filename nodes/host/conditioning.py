@@ -165,8 +165,8 @@ class Conditioning:
         tokens = [section for section, _ in sections]
         first = torch.tensor([[is_first] for _, is_first in sections])
 
-        def run(encoder: nn.Module) -> Reading:
-            hidden, pooled, *extra = encoder.encode(tokens)
+        def run(encoder: nn.Module, times: int = 1) -> Reading:
+            hidden, pooled, *extra = encoder.encode(tokens * times)
             reading: Reading = []
             if self.hidden:
                 # Layer taps [batch, taps, tokens, width] are joined on the feature axis, as the wrappers do.
@@ -174,7 +174,7 @@ class Conditioning:
                 mask = extra[0]["attention_mask"][:, start:end] if self.mask else None
                 reading.append((hidden[:, start:end], mask))
             if self.pooled:
-                reading.append((pooled.unsqueeze(1), first.to(pooled.device)))
+                reading.append((pooled.unsqueeze(1), first.repeat(times, 1).to(pooled.device)))
             return reading
 
         def split() -> tuple[Batch, Batch]:
