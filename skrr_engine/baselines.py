@@ -75,7 +75,7 @@ def plan_of(meter: Meter, order: Sequence[int], targets: Sequence[float], method
         )
     found = meter.measure([assignment(order[:end]) for end in ends])
     levels = tuple(
-        Level(skipped=end, reuse={}, sparsity=round(row.sparsity(order[:end]), 6), discrepancy=d.total)
+        Level(skipped=end, reuse={}, sparsity=round(row.sparsity(order[:end]), 6), discrepancy=d.finite)
         for end, d in zip(ends, found, strict=True)
     )
     return EncoderPlan(

@@ -22,6 +22,15 @@ def free_memory(device: torch.device | str = "cpu") -> int:
         return psutil.virtual_memory().available // 4
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a device has run out of memory: CUDA has a class for it, MPS and the CPU's allocator
+    only a text."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return "out of memory" in text or "can't allocate memory" in text
+
+
 def batch_tokens(memory: int, width: int, device: torch.device | str = "cpu") -> int:
     """Tokens in a batch: as many as keep the device busy (races want small batches), fewer where a 64th of the memory
     holds fewer residual streams of this width."""

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from .budget import Store, batch_tokens, free_memory
+from .budget import Store, batch_tokens, free_memory, out_of_memory
 from .race import Board, rank
 from .repair import StandIn
 from .rewire import Assignment
+from .row import EncoderError
 from .team import Team
-from .trace import Reading, Run, Shelf, Trace, Tracer, forwards
+from .trace import Reading, Run, Shelf, Trace, Tracer, agree, forwards
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """The denoiser's own text projection, `[batch, tokens, width] -> [batch, tokens, features]` (see projection.py)."""
@@ -49,6 +50,11 @@ class Discrepancy:
     def total(self) -> float:
         return self.conditional + self.null
 
+    @property
+    def finite(self) -> float | None:
+        """The total, for a plan; None where the encoder overflowed."""
+        return self.total if math.isfinite(self.total) else None
+
 
 def features(reading: Reading, projection: Projection | None) -> Reading:
     """What the denoiser makes of a reading: its first tensor, the token embeddings, projected."""
@@ -63,19 +69,26 @@ def squared_errors(dense: Reading, pruned: Reading) -> list[torch.Tensor]:
     sums = []
     for (d, mask), (p, _) in zip(dense, pruned, strict=True):
         error = (p.float() - d.to(p.device)).double().square_()
-        if mask is not None:
-            error *= mask.to(error).unsqueeze(-1)
-        sums.append(error.sum(dim=(1, 2)).cpu())
+        sums.append(read_only(error, mask).sum(dim=(1, 2)).cpu())
     return sums
+
+
+def read_only(t: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`[batch, tokens, ...]` with zeros where a token is not read, whatever stood there."""
+    if mask is None:
+        return t
+    return t.masked_fill(mask.to(t.device).eq(0).reshape(*mask.shape, *[1] * (t.ndim - 2)), 0)
 
 
 def counts(reading: Reading) -> list[torch.Tensor]:
     """Number of read elements, one float64 vector `[batch]` per tensor of the reading."""
-    found = []
-    for t, mask in reading:
-        tokens = torch.full((t.shape[0],), float(t.shape[1])) if mask is None else mask.sum(dim=1).cpu()
-        found.append(tokens.double() * t.shape[2])
-    return found
+    return [tokens_read(t, mask) * t.shape[2] for t, mask in reading]
+
+
+def tokens_read(t: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Number of read tokens, float64 `[batch]`, of a reading's tensor and its mask."""
+    tokens = torch.full((t.shape[0],), float(t.shape[1])) if mask is None else mask.sum(dim=1).cpu()
+    return tokens.double()
 
 
 def angles(dense: Reading, pruned: Reading) -> list[torch.Tensor]:
@@ -83,9 +96,7 @@ def angles(dense: Reading, pruned: Reading) -> list[torch.Tensor]:
     sums = []
     for (d, mask), (p, _) in zip(dense, pruned, strict=True):
         angle = (1 - torch.cosine_similarity(p.double(), d.to(p.device).double(), dim=-1)).clamp_(min=0)
-        if mask is not None:
-            angle *= mask.to(angle)
-        sums.append(angle.sum(dim=1).cpu())
+        sums.append(read_only(angle, mask).sum(dim=1).cpu())
     return sums
 
 
@@ -120,6 +131,10 @@ class Meter:
     of this may take beside the encoder (None: see budget.free_memory); what does not fit is computed again when it is
     needed. team: processes that share the work. criterion: what is measured.
 
+    The dense conditioning is measured when it is first needed, so that this, too, is told step by step and can be
+    stopped. What is not finite (an overflow in half precision) makes a candidate's discrepancy infinite. Raises
+    EncoderError where the walk does not give what the encoder gives, or where that is not finite.
+
     share: of the work of measuring all candidates on all prompts (prefixes shared) that the last `rank` did.
     """
 
@@ -146,32 +161,56 @@ class Meter:
         self._known: dict[tuple[bool, frozenset], tuple[float, np.ndarray]] = {}  # by whether streams were stacked, too
         self._expected: np.ndarray | None = None  # the prompts' shares of the best candidates' discrepancies so far
         self.share = 0.5
+        self._dense_size = 0
         elements = [self._guarded(b, functools.partial(self._elements, b)) for b in range(len(self._pieces))]
         totals = np.concatenate([elements[0], *elements[1:]], axis=1)[:, elements[0].shape[1] :].sum(axis=1)
         self._scale = [elements[0].sum(axis=1), *[totals] * len(batches)]
         self._weights = [e[0] / totals[0] for e in elements[1:]]
         self._tokens = [self._guarded(b, functools.partial(self._width, b)) for b in range(len(self._pieces))]
-        # States take what the dense features and the traces, all known by now, leave of five eighths.
-        self._states.capacity = max(0, self.memory * 5 // 8 - self._dense.used - self._traces.used)
+        # States take what the dense features and the traces leave of five eighths.
+        dense = min(self._dense_size, self._dense.capacity)
+        self._states.capacity = max(0, self.memory * 5 // 8 - dense - self._traces.used)
         self._landmarks: frozenset[int] = frozenset()
         self._places: set[int] = set()
+        self._guarded(0, self._check)
 
     def _elements(self, batch: int) -> np.ndarray:
         """Number of read elements, `[tensors, prompts]`."""
-        readings = [self._dense_features(batch, piece) for piece in range(len(self._pieces[batch]))]
-        if not self.criterion.elementwise:  # one element a token
-            readings = [[(t[..., :1], mask) for t, mask in reading] for reading in readings]
-        pieces = [counts(reading) for reading in readings]
+        pieces = []
+        for piece in range(len(self._pieces[batch])):
+            reading = self.tracer.read(self._trace(batch, piece), {})  # of nothing: the shapes, for next to no work
+            one_token = features([(t[:1, :1], None) for t, _ in reading], self.projection)
+            widths = [t.shape[2] for t, _ in one_token]
+            self._dense_size += sum(t.shape[:2].numel() * w * 4 for (t, _), w in zip(reading, widths, strict=True))
+            per_token = widths if self.criterion.elementwise else [1] * len(widths)
+            pieces.append([tokens_read(*entry) * n for entry, n in zip(reading, per_token, strict=True)])
         return np.concatenate([torch.stack(found).numpy() for found in pieces], axis=1)
+
+    def _check(self) -> None:
+        """Hold the walk against the encoder's own forward, on the null prompt: an encoder that does more between its
+        sub-blocks than was seen of it must not be searched."""
+        own = features(self._pieces[0][0].run(self.encoder), self.projection)
+        walked = self._dense_features(0, 0)
+        if not agree([t for t, _ in own], [t for t, _ in walked]):
+            raise EncoderError(
+                "this encoder's sub-blocks, run one by one, do not give what it gives itself, so Skrr can't search it:"
+                " nothing was changed; please report which file and loader it comes from"
+            )
 
     def _width(self, batch: int) -> int:
         """Number of tokens that a sub-block's forward on this batch takes."""
         return sum(self._trace(batch, piece).x.shape[:2].numel() for piece in range(len(self._pieces[batch])))
 
-    def _dense_features(self, batch: int, piece: int) -> Reading:
+    def _dense_features(self, batch: int, piece: int, step: Callable[[], None] | None = None) -> Reading:
         def make() -> Reading:
-            reading = features(self._pieces[batch][piece].run(self.encoder), self.projection)
-            return [(t.float(), mask) for t, mask in reading]
+            ((_, reading),) = self.tracer.walk(self._trace(batch, piece), [{}], step=step)
+            dense = [(t.float(), mask) for t, mask in features(reading, self.projection)]
+            if not all(bool(read_only(t, mask).isfinite().all()) for t, mask in dense):
+                raise EncoderError(
+                    "the encoder's own conditioning is not finite in this precision, so nothing can be compared with"
+                    " it: load the encoder in bfloat16 or float32"
+                )
+            return dense
 
         return self._dense.get((batch, piece), make)
 
@@ -265,7 +304,8 @@ class Meter:
 
     def _stepping(self, candidates: Sequence[Assignment], tick, share: float) -> "Stepping":
         work = forwards(len(self.tracer.row), candidates) * sum(self._tokens)
-        return Stepping(tick, work, share)
+        missing = sum(tokens for b, tokens in enumerate(self._tokens) if (b, 0) not in self._dense)
+        return Stepping(tick, work, share, len(self.tracer.row) * missing)
 
     def _fill(
         self, board: Board, candidates: Sequence[Assignment], members: Sequence[int], batches: Iterable[int], few: int,
@@ -275,7 +315,6 @@ class Meter:
         stack: whether streams may pass a sub-block together."""
         norms = [float("nan")] * len(members)
         for batch in batches:
-            step.tokens = self._tokens[batch]
             measure = functools.partial(self._contributions, batch, few=few, step=step, stack=stack)
             for i, (*values, norm) in enumerate(self.team.shared([candidates[m] for m in members], measure)):
                 if batch == 0:
@@ -285,7 +324,7 @@ class Meter:
         return norms
 
     def _contributions(
-        self, batch: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None], stack: bool
+        self, batch: int, candidates: Sequence[Assignment], few: int, step: "Stepping", stack: bool
     ) -> np.ndarray:
         """Of each candidate: what each prompt of a batch adds to its discrepancy, and its readings' token norm."""
 
@@ -296,20 +335,22 @@ class Meter:
 
         return self._guarded(batch, act)
 
-    def _walk(
-        self, batch: int, piece: int, candidates: Sequence[Assignment], few: int, step: Callable[[], None], stack: bool
-    ):
-        trace, dense = self._trace(batch, piece), self._dense_features(batch, piece)
+    def _walk(self, batch: int, piece: int, candidates: Sequence[Assignment], few: int, step: "Stepping", stack: bool):
+        trace = self._trace(batch, piece)
+        step.tokens = trace.x.shape[:2].numel()
+        dense = self._dense_features(batch, piece, step)
         shelf = Shelf(self._states, (batch, piece), few, self._landmarks, self._places, stack)
         together = self._stack if stack else 0
-        # A forward takes about 16 times its stream; the walk holds each state twice where it passes a sub-block.
+        # A forward takes about 16 times its stream; the walk holds each state twice where it passes a sub-block, and
+        # up to as many streams again may wait.
         passing = max(trace.x.nbytes, together * trace.x[0, 0].nbytes)
-        limit = self.limit or max(4, (self.memory // 4 - 16 * passing) // (2 * trace.x.nbytes))
+        limit = self.limit or max(4, (self.memory // 4 - 16 * passing) // (4 * trace.x.nbytes))
         found: list = [None] * len(candidates)
         for member, reading in self.tracer.walk(trace, candidates, limit, step, shelf, together):
             pruned = features(reading, self.projection)
             errors = self.criterion.errors(dense, pruned)
             values = sum(e.numpy() / n for e, n in zip(errors, self._scale[batch], strict=True))
+            values[np.isnan(values)] = np.inf  # NaN would say that it was not measured
             found[member] = values, token_norm(pruned) if batch == 0 else float("nan")
         return found
 
@@ -318,8 +359,8 @@ class Meter:
         while True:
             try:
                 return act()
-            except torch.OutOfMemoryError:
-                if not self.shrink([batch]):
+            except RuntimeError as error:
+                if not out_of_memory(error) or not self.shrink([batch]):
                     raise
 
     def shrink(self, batches: Iterable[int] | None = None) -> bool:
@@ -344,11 +385,11 @@ class Stepping:
     """Called before every sub-block's forward: counts the work done, and tells `tick` its share of what is expected.
 
     work: sub-block x token forwards that would measure everything; share: of them that are expected to be needed;
-    tokens: of the batch at hand.
+    tokens: of the batch at hand; more: what comes on top of that work, once.
     """
 
-    def __init__(self, tick: Callable[[float], None] | None, work: float, share: float):
-        self.tick, self.work, self.expected, self.done, self.tokens = tick, work, work * share, 0, 0
+    def __init__(self, tick: Callable[[float], None] | None, work: float, share: float, more: float = 0.0):
+        self.tick, self.work, self.expected, self.done, self.tokens = tick, work, work * share + more, 0, 0
 
     def __call__(self) -> None:
         if self.tick is not None:

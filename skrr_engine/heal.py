@@ -11,6 +11,7 @@ time, to see whether another of their kind can go instead at less cost.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -117,6 +118,8 @@ class Search:
             found_scores = self.ranked.rank(candidates, 1, self.settings.delta, tick=tick)
             score, place = min(zip(found_scores, places, strict=True))
             scores[place] = score
+        if not min(scores.values()) < math.inf:
+            raise skip.SearchError(skip.NOT_FINITE)
         place = min(scores, key=lambda i: ((scores[i] - current) / self.costs[i], i))
         known = len(trail) == len(order)
         return Path((*order, place), scores[place], (*trail, scores[place]) if known else ())
@@ -208,9 +211,9 @@ def repaired(
         mapping = {}
         if settings.reuse:
             rank = functools.partial(ranked.rank, delta=settings.reuse_delta(end), tick=tick)
-            mapping, _ = reuse.search(rank, order[:end], length)
+            mapping, _ = reuse.search(rank, order[:end], length, settings.rounding)
         sparsity = round(row.sparsity(order[:end]), 6)
-        levels.append(Level(skipped=end, reuse=mapping, sparsity=sparsity, discrepancy=d.total))
+        levels.append(Level(skipped=end, reuse=mapping, sparsity=sparsity, discrepancy=d.finite))
     plan = EncoderPlan(
         family=row.family, blocks=row.blocks, width=row.width, order=tuple(order[: ends[-1]]), levels=tuple(levels),
         extensions={EXTENSION: told},

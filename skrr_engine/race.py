@@ -7,7 +7,9 @@
 - in a race (delta > 0): once it is behind the keep-th best with confidence, by the paired differences of their
   contributions on the same prompts. Those left get all prompts.
 
-Sums are correctly rounded (`math.fsum`): they depend on no order, and never fall as contributions come in.
+Sums are correctly rounded (`math.fsum`): they depend on no order, and never fall as contributions come in. A
+contribution may be infinite (the encoder overflowed): its candidate is never among the best. In a race, contributions
+are right but for rounding (streams are stacked): what is no further apart than that counts as equal.
 """
 
 import math
@@ -19,6 +21,9 @@ import numpy as np
 
 Evaluate = Callable[[Sequence[int], Sequence[int]], None]
 """Measures candidates on batches, and puts the contributions on the board."""
+
+ROUNDING = 1e-5
+"""How far apart equal discrepancies may be in a race, beside the keep-th best."""
 
 FIRST_LOOK, GROWTH = 8, 1.5
 """Prompts that a race measures before its first look, and by how much their number grows from look to look."""
@@ -70,7 +75,7 @@ class Board:
 
     def shares(self) -> np.ndarray:
         """Of the prompts in the complete candidates' discrepancies; as expected where these tell none."""
-        complete = [c for c in range(len(self.null)) if self.complete(c)]
+        complete = [c for c in range(len(self.null)) if self.complete(c) and self.bound(c) < math.inf]
         sums = self.values[complete].sum(axis=0)
         return sums / sums.sum() if 0 < sums.sum() < math.inf else self.expected
 
@@ -89,7 +94,7 @@ def rank(board: Board, evaluate: Evaluate, keep: int, delta: float = 0.0, below:
     """
     lanes = Lanes(board, evaluate, keep, delta, below)
     (lanes.race if delta > 0 else lanes.exact)()
-    limit = lanes.threshold()
+    limit = lanes.limit()
     sums = [board.bound(c) if board.complete(c) else math.inf for c in range(len(board.null))]
     return [s if s <= limit else math.inf for s in sums]
 
@@ -107,6 +112,10 @@ class Lanes:
         sums = sorted(self.board.bound(c) for c in range(len(self.board.null)) if self.board.complete(c))
         return min(self.below, sums[self.keep - 1] if len(sums) >= self.keep else math.inf)
 
+    def limit(self) -> float:
+        """The same, with room for what is equal but for rounding."""
+        return self.threshold() * (1 + ROUNDING) if self.delta > 0 else self.threshold()
+
     def incomplete(self) -> list[int]:
         return [c for c in self.live if not self.board.complete(c)]
 
@@ -120,8 +129,8 @@ class Lanes:
 
     def abandon(self) -> None:
         """Candidates that can't be among the best any more are out."""
-        limit = self.threshold()
-        self.live = [c for c in self.live if not self.board.bound(c) > limit]
+        limit = self.limit()
+        self.live = [c for c in self.live if self.board.bound(c) <= limit and self.board.bound(c) < math.inf]
 
     def exact(self) -> None:
         """The most promising candidates are completed first, on the batches that tell most for their tokens, so that
@@ -169,6 +178,7 @@ class Lanes:
         residuals = (values - values[rival]) - np.outer(rates - rates[rival], weights)
         variance = (residuals**2).sum(axis=1) / max(count - 1, 1) * total**2 / count * (1 - count / total)
         margin = t_quantile(1 - self.delta / (self.keep * looks), count - 1) * np.sqrt(variance)
+        margin += ROUNDING * estimates[rival]
         self.live = [c for c, lead, m in zip(self.live, ahead, margin, strict=True) if not lead > m]
 
 

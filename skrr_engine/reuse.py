@@ -13,11 +13,12 @@ def neighbours(index: int, skipped: frozenset[int], length: int) -> list[int]:
     return [i for i in (left, right) if i is not None]
 
 
-def search(rank: Rank, order: Sequence[int], length: int) -> tuple[dict[int, int], float]:
+def search(rank: Rank, order: Sequence[int], length: int, rounding: float = 0.0) -> tuple[dict[int, int], float]:
     """The re-use map of one level and its discrepancy.
 
     order: the skipped sub-blocks in skip order; length: of the row. For each in turn, with the re-uses accepted so far
     in place, the better neighbour (of equals the left one) is accepted where it is lower than staying skipped.
+    rounding: what is no further above the best, beside it, counts as equal.
     """
     skipped = frozenset(order)
     reuse: dict[int, int] = {}
@@ -25,7 +26,7 @@ def search(rank: Rank, order: Sequence[int], length: int) -> tuple[dict[int, int
     for index in order:
         options = [None, *neighbours(index, skipped, length)]
         scores = rank([{**assignment(order, reuse), index: j} for j in options], 1)
-        best = min(range(len(options)), key=lambda i: (scores[i], i))
+        best = next(i for i, score in enumerate(scores) if score <= min(scores) * (1 + rounding))
         if options[best] is not None:
             reuse[index], current = options[best], scores[best]
     return reuse, current

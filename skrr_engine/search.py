@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from . import reuse, skip
 from .discrepancy import Discrepancy, Meter
 from .plan import EncoderPlan, Level
+from .race import ROUNDING
 from .rewire import assignment
 from .row import Row, describe
 from .skip import Path
@@ -47,6 +48,11 @@ class Settings:
         """How likely each of a level's re-uses may be a mistake. They are few candidates each, but unlike a beam's list
         nothing makes up for a wrong one."""
         return self.delta / max(1, skipped)
+
+    @property
+    def rounding(self) -> float:
+        """How far apart equal discrepancies may be, beside them."""
+        return ROUNDING if self.delta else 0.0
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def search(
         tick = ticking(step_line(best, steps_expected(best)), len(candidates), remaining(best) - work, work)
         return meter.rank(candidates, keep, settings.delta, tick=tick)
 
-    for step in skip.search(rank_step, costs, total, settings.sparsity, settings.beam, beam):
+    for step in skip.search(rank_step, costs, total, settings.sparsity, settings.beam, beam, settings.rounding):
         best = step[0]
         save(step)
 
@@ -217,7 +223,7 @@ def find_level(meter: Meter, order: Sequence[int], settings: Settings, ticking, 
         return meter.rank(candidates, keep, settings.reuse_delta(len(order)), tick=tick)
 
     if settings.reuse:
-        mapping, discrepancy = reuse.search(rank, order, length)
+        mapping, discrepancy = reuse.search(rank, order, length, settings.rounding)
     else:
         mapping, (discrepancy,) = {}, rank([assignment(order)], 1)
     return Level(skipped=len(order), reuse=mapping, sparsity=round(row.sparsity(order), 6), discrepancy=discrepancy)

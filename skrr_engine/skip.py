@@ -15,6 +15,9 @@ class SearchError(SkrrError):
     """A search that can't reach what was asked of it; one line that says why and what to do."""
 
 
+NOT_FINITE = "whatever is removed next overflows in this precision: load the encoder in bfloat16 or float32"
+
+
 @dataclass(frozen=True)
 class Path:
     """A skip list in the order of removal, with its discrepancy. trail: the discrepancies of its first sub-blocks, one
@@ -36,11 +39,19 @@ def expand(beam: Sequence[Path], length: int) -> list[tuple[int, ...]]:
 
 
 def select(
-    orders: Sequence[tuple[int, ...]], scores: Sequence[float], width: int, beam: Sequence[Path] = ()
-) -> list[Path]:
+    orders: Sequence[tuple[int, ...]], scores: Sequence[float], width: int, beam: Sequence[Path] = (),
+    rounding: float = 0.0,
+) -> list[Path]:  # fmt: skip
     """The `width` best; of equals, the lower sub-block removed last wins, then the better parent (the earlier). beam:
-    the parents, which hand down their trails."""
-    ranked = sorted(range(len(orders)), key=lambda i: (scores[i], orders[i][-1], i))
+    the parents, which hand down their trails. rounding: scores count as equal where the next one is no further away,
+    beside the width-th best."""
+    rising = sorted(range(len(orders)), key=scores.__getitem__)
+    gap = rounding * max((scores[i] for i in rising[:width] if scores[i] < math.inf), default=0.0)
+    place, places = 0, {}
+    for before, i in zip([None, *rising], rising, strict=False):
+        place += before is not None and scores[i] - scores[before] > gap
+        places[i] = place
+    ranked = sorted(rising, key=lambda i: (places[i], orders[i][-1], i))
     trails = {path.order: path.trail for path in beam}
 
     def path(order: tuple[int, ...], score: float) -> Path:
@@ -51,13 +62,15 @@ def select(
 
 
 def search(
-    rank: Rank, costs: Sequence[int], total: int, target: float, width: int, beam: Sequence[Path] = ()
-) -> Iterator[list[Path]]:
+    rank: Rank, costs: Sequence[int], total: int, target: float, width: int, beam: Sequence[Path] = (),
+    rounding: float = 0.0,
+) -> Iterator[list[Path]]:  # fmt: skip
     """Yield the beam after each step, until its best list reaches the target sparsity.
 
     rank: see `Rank`. costs: parameters of each sub-block; total: of the encoder; target: fraction of `total` to
-    remove; width: of the beam (k); beam: where to go on from, as yielded before. Raises SearchError where even removing
-    everything would not reach the target.
+    remove; width: of the beam (k); beam: where to go on from, as yielded before; rounding: see `select`. Raises
+    SearchError where even removing everything would not reach the target, and where nothing more can be removed without
+    an overflow.
     """
     if target > sum(costs) / total:
         raise SearchError(
@@ -67,7 +80,9 @@ def search(
     beam = list(beam) or [Path((), 0.0)]
     while sum(costs[i] for i in beam[0].order) < target * total:
         orders = expand(beam, len(costs))
-        beam = select(orders, rank([assignment(order) for order in orders], width), width, beam)
+        beam = select(orders, rank([assignment(order) for order in orders], width), width, beam, rounding)
+        if not beam:
+            raise SearchError(NOT_FINITE)
         yield beam
 
 

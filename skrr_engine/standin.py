@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 
 from . import families
-from .budget import free_memory
+from .budget import free_memory, out_of_memory
 from .discrepancy import Meter
 from .plan import MAX_RANK
 from .repair import NORMS, StandIn
@@ -235,7 +235,9 @@ class Streams:
         while True:
             try:
                 return act()
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 self._held, self._masks, self._room["device"] = {}, {}, 0
                 if not self.meter.shrink():
                     raise

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from .budget import Store
+from .budget import Store, out_of_memory
 from .repair import StandIn
 from .rewire import Action, Assignment, fork, replace
 from .row import Call, Placeholder, Row
@@ -127,28 +127,35 @@ class Tracer:
         """Yield `(candidate's position, its conditioning)` for every candidate, in the order in which they finish.
 
         Candidates share every state up to their first difference: the row is walked once, and a state is forked where
-        candidates part. limit: how many states may be held at once (0: any number); where it is reached, the stream
-        that most candidates share waits at its place while the others go to the end. step: called once for each
-        stream before it passes a sub-block. shelf: states that earlier walks over this trace left, to start from.
-        stack: streams may pass a sub-block together, so many tokens at most: far quicker where batches are small, but
-        other sums, in the last bits, than those of each stream alone (0: never together).
+        candidates part. limit: how many streams go on together (0: any number); where it is reached, those that most
+        candidates share wait at their place while the others go to the end, and what starts later (from states that
+        are held anyway) starts in a later round. step: called once for each stream before it passes a sub-block.
+        shelf: states that earlier walks over this trace left, to start from. stack: streams may pass a sub-block
+        together, so many tokens at most: far quicker where batches are small, but other sums, in the last bits, than
+        those of each stream alone (0: never together).
         """
         if self.boundaries is None:
             self.boundaries = self.find_boundaries(trace)
         together = max(1, stack // trace.x.shape[:2].numel())
         passes, reads = self._can_stack(trace) if together > 1 else (False, False)
         starts = self._starts(trace, candidates, shelf)
-        waiting = [(min(starts), [])] if starts else []
-        while waiting:
-            index, streams = waiting.pop()
+        room = max(2, limit) if limit else len(candidates) + 1  # one may fork
+        waiting: list[tuple[int, list[Stream]]] = []
+        while waiting or starts:
+            index, streams = waiting.pop() if waiting else (min(starts), [])
             while index < len(self.row):
-                streams += starts.pop(index, [])
+                arriving = starts.pop(index, [])
+                fitting = max(0, room - 1 - len(streams))
+                streams += arriving[:fitting]
+                if arriving[fitting:]:
+                    starts[index] = arriving[fitting:]
                 if shelf is not None:
                     for stream in streams:
                         shelf.leave(index, stream, candidates)
-                if limit and 1 < len(streams) >= limit:
+                if len(streams) >= room:
                     streams.sort(key=lambda stream: len(stream.members))
-                    waiting.append((index, [streams.pop()]))
+                    waiting.append((index, streams[room - 1 :]))
+                    streams = streams[: room - 1]
                 streams = self._advance(streams, index, trace, candidates, step, together if passes else 1)
                 index += 1
             while streams:
@@ -236,9 +243,9 @@ def attempt(act: Callable):
     """What `act` returns; None where it can't be done. Running out of memory is no answer to that."""
     try:
         return act()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a stranger's module raises on a batch that it does not expect
+    except Exception as error:  # whatever a stranger's module raises on a batch that it does not expect
+        if out_of_memory(error):
+            raise
         return None
 
 

@@ -67,7 +67,7 @@ def test_batches_that_tell_most_are_measured_first():
     assert again == found and fewer < 0.75 * looked
     board = Board(41, [np.full(1, 1 / 25)] * 25)
     assert (board.shares() == board.expected).all(), "nothing complete tells nothing"
-    board.values[3] = values[3]
+    board.values[3], board.null[3] = values[3], 0.0
     np.testing.assert_allclose(board.shares(), shares / shares.sum())
 
 
@@ -144,3 +144,32 @@ def test_a_race_first_sees_prompts_of_all_kinds():
 
     assert raced(groups)[0] < math.inf
     assert raced(list(grouped(kinds, lambda kind: 8)))[0] == math.inf, "nothing is to be lost here: no test"
+
+
+@settings(deadline=None)
+@given(tables(), st.integers(1, 3), st.sampled_from([0.0, 0.05]), st.data())
+def test_overflowing_candidates_are_never_among_the_best(table, keep, delta, data):
+    """Infinite contributions, of any prompts or of the null prompt: the others are ranked as without them."""
+    null, values, sizes = table
+    ill = data.draw(st.sets(st.integers(0, len(null) - 1)))
+    for c in ill:
+        place = data.draw(st.integers(-1, sum(sizes) - 1))
+        if place < 0:
+            null[c] = math.inf
+        else:
+            values[c][place] = math.inf
+    found, _ = measured(null, values, sizes, keep, delta)
+    assert all(found[c] == math.inf for c in ill)
+    well = [c for c in range(len(null)) if c not in ill]
+    if not delta and len(well) >= keep:
+        alone, _ = measured([null[c] for c in well], [values[c] for c in well], sizes, keep)
+        assert [found[c] for c in well] == alone
+    elif well:
+        assert any(found[c] < math.inf for c in well)
+
+
+def test_a_race_keeps_what_is_equal_but_for_rounding():
+    draw = np.random.default_rng(0)
+    values = np.outer(np.full(8, 1.0), draw.uniform(1, 2, 64)) * (1 + 1e-7 * draw.standard_normal((8, 64)))
+    found, _ = measured([0.0] * 8, values.tolist(), [4] * 16, 2, 0.05)
+    assert max(found) < math.inf, "of equals, rounding has chosen"

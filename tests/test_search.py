@@ -1,11 +1,13 @@
 """The engine's search gives the plan of the naive loop, on every family and on SmolLM2's first removals."""
 
+import math
+
 import pytest
 import reference
 import small
 import torch
 
-from skrr_engine import skip
+from skrr_engine import reuse, skip
 from skrr_engine.plan import PlanError
 from skrr_engine.search import Settings, measure_level, search
 
@@ -96,7 +98,23 @@ def test_ties_go_to_the_lower_sub_block():
     plan = search(meter, Settings(0.2, (), 3, reuse=False, delta=0.0))
     assert plan.order[:2] == (3, 5) and plan.levels[0].discrepancy == 0.0
     raced = search(meter, Settings(0.2, (), 3, reuse=False))  # its sums are zero but for rounding
-    assert set(raced.order[:2]) == {3, 5} and measure_level(meter, raced, raced.levels[0]).total == 0.0
+    assert raced.order[:2] == (3, 5) and measure_level(meter, raced, raced.levels[0]).total == 0.0
+
+
+def test_scores_that_differ_by_rounding_tie():
+    orders = [(7,), (2,), (5,), (4,), (1,)]
+    scores = [1.0, 1.0 + 1e-7, 1.0 + 2e-7, 1.1, math.inf]
+    chosen = lambda rounding: [path.order[0] for path in skip.select(orders, scores, 4, (), rounding)]  # noqa: E731
+    assert chosen(0.0) == [7, 2, 5, 4] and chosen(1e-5) == [2, 5, 7, 4]
+    assert [path.order[0] for path in skip.select(orders, [math.inf] * 4 + [0.0], 3, (), 1e-5)] == [1]
+
+
+def test_a_reuse_that_wins_by_rounding_alone_is_none():
+    scores = {None: 1.0, 1: 1.0 - 1e-7, 5: 0.9}
+    rank = lambda candidates, keep: [scores[c[3]] for c in candidates]  # noqa: E731
+    assert reuse.search(rank, (3,), 8, 1e-5)[0] == {3: 5}
+    scores[5] = 1.5
+    assert reuse.search(rank, (3,), 8, 1e-5)[0] == {} and reuse.search(rank, (3,), 8)[0] == {3: 1}
 
 
 def test_resuming_gives_the_same_plan():

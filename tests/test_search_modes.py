@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from skrr_engine import families, skip
 from skrr_engine.budget import Store, batch_tokens, free_memory, nbytes
 from skrr_engine.discrepancy import Batch, Meter
-from skrr_engine.rewire import assignment
+from skrr_engine.rewire import assignment, rewire, undo
+from skrr_engine.row import EncoderError
 from skrr_engine.search import Settings, search
 from skrr_engine.state import State, StateError, fingerprint
 from skrr_engine.trace import Tracer
@@ -296,3 +297,105 @@ def test_fingerprint_tells_encoders_apart():
     rows = [families.find(small.build("t5", 3, seed)) for seed in (0, 0, 1)]
     keys = [fingerprint(row, "x") for row in rows]
     assert keys[0] == keys[1] != keys[2] and fingerprint(rows[0], "y") != keys[0]
+
+
+def overflowing():
+    """A half-precision encoder, and prompts for which it is finite, of which some are not once a sub-block is gone:
+    block 2's feed-forward takes back the huge numbers that block 1's writes into a channel."""
+    for scale in range(20_000, 40_000, 1000):
+        module = small.build("llama", 4).half()
+        first, second = module.layers[1], module.layers[2]
+        first.mlp.down_proj.weight.data[0].mul_(scale)
+        for behind in (second, module.layers[3]):
+            behind.mlp.load_state_dict(first.mlp.state_dict())
+            behind.post_attention_layernorm.load_state_dict(first.post_attention_layernorm.state_dict())
+        second.mlp.down_proj.weight.data[0].neg_()
+        batches = small.prompts([5, 7, 9, 12])
+        if all(small.forward("llama", ids)(module).isfinite().all() for ids in batches):
+            found = small.meter("llama", module, batches, [2]).measure([{i: None} for i in range(8)])
+            if not all(math.isfinite(d.total) for d in found):
+                return module, batches, [d.total for d in found]
+    raise AssertionError("no scale overflows: the test shows nothing")
+
+
+def test_an_overflow_is_no_small_discrepancy():
+    module, batches, found = overflowing()
+    row = families.find(module)
+    for i, d in enumerate(found):
+        replaced = rewire(module, row, {i: None})
+        whole = all(bool(small.forward("llama", ids)(module).isfinite().all()) for ids in [*batches, [[2]]])
+        undo(module, replaced)
+        assert math.isfinite(d) == whole
+    for delta in (0.0, 0.05):
+        plan = search(small.meter("llama", module, batches, [2]), Settings(0.3, (), 3, True, delta))
+        assert found[plan.order[0]] == min(found) and plan.levels[-1].discrepancy < math.inf
+
+
+def test_what_overflows_itself_is_refused():
+    module = small.build("llama", 4).half()
+    module.layers[1].mlp.down_proj.weight.data[0].mul_(1e5)
+    with pytest.raises(EncoderError, match="not finite in this precision.*bfloat16"):
+        small.meter("llama", module, small.prompts([5]), [2]).measure([{}])
+
+
+def test_a_search_with_nothing_left_to_remove_says_so():
+    meter = small.meter("llama", small.build("llama", 4), small.prompts([5]), [2])
+    meter.rank = lambda candidates, *args, **kwargs: [math.inf] * len(candidates)
+    with pytest.raises(skip.SearchError, match="overflows in this precision.*bfloat16"):
+        search(meter, Settings(0.3))
+
+
+def test_an_encoder_that_does_more_than_was_seen_is_refused():
+    module = small.build("t5", 4)
+    module.encoder.block[2].register_forward_hook(lambda block, args, out: (out[0] * 1.5, *out[1:]))
+    with pytest.raises(EncoderError, match="do not give what it gives itself"):
+        small.meter("t5", module, small.prompts([5]), [2])
+
+
+def test_the_dense_pass_can_be_stopped():
+    """Making a meter runs nothing but the null prompt; the dense conditioning comes with the first step, and ticks."""
+    module = small.build("t5", 4)
+    passed = []
+    module.encoder.block[0].layer[1].register_forward_pre_hook(lambda block, args: passed.append(len(args[0])))
+    meter = small.meter("t5", module, small.prompts([6] * 5), [2])
+    assert len(passed) <= 2, "more than the null prompt, by the encoder and by the walk"
+    ticks = []
+    meter.measure([{}], ticks.append)
+    assert len(ticks) == 8 + 5 * 16 and ticks == sorted(ticks) and ticks[-1] < 1
+
+
+def test_exact_searches_go_by_what_prompts_told():
+    """The order of the batches comes from the step before; a search without it gets the same, for more work."""
+    module = small.build("t5", 8)
+    batches = [[p for (p,) in small.prompts([length] * 2, length)] for length in range(3, 15)]
+    candidates = [assignment(order) for order in skip.expand([skip.Path((i,), 0.0) for i in (3, 9, 12)], 16)]
+    told, untold = (small.meter("t5", module, batches, [2]) for _ in range(2))
+    for meter in (told, untold):
+        meter.rank([assignment((i,)) for i in range(16)], 3)
+        meter._known.clear()
+        meter._states.clear()
+    assert told._expected is not None and told._expected.sum() == pytest.approx(1)
+    untold._expected = None
+    assert told.rank(candidates, 3) == untold.rank(candidates, 3)
+    assert told.share < untold.share
+
+
+@pytest.mark.parametrize("limit", [2, 5])
+def test_no_more_streams_go_on_together_than_the_limit(limit, monkeypatch):
+    module = small.build("llama", 8)
+    together, advance = [], Tracer._advance
+
+    def counting(self, streams, *args):
+        together.append(len(streams))
+        return advance(self, streams, *args)
+
+    monkeypatch.setattr(Tracer, "_advance", counting)
+    found = []
+    for bound in (0, limit):
+        meter = small.meter("llama", module, small.prompts([7] * 3), [2], limit=bound)
+        steps = skip.search(meter.rank, meter.tracer.row.parameter_counts, meter.tracer.row.total, 0.3, 3)
+        found.append([beam for beam in steps])
+        assert bound == 0 or max(together) <= bound
+        assert bound > 0 or max(together) > 5, "nothing that a limit would hold back: the test shows nothing"
+        together.clear()
+    assert found[0] == found[1]

@@ -9,7 +9,7 @@ import torch
 
 from ...skrr_engine import __version__, heal, standin_file
 from ...skrr_engine import search as engine
-from ...skrr_engine.budget import free_memory
+from ...skrr_engine.budget import batch_tokens, free_memory
 from ...skrr_engine.discrepancy import Meter
 from ...skrr_engine.plan import EncoderPlan, Plan, Provenance
 from ...skrr_engine.prompts import sha256 as prompts_sha256
@@ -64,7 +64,7 @@ def find_plan(
     null, share = conditioning.null(), int(memory) // (1 if fitting is None else 2)
 
     def meter_on(texts: Sequence[str], race: bool = False) -> Meter:
-        batches = conditioning.batches(texts, race=race)
+        batches = conditioning.batches(texts, batch_tokens(share, row.width, device), race)
         return Meter(conditioning.encoder, tracer, batches, null, projection, memory=share)
 
     meter = meter_on(prompts, settings.delta > 0)
