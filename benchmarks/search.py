@@ -71,16 +71,18 @@ class Count:
 
 
 class Counted(Meter):
-    """Counts what the naive loop would do for the same candidates. work, touched: see `Count`."""
+    """Counts what the naive loop would do for the same candidates. work, touched: see `Count`; passes: its batches,
+    the null prompt's included (None: as many as the meter's own)."""
 
     work = touched = 0
+    passes: int | None = None
 
     def count(self, candidates) -> None:
         forwards = sum(naive_forwards(c, len(self.tracer.row)) for c in candidates)
         self.work += sum(self._tokens) * forwards
         parameters = self.tracer.row.parameter_counts
         kept = sum(sum(parameters) - sum(parameters[i] for i, by in c.items() if by is None) for c in candidates)
-        self.touched += kept * 4 * len(self._tokens)
+        self.touched += kept * 4 * (self.passes or len(self._tokens))
 
     def rank(self, candidates, keep, delta=0.0, below=math.inf, tick=None):
         self.count(candidates)
@@ -199,8 +201,10 @@ def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
             meter = Counted(encoder.module, Tracer(encoder.module, encoder.row), batches, null, memory=4 * 2**30)
             count = Count().watch(encoder.row)
             if mode == "exact":  # the first: its batches are those of the naive loop
+                passes = len(meter._tokens)
                 sampled = candidates[:: max(1, len(candidates) // 3)][:3]
                 pace = naive_pace(meter, sampled, count)
+            meter.passes = passes
             start = time.perf_counter()
             scores = meter.rank(candidates, 3, delta)
             seconds = time.perf_counter() - start
@@ -269,6 +273,7 @@ def one_search(captions: Sequence[str], mode: str, beam: int, part: Path, memory
     # The naive loop has batches of one length, whatever a race has.
     plain = Meter(encoder.module, tracer, encoder.batches(captions), null, memory=memory)
     meter = kind(encoder.module, tracer, encoder.batches(captions, race=delta > 0), null, memory=memory)
+    meter.passes = len(plain._tokens)
     steps = json.loads(part.read_text(encoding="utf-8")) if part.exists() else []
     last = {"work": 0, "naive": 0, "touched": 0, "naive touched": 0, "seconds": 0.0, "beam": [], "paces": []}
     last |= steps[-1] if steps else {}
@@ -285,7 +290,7 @@ def one_search(captions: Sequence[str], mode: str, beam: int, part: Path, memory
 
     def now() -> dict:
         return {"work": count.work, "naive": meter.work, "touched": count.touched, "naive touched": meter.touched,
-                "seconds": clock.seconds(), "fewer": meter.work / count.work, "paces": paces}  # fmt: skip
+                "seconds": clock.seconds(), "fewer": meter.work / count.work, "paces": [*paces]}  # fmt: skip
 
     def after_step(paths: Sequence[skip.Path]) -> None:
         steps.append({**now(), "beam": [(path.order, path.trail) for path in paths]})
