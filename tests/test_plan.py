@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from benchmarks import paper_plans
 from skrr_engine import plan as plans
+from skrr_engine.files import replacing
 from skrr_engine.plan import EncoderPlan, Level, Plan, PlanError, Provenance
 
 REPO = Path(__file__).resolve().parents[1]
@@ -549,7 +551,44 @@ def test_write_names_a_place_that_does_not_do(tmp_path, place):
     with pytest.raises(PlanError, match="cannot be written") as caught:
         Plan.from_json(json.dumps(sample())).write(tmp_path / place)
     assert place in checked(caught.value)
+    if place.startswith("none"):
+        assert "cannot be written (its folder does not exist; make it first)" in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_missing_folder_is_named_with_the_file_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match="its folder does not exist; make it first") as caught:
+        with replacing(tmp_path / "none" / "x.safetensors"):
+            pytest.fail("there is nothing to write to")
+    assert caught.value.filename == str(tmp_path / "none" / "x.safetensors")
+
+
+def test_partial_files_of_a_killed_process_go_with_the_next_write(tmp_path):
+    def left(name: str, age: float) -> Path:
+        """What kill -9 during a write to `name` leaves, by so many seconds older."""
+        before = set(tmp_path.iterdir())
+        with replacing(tmp_path / name) as file:
+            file.write(b"half")
+            file.flush()
+            (partial,) = set(tmp_path.iterdir()) - before
+            copy = partial.with_name(partial.name.replace(".partial", "0.partial"))
+            copy.write_bytes(b"half")
+        (tmp_path / name).unlink()
+        os.utime(copy, (time.time() - age,) * 2)
+        return copy
+
+    long = "ä" * 120 + ".json"
+    other, fresh, old, another = left(long, 7200), left("plan.json", 600), left("plan.json", 7200), tmp_path / "x"
+    another.write_text("kept")
+    os.utime(another, (0, 0))
+    with replacing(tmp_path / "plan.json") as file:
+        assert not old.exists()
+        file.write(b"whole")
+    assert {*tmp_path.iterdir()} == {other, fresh, another, tmp_path / "plan.json"}
+    assert (tmp_path / "plan.json").read_bytes() == b"whole"
+    with replacing(tmp_path / long) as file:
+        file.write(b"whole")
+    assert not other.exists() and fresh.exists()
 
 
 @pytest.mark.parametrize(
