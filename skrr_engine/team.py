@@ -1,6 +1,7 @@
 """The processes of one `torchrun`, which share the candidates of a search and all come to the same plan."""
 
 import atexit
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,7 @@ from .errors import SkrrError, first_line
 
 
 class TeamError(SkrrError):
-    """Another process of the search has ended; one line that says what to do."""
+    """Processes that can't search together, or no longer; one line that says what to do."""
 
 
 class Team:
@@ -36,6 +37,17 @@ class Team:
         if self.size > 1:
             self.shared(range(self.size), lambda own: np.zeros((len(own), 1)))
             part()
+
+    def agree(self, facts: str) -> None:
+        """Hold what decides the steps of the search against the other processes': where one goes another way, they
+        would wait for each other for ever. Raises TeamError in all of them."""
+        number = float(int.from_bytes(hashlib.sha256(facts.encode()).digest()[:6], "big"))  # exact: float64 has 53 bits
+        found = self.shared(range(self.size), lambda own: np.full((len(own), 1), number))
+        if (found != number).any():
+            raise TeamError(
+                "the processes of this search did not start alike; start them all again with the same command (--memory"
+                " included), the same version, and a --resume file that all machines see"
+            )
 
     def shared(self, candidates: Sequence, measure: Callable[[Sequence], np.ndarray]) -> np.ndarray:
         """`measure(candidates)`, a row `[columns]` for each, each made by one of the processes. Raises TeamError."""
@@ -70,7 +82,14 @@ def join(device: str) -> Team:
     if size == 1 or not dist.is_available():
         return Team()
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        rank = os.environ.get("LOCAL_RANK", "0")
+        try:
+            torch.cuda.set_device(int(rank))
+        except (RuntimeError, ValueError) as error:
+            raise TeamError(
+                f"LOCAL_RANK {rank}: no such GPU here ({first_line(error)[:120]}); start no more processes than this"
+                " machine has GPUs"
+            ) from None
     try:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
