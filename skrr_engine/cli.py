@@ -182,6 +182,9 @@ def run_search(options) -> None:
     ranked = bench.meter(ranked_on, race=delta > 0)
     fitted = bench.meter(fitted_on) if fitted_on else None
     state, save, beam = resumed(options, bench, settings, fitting, method)
+    facts = [__version__, settings, fitting, method, options.seed, options.dtype, bench.encoder.row.parameter_counts]
+    facts += [bench.projection and bench.projection.name, bench.tokens, prompts_sha256(bench.prompts), list(beam)]
+    bench.team.agree(repr(facts))
     if method == "heal":
         healed = heal_search(fitted, ranked, settings, fitting, report, save, beam)
         entry = healed.plan
@@ -262,8 +265,9 @@ def baseline(method: str, seed: int, settings, meter):
     else:
         batches, null = meter.batches()
         own = Meter(
-            meter.encoder, meter.tracer, batches, null, memory=meter.memory, criterion=baselines.ANGLE_OF_OUTPUT
-        )
+            meter.encoder, meter.tracer, batches, null, memory=meter.memory, team=meter.team,
+            criterion=baselines.ANGLE_OF_OUTPUT,
+        )  # fmt: skip
         order = baselines.finercut_order(own, settings.sparsity)
     return baselines.plan_of(meter, order, [*settings.levels, settings.sparsity], method)
 
@@ -386,12 +390,14 @@ def run_verify(options) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the commands work on. meter: prompts -> a meter on them; race: in the order of a race."""
+    """What the commands work on. tokens: in a batch, at most; meter: prompts -> a meter on them; race: in the order of
+    a race."""
 
     encoder: "Encoder"
     prompts: list[str]
     projection: "TextProjection | None"
     team: "Team"
+    tokens: int
     meter: "Callable[..., Meter]"
 
 
@@ -419,8 +425,9 @@ def prepare(options, broad: bool = False) -> Bench:
         prompts = broad_prompts(options.count or 512) if broad else generate_prompts(options.count or 128)
     projection = from_file(options.projection).to(options.device) if options.projection else None
     memory = free_memory(options.device) if options.memory is None else int(options.memory * 1e9)
-    budget = None if options.memory is None and options.device == "cpu" else memory // 2 // team.sharing
-    encoder = load(options.encoder, getattr(torch, options.dtype), options.device, options.tokenizer, budget)
+    shares = 2 * team.sharing
+    budget = None if options.memory is None and options.device == "cpu" else memory // shares
+    encoder = load(options.encoder, getattr(torch, options.dtype), options.device, options.tokenizer, budget, shares)
     if projection is not None and projection.width != encoder.row.width:
         raise UsageError(
             f"--projection takes embeddings {projection.width} wide, but this encoder's are {encoder.row.width} wide:"
@@ -429,13 +436,14 @@ def prepare(options, broad: bool = False) -> Bench:
     torch.set_grad_enabled(False)
     tracer = Tracer(encoder.module, encoder.row)
     share = memory // (4 if broad else 2) // team.sharing  # stand-ins take two meters
+    tokens = batch_tokens(memory, encoder.row.width, options.device)
 
     def meter(chosen: Sequence[str], race: bool = False) -> Meter:
-        batches = encoder.batches(chosen, batch_tokens(memory, encoder.row.width, options.device), race)
+        batches = encoder.batches(chosen, tokens, race)
         null = encoder.batch([encoder.tokenize("")])
         return Meter(encoder.module, tracer, batches, null, projection, memory=share, team=team)
 
-    return Bench(encoder, prompts, projection, team, meter)
+    return Bench(encoder, prompts, projection, team, tokens, meter)
 
 
 def parsed_levels(text: str) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 `transformers` is imported only here, inside functions. Nothing is fetched from a network.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from .errors import first_line
 from .projection import dequantised
 from .race import grouped
 from .row import EncoderError, Row
-from .stream import Files, Stream
+from .stream import Files, Stream, weight_bytes
 from .trace import Reading
 
 MAX_TOKENS = 256
@@ -63,11 +64,13 @@ def load(
     device: str = "cpu",
     tokenizer: str | None = None,
     memory: int | None = None,
+    shares: int = 2,
 ) -> Encoder:
     """Load an encoder from a transformers folder or a `.safetensors` file. Raises EncoderError in one line.
 
-    tokenizer: folder of its tokenizer, where that is not the encoder's own folder. memory: bytes that its sub-blocks'
-    weights may take; where they need more, they are streamed from the files (see stream.py).
+    tokenizer: folder of its tokenizer, where that is not the encoder's own folder. memory: bytes that its weights may
+    take; where they need more, the sub-blocks' are streamed from the files (see stream.py). shares: into how many parts
+    of this size the command line divides its `--memory`, for the error that names the least that does.
     """
     source = Path(path)
     if not source.exists():
@@ -75,7 +78,7 @@ def load(
     folder = source if source.is_dir() else source.parent
     files = Files(sorted(source.glob("*.safetensors")) if source.is_dir() else [source]) if memory is not None else None
     if files is not None and files.elements() * dtype.itemsize > memory:
-        module, row, bring = streamed(source, files, dtype, device, memory)
+        module, row, bring = streamed(source, files, dtype, device, memory, shares)
     else:
         module = from_folder(source, dtype) if source.is_dir() else from_file(source, dtype)
         module = module.eval().requires_grad_(False).to(device)
@@ -83,8 +86,9 @@ def load(
     return Encoder(usual_name(row), module, row, tokenizer_of(Path(tokenizer) if tokenizer else folder, row), bring)
 
 
-def streamed(source: Path, files: Files, dtype: torch.dtype, device: str, memory: int):
-    """An encoder whose sub-blocks' weights stay in their files, its row, and what brings a sub-block in."""
+def streamed(source: Path, files: Files, dtype: torch.dtype, device: str, memory: int, shares: int = 2):
+    """An encoder whose sub-blocks' weights stay in their files, its row, and what brings a sub-block in. Raises
+    EncoderError, before any weight is read, where `memory` does not hold what stays and one sub-block (see `load`)."""
     transformers = import_transformers()
     if source.is_dir():
         module = blank(source)
@@ -105,14 +109,30 @@ def streamed(source: Path, files: Files, dtype: torch.dtype, device: str, memory
             raise EncoderError(f"{source}: {stored} is missing; get the whole file")
         return dequantised(stored, files.read, names, str(source)).to(device, dtype)
 
-    stream = Stream(row, read, memory)
     coming = {key for sub_block in row.sub_blocks for key in sub_block.tensors()}
-    for key, parameter in module.named_parameters():
-        if key not in coming:
-            parameter.data = read(key)
+    staying = {key: parameter for key, parameter in module.named_parameters() if key not in coming}
+    resident = weight_bytes(staying.values(), dtype.itemsize)
+    largest = max(weight_bytes(sub_block.tensors().values(), dtype.itemsize) for sub_block in row.sub_blocks)
+    if resident + largest > memory:
+        least = gigabytes(shares * (resident + largest))
+        smaller = ", or --dtype bfloat16" if dtype.itemsize > 2 else ""
+        raise EncoderError(
+            f"{source}: too large for the memory there is, even streamed; give --memory {least} (GB) or more{smaller}"
+        )
+    stream = Stream(row, read, memory - resident, dtype.itemsize)
+    for key, parameter in staying.items():
+        parameter.data = read(key)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
     return module, row, stream.bring
+
+
+def gigabytes(size: int) -> str:
+    """So many bytes as `--memory` takes them: with two decimals (two digits, below 1 GB), rounded up."""
+    size = max(size + 1, 10**6)  # a byte more, as what is given is cut to whole ones; less than 0.001 GB is not taken
+    decimals = max(2, 10 - math.floor(math.log10(size)))
+    unit = 10 ** (9 - decimals)
+    return f"{-(-size // unit) * unit / 1e9:.{decimals}f}"
 
 
 def usual_name(row: Row) -> str:

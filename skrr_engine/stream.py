@@ -61,15 +61,21 @@ class Files:
         return torch.frombuffer(pages, dtype=dtype).reshape(shape)
 
 
+def weight_bytes(tensors: Iterable[torch.Tensor], itemsize: int) -> int:
+    """Bytes of tensors once they are read: until then their own type is whatever the blank encoder was made in."""
+    return sum(t.numel() for t in tensors) * itemsize
+
+
 class Stream:
     """Brings sub-blocks' weights in when they are used, and lets go of those unused for longest.
 
     row: of an encoder whose sub-blocks' weights may be anything; read: state-dict key below the encoder -> its tensor,
-    on the device and in the type wanted; capacity: bytes of weights held at once (at least one sub-block is).
+    on the device and in the type wanted; capacity: bytes of weights held at once (at least one sub-block is); itemsize:
+    bytes of an element of that type.
     """
 
-    def __init__(self, row: Row, read: Callable[[str], torch.Tensor], capacity: int):
-        self.row, self.read, self.capacity = row, read, capacity
+    def __init__(self, row: Row, read: Callable[[str], torch.Tensor], capacity: int, itemsize: int):
+        self.row, self.read, self.capacity, self.itemsize = row, read, capacity, itemsize
         self._held: OrderedDict[int, int] = OrderedDict()
         row.parameter_counts  # noqa: B018 -- counted while the shapes are all there
         for sub_block in row.sub_blocks:
@@ -83,7 +89,7 @@ class Stream:
             self._held.move_to_end(index)
             return
         tensors = self.row.sub_blocks[index].tensors()
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        size = weight_bytes(tensors.values(), self.itemsize)
         while self._held and sum(self._held.values()) + size > self.capacity:
             self._let_go(self._held.popitem(last=False)[0])
         for key, tensor in tensors.items():

@@ -11,6 +11,12 @@ from pathlib import Path
 
 import pytest
 import small
+import torch
+
+from skrr_engine import baselines
+from skrr_engine.cli import baseline
+from skrr_engine.search import Settings
+from skrr_engine.team import Team, TeamError, join
 
 REPO = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red cube", "two blue cats on a mat", "an oil painting of a lighthouse at sea", "seven small cups", "rain"]
@@ -29,6 +35,9 @@ def folder(tmp_path_factory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(path)
     (path / "prompts.txt").write_text("\n".join(PROMPTS))
+    draw = random.Random(0)  # so many that a race takes several looks at them
+    many = [" ".join(draw.choices(words, k=draw.randint(2, 9))) for _ in range(40)]
+    (path / "many.txt").write_text("\n".join(many))
     return path
 
 
@@ -60,12 +69,23 @@ def plan(folder, tmp_path_factory) -> dict:
     return json.loads(out.read_text())
 
 
-def test_modes_say_what_they_are(folder, plan, tmp_path):
+RACE = "--delta", "0.1", "--prompts"
+
+
+@pytest.fixture(scope="module")
+def raced(folder, tmp_path_factory) -> tuple[dict, str, str]:
+    """The plan of one process that races, and what it says."""
+    path = tmp_path_factory.mktemp("raced") / "plan.json"
+    code, out, err = run(*command(folder, path, *RACE, str(folder / "many.txt")))
+    assert code == 0, err
+    return json.loads(path.read_text()), out, err
+
+
+def test_modes_say_what_they_are(plan, raced):
     assert plan["encoders"]["llama"]["extensions"]["search"]["mode"] == "exact"
-    code, out, err = run(*command(folder, tmp_path / "plan.json", "--delta", "0.1"))
-    assert code == 0 and "found by racing, delta 0.1" in out and "step 1 of" in err
-    raced = json.loads((tmp_path / "plan.json").read_text())
-    assert raced["encoders"]["llama"]["extensions"]["search"].items() >= {"mode": "racing", "delta": 0.1}.items()
+    race, out, err = raced
+    assert "found by racing, delta 0.1" in out and "step 1 of" in err
+    assert race["encoders"]["llama"]["extensions"]["search"].items() >= {"mode": "racing", "delta": 0.1}.items()
 
 
 def test_kill_9_at_any_moment(folder, plan, tmp_path):
@@ -100,24 +120,30 @@ def test_kill_9_at_any_moment(folder, plan, tmp_path):
     assert not state.exists()
 
 
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+
+
 def test_two_processes_find_the_same_plan(folder, plan, tmp_path):
     out, state = tmp_path / "plan.json", tmp_path / "state.json"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    code, said, err = run(*torchrun, *command(folder, out, "--exact", "--resume", str(state)))
+    code, said, err = run(*TORCHRUN, *command(folder, out, "--exact", "--resume", str(state)))
     assert code == 0, err
     assert json.loads(out.read_text()) == plan
     assert said.count("written to") == 1 and not state.exists()
 
 
+def test_two_processes_that_race_find_the_same_plan(folder, raced, tmp_path):
+    out = tmp_path / "plan.json"
+    code, said, err = run(*TORCHRUN, *command(folder, out, *RACE, str(folder / "many.txt")))
+    assert code == 0 and said.count("written to") == 1, err
+    own, other = json.loads(out.read_text())["encoders"]["llama"], raced[0]["encoders"]["llama"]
+    assert own["order"] == other["order"]
+    for a, b in zip(own["levels"], other["levels"], strict=True):  # others are stacked together: the last bits differ
+        assert a.pop("discrepancy") == pytest.approx(b.pop("discrepancy"), rel=1e-5) and a == b
+
+
 def test_a_process_that_dies_ends_all_and_the_saved_step_stays_good(folder, plan, tmp_path):
     out, state = tmp_path / "plan.json", tmp_path / "state.json"
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    team = []
-    for rank in range(2):
-        os.environ.update(env, RANK=str(rank))
-        team.append(start(*command(folder, out, "--exact", "--resume", str(state))))
-    for name in (*env, "RANK"):
-        del os.environ[name]
+    team = start_team(*[command(folder, out, "--exact", "--resume", str(state))] * 2)
     deadline = time.monotonic() + 60
     while not state.exists() and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -126,10 +152,63 @@ def test_a_process_that_dies_ends_all_and_the_saved_step_stays_good(folder, plan
     team[1].communicate()
     assert team[0].returncode == 1
     assert "another process of this search has ended" in err.splitlines()[-1] and "Traceback" not in err
-    assert json.loads(state.read_text())["beam"] and not out.exists()
+    saved = state.read_text()
+    assert json.loads(saved)["beam"] and not out.exists()
+    elsewhere = str(tmp_path / "another machine's")
+    for process in start_team(*[command(folder, out, "--exact", "--resume", path) for path in (str(state), elsewhere)]):
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 1 and "Traceback" not in err
+        assert any("did not start alike" in line and "--resume" in line for line in err.splitlines()), err
+    assert state.read_text() == saved and not out.exists()
     code, _, err = run(*command(folder, out, "--exact", "--resume", str(state)))
     assert code == 0 and "step 0" not in err, err
     assert json.loads(out.read_text()) == plan
+
+
+def start_team(*commands: list[str]) -> list[subprocess.Popen]:
+    """A process for each command, which find each other as those of a torchrun do."""
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(len(commands)))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        team = []
+        for rank, own in enumerate(commands):
+            patch.setenv("RANK", str(rank))
+            team.append(start(*own))
+    return team
+
+
+def test_one_process_always_agrees():
+    Team().agree("these")
+    Team().agree("those")
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    def refuse(index: int) -> None:
+        raise RuntimeError(f"CUDA error: invalid device ordinal {index}\nCUDA kernel errors might be reported later")
+
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    with pytest.raises(TeamError, match=r"LOCAL_RANK 1: .*ordinal 1\); start no more processes than .* GPUs") as caught:
+        join("cuda")
+    assert "\n" not in str(caught.value)
+
+
+def test_finercut_shares_its_work(monkeypatch):
+    class Counting(Team):
+        calls = 0
+
+        def shared(self, candidates, measure):
+            self.calls += 1
+            return measure(candidates)
+
+    meter = small.meter("llama", small.build("llama", 2), small.prompts([5, 6]), [1])
+    meter.team = Counting()
+    with torch.no_grad():
+        monkeypatch.setattr(baselines, "plan_of", lambda meter, order, *args: order)
+        assert baseline("finercut", 0, Settings(0.2), meter) and meter.team.calls
 
 
 def free_port() -> int:

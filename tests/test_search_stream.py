@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import small
 import torch
 from safetensors.torch import load_file, save_file
 
-from skrr_engine.encoders import load
+from skrr_engine.cli import main
+from skrr_engine.encoders import gigabytes, load
 from skrr_engine.row import EncoderError
 from skrr_engine.stream import Files
 
@@ -39,7 +41,8 @@ def test_streamed_is_loaded(name, single_file, tmp_path):
     small.build(name, 3).save_pretrained(with_tokenizer(tmp_path))
     path = str(tmp_path / "model.safetensors" if single_file else tmp_path)
     with torch.no_grad():
-        whole, streamed = load(path), load(path, memory=1)
+        whole = load(path)
+        streamed = load(path, memory=least(whole))
         held = [sum(t.untyped_storage().nbytes() > 8 for t in s.tensors().values()) for s in streamed.row.sub_blocks]
         assert sum(map(bool, held)) == 0, "weights came in before their use"
         batch = streamed.batch([[3, 4, 5, 6, 2]])
@@ -49,6 +52,71 @@ def test_streamed_is_loaded(name, single_file, tmp_path):
     held = [any(t.untyped_storage().nbytes() > 8 for t in s.tensors().values()) for s in streamed.row.sub_blocks]
     assert sum(held) == 1, "weights stayed"
     assert streamed.row.parameter_counts == whole.row.parameter_counts and streamed.row.total == whole.row.total
+
+
+def least(whole) -> int:
+    """Bytes for all weights outside the sub-blocks of a loaded encoder and the largest of its sub-blocks."""
+    counts = whole.row.parameter_counts
+    return 4 * (sum(p.numel() for p in whole.module.parameters()) - sum(counts) + max(counts))
+
+
+@pytest.mark.parametrize("name", ["t5", "clip", "llama"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_large_vocabulary_counts(name, stored, tmp_path, monkeypatch):
+    from skrr_engine import encoders
+
+    module = small.build(name, 3)
+    module.resize_token_embeddings(20_000)  # 2.56 MB in float32, a sub-block at most 25 KB
+    module.to(stored).save_pretrained(with_tokenizer(tmp_path))
+    whole, streams = load(str(tmp_path)), []
+    need = least(whole)
+
+    class Seen(encoders.Stream):
+        def __init__(self, *args):
+            super().__init__(*args)
+            streams.append(self)
+
+    monkeypatch.setattr(encoders, "Stream", Seen)
+    streamed = load(str(tmp_path), memory=need + 1000)
+    assert streams[0].capacity == 1000 + 4 * max(whole.row.parameter_counts)
+    with torch.no_grad():
+        streamed.batch([[3, 4, 5, 6, 2]]).run(streamed.module)
+    held = sum(t.untyped_storage().nbytes() for s in streamed.row.sub_blocks for t in s.tensors().values())
+    assert (
+        max(whole.row.parameter_counts) * 4 <= held <= streams[0].capacity + 1000
+    )  # what is let go leaves 4 bytes each
+
+    monkeypatch.setattr(Files, "read", lambda self, key: pytest.fail("weights are read before the refusal"))
+    with pytest.raises(EncoderError, match="too large for the memory there is") as refused:
+        load(str(tmp_path), memory=need - 1, shares=4)
+    monkeypatch.undo()
+    found = float(re.search(r"give --memory ([\d.]+) \(GB\) or more, or --dtype bfloat16$", str(refused.value))[1])
+    assert 4 * need <= found * 1e9 < 4 * need * 1.1
+    load(str(tmp_path), memory=int(found * 1e9) // 4, shares=4)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (1, "0.0010"), (10**6 - 1, "0.0010"), (10**6, "0.0011"), (2_130_000, "0.0022"), (10**9 - 1, "1.00"),
+        (10**9, "1.01"), (19_034_000_000, "19.04"), (289_999_999, "0.29"), (290_000_000, "0.30"),
+    ],
+)  # fmt: skip
+def test_gigabytes_are_rounded_up(size, text):
+    assert gigabytes(size) == text and int(float(text) * 1e9) >= size
+
+
+def test_the_memory_asked_for_is_enough(tmp_path, capsys):
+    module = small.build("llama", 3)
+    module.resize_token_embeddings(20_000)
+    module.save_pretrained(with_tokenizer(tmp_path))
+    out = tmp_path / "plan.json"
+    search = ["search", "--encoder", tmp_path, "--prompts", tmp_path / "prompts.txt", "--out", out]
+    search = [*map(str, search), "--sparsity", "0.01", "--beam", "1", "--quiet", "--memory"]
+    with torch.no_grad():  # main leaves gradients off, the block puts them back
+        assert main([*search, "0.003"]) == 1 and not out.exists()
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "streamed" in line]
+        assert main([*search, re.search(r"--memory ([\d.]+)", line)[1]]) == 0 and out.exists()
 
 
 def test_files(tmp_path):
