@@ -66,7 +66,8 @@ def test_exact_is_the_naive_loop(name, data):
     row = families.find(module)
     without(module, row, data.draw(st.lists(st.integers(0, 20), max_size=3), "zeroed"))
     double(row, data.draw(st.lists(st.integers(0, 20), max_size=2), "doubled"))
-    batches = small.prompts(data.draw(st.lists(st.integers(2, 12), min_size=1, max_size=6), "lengths"), seed)
+    shapes = data.draw(st.lists(st.tuples(st.integers(1, 3), st.integers(2, 12)), min_size=1, max_size=5), "shapes")
+    batches = [[ids for (ids,) in small.prompts([length] * n, seed + i)] for i, (n, length) in enumerate(shapes)]
     width = data.draw(st.integers(1, 4), "k")
     target = data.draw(st.sampled_from([0.1, 0.3, 0.4]), "target")
     meter = small.meter(name, module, batches, [2], limit=data.draw(st.sampled_from([0, 2, 5])))
