@@ -160,7 +160,7 @@ class Meter:
         self._pieces = [[batch] for batch in (null, *batches)]
         self._known: dict[tuple[bool, frozenset], tuple[float, np.ndarray]] = {}  # by whether streams were stacked, too
         self._expected: np.ndarray | None = None  # the prompts' shares of the best candidates' discrepancies so far
-        self.share = 0.5
+        self.share, self._work = 0.5, Stepping(None, 0, 0)
         self._dense_size = 0
         elements = [self._guarded(b, functools.partial(self._elements, b)) for b in range(len(self._pieces))]
         totals = np.concatenate([elements[0], *elements[1:]], axis=1)[:, elements[0].shape[1] :].sum(axis=1)
@@ -305,7 +305,18 @@ class Meter:
     def _stepping(self, candidates: Sequence[Assignment], tick, share: float) -> "Stepping":
         work = forwards(len(self.tracer.row), candidates) * sum(self._tokens)
         missing = sum(tokens for b, tokens in enumerate(self._tokens) if (b, 0) not in self._dense)
-        return Stepping(tick, work, share, len(self.tracer.row) * missing)
+        self._work = Stepping(tick, work, share, len(self.tracer.row) * missing)
+        return self._work
+
+    @property
+    def spent(self) -> float:
+        """Sub-block forwards that the measurement under way, or the last one, has taken, over all prompts' tokens."""
+        return self._work.done / sum(self._tokens)
+
+    @property
+    def prompts(self) -> int:
+        """How many it measures on, the null prompt left out."""
+        return sum(len(weights) for weights in self._weights)
 
     def _fill(
         self, board: Board, candidates: Sequence[Assignment], members: Sequence[int], batches: Iterable[int], few: int,

@@ -1,6 +1,7 @@
 """From a meter to an encoder's entry in a plan: skip, then re-use for each level, with progress and resuming."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,8 +72,7 @@ class Progress:
 
 
 class Clock:
-    """Turns work done (in the sub-block forwards expected of it) into a time left, at the pace of the last two steps:
-    the share of a step's candidates that can be dropped early changes as removals add up."""
+    """Turns work done, and work that is expected, into a time left, at the pace of the last two steps."""
 
     def __init__(self):
         self.worked = 0.0
@@ -83,10 +83,11 @@ class Clock:
         self._marks = [self._marks[1], (time.monotonic(), self.worked)]
 
     def left(self, remaining: float) -> float | None:
-        """Seconds for the remaining work; None in the first second."""
+        """Seconds for the remaining work; None in the first second, and while less than a hundredth of it is done: the
+        first batch, the null prompt alone, takes longer for each token than others."""
         since, worked = self._marks[0]
-        elapsed = time.monotonic() - since
-        return elapsed / (self.worked - worked) * remaining if self.worked > worked and elapsed > 1 else None
+        elapsed, done = time.monotonic() - since, self.worked - worked
+        return elapsed / done * remaining if done > 0.01 * remaining and elapsed > 1 else None
 
 
 def step_work(length: int, removed: int, beam: int) -> float:
@@ -99,6 +100,32 @@ def step_work(length: int, removed: int, beam: int) -> float:
 def reuse_work(length: int, skipped: int) -> float:
     """The same for the re-use maps of a level: two candidates for each skipped sub-block."""
     return 2 * skipped * (length - skipped) * 0.75
+
+
+class Shares:
+    """What share of `step_work` steps take: the rest is saved by dropping candidates early and by states that are held.
+
+    It is a guess at first (SmolLM2, docs/search.md: 0.4 exact, racing 0.16 with 64 prompts and 0.10 with 256), and what
+    the last two steps took from then on. work: of the first step.
+    """
+
+    REUSE = 1.7
+    """By how much more re-uses take, beside `reuse_work`: few of them are dropped early."""
+
+    def __init__(self, settings: Settings, meter: Meter, work: float):
+        guess = 0.08 + 5 / meter.prompts if settings.delta else 0.4
+        self._steps = deque([(min(guess, 0.5) / meter.team.size * work, work)], maxlen=2)
+
+    def add(self, spent: float, work: float) -> None:
+        """A step is done. spent: sub-block forwards; work: its `step_work`."""
+        self._steps.append((spent, work))
+
+    def of(self, work: float) -> float:
+        """Sub-block forwards to expect of so much work."""
+        return sum(spent for spent, _ in self._steps) / sum(work for _, work in self._steps) * work
+
+    def of_reuse(self, work: float) -> float:
+        return min(self.of(work) * self.REUSE, work)
 
 
 def search(
@@ -117,7 +144,7 @@ def search(
     row = meter.tracer.row
     total, length = row.total, meter.readable()  # what nothing reads needs no search, and no place in a plan
     costs = row.parameter_counts[:length]
-    clock = Clock()
+    clock, shares = Clock(), Shares(settings, meter, step_work(length, 0, settings.beam))
     best = beam[0] if beam else Path((), 0.0)
     targets = sorted({*settings.levels, settings.sparsity})
 
@@ -130,18 +157,19 @@ def search(
     def remaining(path: Path) -> float:
         """Work left once `path` has been found."""
         steps = range(len(path.order), steps_expected(path))
-        work = meter.share * sum(step_work(length, step, settings.beam) for step in steps)
+        left = shares.of(sum(step_work(length, step, settings.beam) for step in steps))
         if settings.reuse:
-            work += sum(reuse_work(length, int(steps_expected(path) * t / settings.sparsity)) for t in targets)
-        return work
+            ends = [int(steps_expected(path) * t / settings.sparsity) for t in targets]
+            left += shares.of_reuse(sum(reuse_work(length, end) for end in ends))
+        return left
 
-    def ticking(line: str, candidates: int, ahead: float, work: float):
-        """A tick for `Meter.measure`: this measurement is `work`, and `ahead` comes after it."""
+    def ticking(line: str, candidates: int, ahead: float, expected: float):
+        """A tick for `Meter.rank`: it is expected to take so many sub-block forwards, and `ahead` come after it."""
         before = clock.worked
 
         def tick(share: float) -> None:
-            clock.worked = before + share * work
-            left = ahead + (1 - share) * work
+            clock.worked = before + meter.spent
+            left = ahead + max(expected - meter.spent, 0.1 * meter.spent)  # some is left as long as it is not over
             report(
                 Progress(
                     len(best.order) + 1, max(steps_expected(best), len(best.order) + 1),
@@ -154,9 +182,12 @@ def search(
 
     def rank_step(candidates: list[dict], keep: int) -> list[float]:
         clock.mark()
-        work = meter.share * step_work(length, len(best.order), settings.beam)
-        tick = ticking(step_line(best, steps_expected(best)), len(candidates), remaining(best) - work, work)
-        return meter.rank(candidates, keep, settings.delta, tick=tick)
+        work = step_work(length, len(best.order), settings.beam)
+        expected = shares.of(work)
+        tick = ticking(step_line(best, steps_expected(best)), len(candidates), remaining(best) - expected, expected)
+        found = meter.rank(candidates, keep, settings.delta, tick=tick)
+        shares.add(meter.spent, work)
+        return found
 
     for step in skip.search(rank_step, costs, total, settings.sparsity, settings.beam, beam, settings.rounding):
         best = step[0]
@@ -166,8 +197,8 @@ def search(
     ends = sorted({skip.reaching(best.order, costs, total, target) for target in targets})
     order = best.order[: ends[-1]]
     for number, end in enumerate(ends):
-        ahead = sum(reuse_work(length, e) for e in ends[number + 1 :]) if settings.reuse else 0.0
-        levels.append(find_level(meter, order[:end], settings, ticking, ahead))
+        work, *others = [shares.of_reuse(reuse_work(length, e)) if settings.reuse else 0.0 for e in ends[number:]]
+        levels.append(find_level(meter, order[:end], settings, ticking, work, sum(others)))
     return EncoderPlan(
         family=row.family, blocks=row.blocks, width=row.width, order=order, levels=tuple(levels),
         extensions={EXTENSION: {**how(settings), **steps_of(best.trail[: len(order)])}},
@@ -207,11 +238,12 @@ def step_line(path: Path, steps: int) -> str:
     return f"step {len(path.order)} of {steps}: skipped {describe(path.order[-1])}, D {path.discrepancy:.4g}"
 
 
-def find_level(meter: Meter, order: Sequence[int], settings: Settings, ticking, ahead: float) -> Level:
-    """The level of a skip list: its re-use map (empty where none is asked for), sparsity and discrepancy."""
+def find_level(meter: Meter, order: Sequence[int], settings: Settings, ticking, work: float, ahead: float) -> Level:
+    """The level of a skip list: its re-use map (empty where none is asked for), sparsity and discrepancy. work: the
+    sub-block forwards that are expected of it; ahead: of what comes after it."""
     row = meter.tracer.row
     length = meter.readable()
-    calls, work = 0, reuse_work(length, len(order))
+    calls = 0
     expected = len(order) + 1 if settings.reuse else 1
     line = f"finding re-uses for {len(order)} skipped sub-blocks" if settings.reuse else "measuring the plan"
 

@@ -173,3 +173,22 @@ def test_choosing_a_level():
     assert at_sparsity(row, plan, (low.sparsity + high.sparsity) / 2) is low
     with pytest.raises(PlanError):
         at_sparsity(row, plan, 0.01)
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.05])
+def test_the_time_left_is_about_right(delta, monkeypatch):
+    """A forward takes a second here; from the middle to the last tenth, it is within a factor of three."""
+    now, told = [0.0], []
+    monkeypatch.setattr("skrr_engine.search.time.monotonic", lambda: now[0])
+
+    def report(progress):
+        now[0] += 1
+        told.append((now[0], progress.seconds_left, progress.done))
+
+    meter = small.meter("llama", small.build("llama", 8), small.prompts([7, 9] * 12), [2])
+    search(meter, Settings(0.4, (), 3, True, delta), report)
+    total = now[0]
+    assert told[0][1] is None and all(0 <= done <= 1 for *_, done in told)
+    ratios = [left / (total - at) for at, left, _ in told if 0.5 * total < at < 0.9 * total]
+    assert 1 / 3 < min(ratios) and max(ratios) < 3
+    assert meter.spent > 0 and meter.prompts == 24
