@@ -2,7 +2,8 @@
 
 Work is counted in sub-block x token forwards by the sub-blocks themselves, whoever calls them. The naive loop measures
 each candidate by whole passes over what it keeps, equal sets merged. Where it would take hours, its forwards are
-counted from the candidates, its seconds from a sample of them, and both are marked.
+counted from the candidates, its seconds from a sample of them, and both are marked. Seconds are the process's own time:
+with one thread, those of a machine that does nothing else.
 
 Writes docs/images/search_scaling.png and prints the tables of docs/search.md.
 """
@@ -123,9 +124,9 @@ class Run:
 
 def run_search(meter: Meter, settings: Settings) -> Run:
     count = Count().watch(meter.tracer.row)
-    start = time.perf_counter()
+    start = time.process_time()
     plan = search(meter, settings)
-    return Run(count.work, count.touched, time.perf_counter() - start, plan)
+    return Run(count.work, count.touched, time.process_time() - start, plan)
 
 
 def synthetic(blocks: int, seed: int = 0, width: int = 64):
@@ -205,9 +206,9 @@ def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
                 sampled = candidates[:: max(1, len(candidates) // 3)][:3]
                 pace = naive_pace(meter, sampled, count)
             meter.passes = passes
-            start = time.perf_counter()
+            start = time.process_time()
             scores = meter.rank(candidates, 3, delta)
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             best = sorted(range(len(scores)), key=lambda i: (scores[i], orders[i][-1], i))[:3]
             found[mode] = [orders[i] for i in best]
             rows.append({
@@ -309,27 +310,28 @@ def one_search(captions: Sequence[str], mode: str, beam: int, part: Path, memory
 
 
 class Clock:
-    """Seconds since it was made, without those in which it stood; begins at `seconds`."""
+    """Seconds of this process's own time since it was made, whatever else the machine does, without those in which it
+    stood; begins at `seconds`."""
 
     def __init__(self, seconds: float = 0.0):
-        self.start = time.perf_counter() - seconds
+        self.start = time.process_time() - seconds
 
     def seconds(self) -> float:
-        return time.perf_counter() - self.start
+        return time.process_time() - self.start
 
     @contextmanager
     def stopped(self):
-        begun = time.perf_counter()
+        begun = time.process_time()
         yield
-        self.start += time.perf_counter() - begun
+        self.start += time.process_time() - begun
 
 
 def naive_pace(meter: Meter, candidates: list[dict], count: Count) -> float:
-    """Seconds a sub-block x token forward of the naive loop, from some candidates. count: watches the meter's encoder;
-    what it has counted is left as it was."""
-    work, touched, start = count.work, count.touched, time.perf_counter()
+    """Seconds of this process's own time that a sub-block x token forward of the naive loop takes, from some candidates.
+    count: watches the meter's encoder; what it has counted is left as it was."""
+    work, touched, start = count.work, count.touched, time.process_time()
     naive_scores(meter, candidates)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     meter._states.clear()  # what is timed next starts with nothing
     pace = seconds / (count.work - work)
     count.work, count.touched = work, touched
@@ -348,7 +350,7 @@ def scaling() -> list[dict]:
         for mode, delta in MODES.items():
             meter = synthetic_meter(module, prompts, race=delta > 0)
             count = Count().watch(meter.tracer.row)
-            start = time.perf_counter()
+            start = time.process_time()
 
             def rank(candidates, keep, meter=meter, delta=delta):
                 return meter.rank(candidates, keep, delta)
@@ -356,7 +358,7 @@ def scaling() -> list[dict]:
             steps = skip.search(rank, row.parameter_counts, row.total, 0.8, width)
             for _ in range(4):
                 next(steps)
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             rows.append({"by": what, what: value, "mode": mode, "work": count.work, "seconds": seconds})
             show(rows[-1])
     return rows
