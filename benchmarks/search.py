@@ -327,7 +327,7 @@ class Clock:
 
 
 def naive_pace(meter: Meter, candidates: list[dict], count: Count) -> float:
-    """Seconds of this process's own time that a sub-block x token forward of the naive loop takes, from some candidates.
+    """Seconds of this process's own time that the naive loop takes for a sub-block x token forward. candidates: a few;
     count: watches the meter's encoder; what it has counted is left as it was."""
     work, touched, start = count.work, count.touched, time.process_time()
     naive_scores(meter, candidates)
