@@ -121,7 +121,7 @@ def measure(
     own = PRECISIONS[precision]
     twin, sizes = quantised(module, own, PRECISIONS[EMBEDDING.get(precision, precision)])
     row = families.find(twin)
-    meter = Meter(module, Tracer(twin, row), batches, null)
+    meter = Meter(module, Tracer(twin, row), batches, null, against=Tracer(module, families.find(module)))
     return [
         Point(precision, row.sparsity(gone), kept_bytes(row, sizes, gone), found)
         for gone, found in zip(removals, meter.measure(removals), strict=True)

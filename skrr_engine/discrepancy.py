@@ -125,7 +125,8 @@ def token_norm(reading: Reading) -> float:
 class Meter:
     """Measures candidates' discrepancies on one encoder and one set of prompts.
 
-    encoder: the dense encoder, as `Batch.run` takes it; never changed. tracer: of the same encoder. batches: of the
+    encoder: the dense encoder, as `Batch.run` takes it; never changed. tracer: of the encoder whose sub-blocks are left
+    out: the same, or a twin of it in another precision; then `against` is a tracer of the dense one. batches: of the
     calibration prompts, in the order in which a race sees them (see race.grouped); null: of the empty one. projection:
     see `Projection`. limit: states held at once by the walk (0: as many as the memory allows). memory: bytes that all
     of this may take beside the encoder (None: see budget.free_memory); what does not fit is computed again when it is
@@ -149,7 +150,9 @@ class Meter:
         memory: int | None = None,
         team: Team | None = None,
         criterion: Criterion = Criterion(),  # noqa: B008 - frozen
+        against: Tracer | None = None,
     ):
+        self.against = against or tracer
         self.criterion = criterion
         self.encoder, self.tracer, self.projection, self.limit = encoder, tracer, projection, limit
         self.team = team or Team()
@@ -203,7 +206,9 @@ class Meter:
 
     def _dense_features(self, batch: int, piece: int, step: Callable[[], None] | None = None) -> Reading:
         def make() -> Reading:
-            ((_, reading),) = self.tracer.walk(self._trace(batch, piece), [{}], step=step)
+            same = self.against is self.tracer
+            trace = self._trace(batch, piece) if same else self.against.trace(self._pieces[batch][piece].run)
+            ((_, reading),) = self.against.walk(trace, [{}], step=step)
             dense = [(t.float(), mask) for t, mask in features(reading, self.projection)]
             if not all(bool(read_only(t, mask).isfinite().all()) for t, mask in dense):
                 raise EncoderError(

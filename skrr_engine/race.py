@@ -164,9 +164,10 @@ class Lanes:
 
     def drop(self, seen: Sequence[int], looks: int) -> None:
         """Candidates that are behind the keep-th best with confidence, on the prompts of the batches seen, are out."""
-        if len(self.live) <= self.keep:
-            return
         prompts = np.concatenate([np.arange(s.start, s.stop) for s in (self.board.spans[b] for b in seen)])
+        count = len(prompts)
+        if len(self.live) <= self.keep or count < 4:  # nothing can be told from so few
+            return
         values, null = self.board.values[self.live][:, prompts], self.board.null[self.live]
         weights, total = self.board.weights[prompts], len(self.board.weights)
         rates = values.sum(axis=1) / weights.sum()
@@ -174,9 +175,8 @@ class Lanes:
         rival = int(np.argsort(estimates, kind="stable")[self.keep - 1])
         ahead = estimates - estimates[rival]
         # A ratio estimate's error, from the residuals of the paired differences; prompts are drawn without replacement.
-        count = len(prompts)
         residuals = (values - values[rival]) - np.outer(rates - rates[rival], weights)
-        variance = (residuals**2).sum(axis=1) / max(count - 1, 1) * total**2 / count * (1 - count / total)
+        variance = (residuals**2).sum(axis=1) / (count - 1) * total**2 / count * (1 - count / total)
         margin = t_quantile(1 - self.delta / (self.keep * looks), count - 1) * np.sqrt(variance)
         margin += ROUNDING * estimates[rival]
         self.live = [c for c, lead, m in zip(self.live, ahead, margin, strict=True) if not lead > m]
