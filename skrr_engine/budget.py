@@ -28,7 +28,7 @@ def out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error).lower() if isinstance(error, RuntimeError) else ""
-    return "out of memory" in text or "can't allocate memory" in text
+    return any(saying in text for saying in ("out of memory", "can't allocate memory", "not enough memory"))
 
 
 def batch_tokens(memory: int, width: int, device: torch.device | str = "cpu") -> int:

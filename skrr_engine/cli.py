@@ -5,6 +5,7 @@ Exit code 0; 1 for a user's error, told in one line; 130 for Ctrl-C.
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -263,7 +264,8 @@ def baseline(method: str, seed: int, settings, meter):
     elif method == "shortgpt":
         order = baselines.shortgpt_order(meter)
     else:
-        batches, null = meter.batches()
+        batches, null = meter.batches()  # as they may have been halved, on one device and not on another
+        meter.team.agree(repr([batch.prompts for batch in batches]))
         own = Meter(
             meter.encoder, meter.tracer, batches, null, memory=meter.memory, team=meter.team,
             criterion=baselines.ANGLE_OF_OUTPUT,
@@ -289,10 +291,10 @@ def run_discrepancy(options) -> None:
         "skipped": level.skipped,
         "sparsity": row.sparsity(removed),
         "standins": len(standins),
-        "D": found.total,
-        "D_cond": found.conditional,
-        "D_null": found.null,
-        "null_norm": {"dense": meter.null_norm(), "pruned": found.null_norm},
+        "D": found.finite,  # JSON has no infinity
+        "D_cond": finite(found.conditional),
+        "D_null": finite(found.null),
+        "null_norm": {"dense": meter.null_norm(), "pruned": finite(found.null_norm)},
     }
     if options.json:
         print(json.dumps(result))
@@ -302,6 +304,11 @@ def run_discrepancy(options) -> None:
     print(f"D_cond    {found.conditional:.6g}")
     print(f"D_null    {found.null:.6g}")
     print(f"null_norm {result['null_norm']['dense']:.6g} dense, {found.null_norm:.6g} pruned")
+
+
+def finite(number: float) -> float | None:
+    """A number for JSON; None where the encoder overflowed."""
+    return number if math.isfinite(number) else None
 
 
 def standins_beside(path: str, name: str, entry, level):

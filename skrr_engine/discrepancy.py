@@ -117,9 +117,8 @@ COSINE = Criterion(angles, elementwise=False)
 def token_norm(reading: Reading) -> float:
     """Mean L2 norm of the read tokens of the first tensor of a reading."""
     t, mask = reading[0]
-    norms = t.double().norm(dim=-1)
-    weights = torch.ones_like(norms) if mask is None else mask.to(norms)
-    return float((norms * weights).sum() / weights.sum())
+    norms = read_only(t.double().norm(dim=-1), mask)
+    return float(norms.sum() / tokens_read(t, mask).sum().clamp(min=1))
 
 
 class Meter:
@@ -179,14 +178,15 @@ class Meter:
 
     def _elements(self, batch: int) -> np.ndarray:
         """Number of read elements, `[tensors, prompts]`."""
-        pieces = []
+        pieces, size = [], 0
         for piece in range(len(self._pieces[batch])):
             reading = self.tracer.read(self._trace(batch, piece), {})  # of nothing: the shapes, for next to no work
             one_token = features([(t[:1, :1], None) for t, _ in reading], self.projection)
             widths = [t.shape[2] for t, _ in one_token]
-            self._dense_size += sum(t.shape[:2].numel() * w * 4 for (t, _), w in zip(reading, widths, strict=True))
+            size += sum(t.shape[:2].numel() * w * 4 for (t, _), w in zip(reading, widths, strict=True))
             per_token = widths if self.criterion.elementwise else [1] * len(widths)
             pieces.append([tokens_read(*entry) * n for entry, n in zip(reading, per_token, strict=True)])
+        self._dense_size += size
         return np.concatenate([torch.stack(found).numpy() for found in pieces], axis=1)
 
     def _check(self) -> None:
@@ -365,7 +365,8 @@ class Meter:
         for member, reading in self.tracer.walk(trace, candidates, limit, step, shelf, together):
             pruned = features(reading, self.projection)
             errors = self.criterion.errors(dense, pruned)
-            values = sum(e.numpy() / n for e, n in zip(errors, self._scale[batch], strict=True))
+            # A prompt of which nothing is read contributes nothing.
+            values = sum(e.numpy() / max(n, 1) for e, n in zip(errors, self._scale[batch], strict=True))
             values[np.isnan(values)] = np.inf  # NaN would say that it was not measured
             found[member] = values, token_norm(pruned) if batch == 0 else float("nan")
         return found

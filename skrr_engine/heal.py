@@ -66,6 +66,7 @@ class Search:
                 f"a sparsity of {self.settings.sparsity:.0%} can't be reached: the blocks hold"
                 f" {sum(self.costs) / self.row.total:.1%} of this encoder's parameters; ask for less"
             )
+        self.clock.resume(len(path.order))
         while self.row.sparsity(self.path.order) < self.settings.sparsity:
             self.path = self.step()
             save([self.path])
@@ -107,6 +108,8 @@ class Search:
         )
         now = assignment(order, standins=found)
         current = self.ranked.measure([now], self.tick(0.3, 0.05))[0].total if order else 0.0
+        if not current < math.inf:
+            raise skip.SearchError(skip.NOT_FINITE)
         if trail:  # the repairs of the last step's removal are fitted only now
             trail = (*trail[:-1], current)
         by_harm = self.by_harm(trials)

@@ -82,6 +82,10 @@ class Clock:
         """A step begins."""
         self._marks = [self._marks[1], (time.monotonic(), self.worked)]
 
+    def resume(self, worked: float) -> None:
+        """So much was done before, at a pace that is not known."""
+        self.worked, self._marks = worked, [(time.monotonic(), worked)] * 2
+
     def left(self, remaining: float) -> float | None:
         """Seconds for the remaining work; None in the first second, and while less than a hundredth of it is done: the
         first batch, the null prompt alone, takes longer for each token than others."""
@@ -170,11 +174,11 @@ def search(
         def tick(share: float) -> None:
             clock.worked = before + meter.spent
             left = ahead + max(expected - meter.spent, 0.1 * meter.spent)  # some is left as long as it is not over
+            done = clock.worked / max(clock.worked + left, 1e-9)
             report(
                 Progress(
                     len(best.order) + 1, max(steps_expected(best), len(best.order) + 1),
-                    int(share * candidates) + 1, candidates, clock.worked / (clock.worked + left), clock.left(left),
-                    line, best,
+                    int(share * candidates) + 1, candidates, done, clock.left(left), line, best,
                 )
             )  # fmt: skip
 
@@ -197,7 +201,10 @@ def search(
     ends = sorted({skip.reaching(best.order, costs, total, target) for target in targets})
     order = best.order[: ends[-1]]
     for number, end in enumerate(ends):
-        work, *others = [shares.of_reuse(reuse_work(length, e)) if settings.reuse else 0.0 for e in ends[number:]]
+        # Without re-uses, what a step found is only looked up; after resuming it is measured once.
+        work, *others = [
+            shares.of_reuse(reuse_work(length, e)) if settings.reuse else length - e for e in ends[number:]
+        ]
         levels.append(find_level(meter, order[:end], settings, ticking, work, sum(others)))
     return EncoderPlan(
         family=row.family, blocks=row.blocks, width=row.width, order=order, levels=tuple(levels),

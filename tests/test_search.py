@@ -192,3 +192,13 @@ def test_the_time_left_is_about_right(delta, monkeypatch):
     ratios = [left / (total - at) for at, left, _ in told if 0.5 * total < at < 0.9 * total]
     assert 1 / 3 < min(ratios) and max(ratios) < 3
     assert meter.spent > 0 and meter.prompts == 24
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_a_search_stopped_behind_its_last_step_goes_on(reuse):
+    module = small.build("t5", layers=4)
+    settings, beams, reports = Settings(0.3, reuse=reuse, delta=0.0), [], []
+    plan = search(small.meter("t5", module, small.prompts([6, 9]), [1]), settings, save=beams.append)
+    meter = small.meter("t5", module, small.prompts([6, 9]), [1])
+    assert search(meter, settings, reports.append, beam=beams[-1]) == plan
+    assert reports and all(0 <= r.done <= 1 for r in reports)

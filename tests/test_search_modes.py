@@ -400,3 +400,39 @@ def test_no_more_streams_go_on_together_than_the_limit(limit, monkeypatch):
         assert bound > 0 or max(together) > 5, "nothing that a limit would hold back: the test shows nothing"
         together.clear()
     assert found[0] == found[1]
+
+
+def test_t5_in_fp16_is_clamped_as_its_own_blocks_do():
+    """transformers' T5 clamps infinities between its layers: what overflows there is no overflow."""
+    module = small.build("t5", 4).half()
+    module.encoder.block[1].layer[1].DenseReluDense.wo.weight.data[3].sign_().mul_(6e4)
+    for block in module.encoder.block:
+        block.layer[1].DenseReluDense.wo.half()
+        for layer in block.layer:
+            layer.layer_norm.weight.data[3] = 0
+    row, ids = families.find(module), small.prompts([9])[0]
+    tracer = Tracer(module, row)
+    trace = tracer.trace(small.batch("t5", ids).run)
+    x, infinite = trace.x, False
+    for sub_block, call in zip(row.sub_blocks, trace.calls, strict=True):
+        (body,) = sub_block.parts.values()
+        raw = call.again(body, x.clone())[0] if sub_block.is_attention else body(x.clone())
+        infinite = infinite or bool(raw.isinf().any())
+        x = sub_block.apply(x, call)
+    assert infinite, "nothing overflows: the test shows nothing"
+    ((_, reading),) = tracer.walk(trace, [{}])
+    assert torch.equal(reading[0][0], small.forward("t5", ids)(module)) and bool(reading[0][0].isfinite().all())
+    assert search(small.meter("t5", module, [ids], [2]), Settings(0.2, (), 1)).order
+
+
+def test_a_null_prompt_of_which_nothing_is_read():
+    module = small.build("t5", 4)
+    tracer = Tracer(module, families.find(module))
+    null = small.batch("t5", [[2]])
+
+    def unread(module, times=1):
+        return [(t, torch.zeros(t.shape[:2])) for t, _ in null.run(module, times)]
+
+    meter = Meter(module, tracer, [small.batch("t5", ids) for ids in small.prompts([5, 7])], Batch(unread, 1))
+    found = meter.measure([{3: None}])[0]
+    assert found.null == 0.0 and 0 < found.conditional < math.inf and found.null_norm == 0.0

@@ -44,12 +44,20 @@ def sub_blocks(blocks: nn.ModuleList, path: str):
         yield T5FeedForward(2 * i + 1, {f"{path}.{i}.layer.1": block.layer[-1]})
 
 
+def clamped(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """A stream as a block hands it on behind one of its layers: transformers' blocks clamp what overflows in fp16."""
+    if x.dtype != torch.float16 or not from_transformers(layer):
+        return x
+    largest = torch.finfo(x.dtype).max
+    return x.clamp(-largest, largest) if not x.isinf().any() else x.clamp(1000 - largest, largest - 1000)
+
+
 class T5FeedForward(SubBlock):
     """`x + DenseReluDense(layer_norm(x))`."""
 
     def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         (body,) = self.parts.values()
-        return body(x.clone())  # ComfyUI's adds into its input
+        return clamped(body(x.clone()), body)  # ComfyUI's adds into its input
 
     def placeholders(self, reused: "T5FeedForward | None", repair: nn.Module | None = None) -> dict[str, nn.Module]:
         return {path: FeedForwardPlaceholder(reused, repair) for path in self.parts}
@@ -78,7 +86,7 @@ class T5Attention(SubBlock):
         return super().parameter_count() - (parameter_count(bias.weight) if bias is not None else 0)
 
     def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
-        return call.again(self.body, x.clone())[0]  # ComfyUI's adds into its input
+        return clamped(call.again(self.body, x.clone())[0], self.body)  # ComfyUI's adds into its input
 
     def placeholders(self, reused: "T5Attention | None", repair: nn.Module | None = None) -> dict[str, nn.Module]:
         kept = BiasKeeper(self.body.SelfAttention) if self.shared_bias else None
