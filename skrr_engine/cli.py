@@ -5,7 +5,6 @@ Exit code 0; 1 for a user's error, told in one line; 130 for Ctrl-C.
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -282,6 +281,8 @@ def run_show(options) -> None:
 def run_discrepancy(options) -> None:
     """Measure a plan's level on prompts: D_cond and D_null (mean squared errors of the projected conditional and null
     embeddings), null_norm (mean L2 norm of the projected null embedding's tokens), dense and pruned."""
+    from .discrepancy import finite
+
     bench = prepare(options)
     name, level, standins, removed = removal(options, bench)
     row, meter = bench.encoder.row, bench.meter(bench.prompts)
@@ -304,11 +305,6 @@ def run_discrepancy(options) -> None:
     print(f"D_cond    {found.conditional:.6g}")
     print(f"D_null    {found.null:.6g}")
     print(f"null_norm {result['null_norm']['dense']:.6g} dense, {found.null_norm:.6g} pruned")
-
-
-def finite(number: float) -> float | None:
-    """A number for JSON; None where the encoder overflowed."""
-    return number if math.isfinite(number) else None
 
 
 def standins_beside(path: str, name: str, entry, level):

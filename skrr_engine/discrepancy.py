@@ -53,7 +53,12 @@ class Discrepancy:
     @property
     def finite(self) -> float | None:
         """The total, for a plan; None where the encoder overflowed."""
-        return self.total if math.isfinite(self.total) else None
+        return finite(self.total)
+
+
+def finite(number: float) -> float | None:
+    """A number as JSON takes it; None where it is not finite."""
+    return number if math.isfinite(number) else None
 
 
 def features(reading: Reading, projection: Projection | None) -> Reading:
