@@ -239,11 +239,16 @@ class Tracer:
         return self._stackable[trace.x.shape]
 
 
+MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+"""What a module raises on a batch that it does not expect; a host's interruption is none of them."""
+
+
 def attempt(act: Callable):
-    """What `act` returns; None where it can't be done. Running out of memory is no answer to that."""
+    """What `act` returns; None where it can't be done. Running out of memory is no answer to that, nor is being
+    interrupted (ComfyUI asks for that before every operation, and tells of it once)."""
     try:
         return act()
-    except Exception as error:  # whatever a stranger's module raises on a batch that it does not expect
+    except MISFITS as error:
         if out_of_memory(error):
             raise
         return None

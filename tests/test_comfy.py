@@ -214,6 +214,44 @@ def test_streams_are_stacked(builders, host, kind, name):
                     torch.testing.assert_close(t, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind, name", [("flux", "t5xxl"), ("sdxl", "clip_g"), ("llama", "llama")])
+def test_an_interruption_at_any_operation_ends_the_walk(builders, host, comfy, monkeypatch, kind, name):
+    """ComfyUI looks for it before every operation and forgets it as it raises: tries of what can be stacked must not
+    take it for an answer."""
+    management = comfy.model_management
+    clip = builders.hunyuan_video() if kind == "llama" else getattr(builders, kind)()
+    view = host("nodes.host.encoders").choose(clip, name)
+    conditioning = host("nodes.host.conditioning").Conditioning(clip, view)
+    candidates = [{}, *({i: None} for i in range(len(view.row)))]
+    tracer = host("skrr_engine.trace").Tracer(conditioning.encoder, view.row, "transformer.")
+    (batch,) = conditioning.batches(["a cat"])
+    trace = tracer.trace(batch.run)
+    asked, interrupt_at = 0, None
+
+    def counting(every_op=comfy.ops.run_every_op):
+        nonlocal asked
+        asked += 1
+        if asked == interrupt_at:
+            management.interrupt_current_processing()
+        every_op()
+
+    def walk():
+        nonlocal asked
+        asked = 0
+        tracer._stackable.clear()
+        return len(dict(tracer.walk(trace, candidates, stack=2000))), tracer._stackable[trace.x.shape]
+
+    assert walk() == (len(candidates), (True, True))  # the boundaries are known from now on
+    monkeypatch.setattr(comfy.ops, "run_every_op", counting)
+    walk()
+    operations = asked
+    for chosen in {*range(1, operations, max(1, operations // 97)), operations}:
+        interrupt_at = chosen
+        with pytest.raises(management.InterruptProcessingException):
+            walk()
+        assert not management.processing_interrupted()
+
+
 def test_template_tokens_are_not_read(builders, host):
     """HunyuanVideo reads a hidden state before the last one, without the system prompt around it."""
     clip = builders.hunyuan_video()

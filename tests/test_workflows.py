@@ -122,7 +122,7 @@ def test_smollm2(server, builders, smollm2_folder):
 
 
 def test_interrupt_and_resume(server):
-    inputs = pruning("t5xxl", "resumed", prompts=40, beam=3, sparsity=0.05)
+    inputs = pruning("t5xxl", "resumed", prompts=80, beam=3, sparsity=0.05)
     others = list_states(server)  # of searches that other tests have stopped
     prompt = server.prompt(graph("flux", **inputs))
     deadline = time.monotonic() + 60
