@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from . import skip
+from . import search, skip
 from .discrepancy import COSINE, Criterion, Meter
 from .plan import EncoderPlan, Level
 from .rewire import assignment
@@ -21,8 +21,6 @@ from .row import Row
 
 ANGLE_OF_OUTPUT = Criterion(COSINE.errors, COSINE.elementwise, null=0.0)
 """FinerCut's criterion, for a Meter without a projection."""
-
-Tick = Callable[[float], None]
 
 
 def random_order(meter: Meter, seed: int = 0) -> list[int]:
@@ -54,13 +52,11 @@ def shortgpt_order(meter: Meter) -> list[int]:
     return [index for block in blocks for index in (2 * block, 2 * block + 1)]
 
 
-def finercut_order(meter: Meter, target: float, tick: Tick | None = None) -> list[int]:
-    """Greedy removals up to a sparsity. meter: with ANGLE_OF_OUTPUT and no projection."""
-    costs, total = meter.tracer.row.parameter_counts[: meter.readable()], meter.tracer.row.total
-    order: Sequence[int] = ()
-    for beam in skip.search(lambda c, keep: meter.rank(c, keep, tick=tick), costs, total, target, 1):
-        order = beam[0].order
-    return list(order)
+def finercut_order(meter: Meter, target: float, *watch, beam: Sequence[skip.Path] = ()) -> list[int]:
+    """Greedy removals up to a sparsity. meter: with ANGLE_OF_OUTPUT and no projection; watch, beam: `report` and `save`
+    of search.search, and where to go on from."""
+    settings = search.Settings(sparsity=target, beam=1, reuse=False, delta=0.0)
+    return list(search.search(meter, settings, *watch, beam=beam).order)
 
 
 def plan_of(meter: Meter, order: Sequence[int], targets: Sequence[float], method: str) -> EncoderPlan:

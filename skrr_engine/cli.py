@@ -168,8 +168,8 @@ def run_search(options) -> None:
     method = options.method or ("heal" if fitting else "skrr")
     if method == "heal" and fitting is None:
         raise UsageError("--method heal: measures stand-ins; give their rank with --standins, like 16")
-    if options.resume and method not in ("skrr", "heal"):
-        raise UsageError("--resume: only --method skrr and heal can be gone on with")
+    if options.resume and method in ("shortgpt", "random"):
+        raise UsageError(f"--resume: --method {method} takes one step; leave it out")
     check_writable(options.out, "--out")
     if options.resume:
         check_writable(options.resume, "--resume")
@@ -192,7 +192,7 @@ def run_search(options) -> None:
         if method == "skrr":
             entry = search(ranked, settings, report, save, beam)
         else:
-            entry = baseline(method, options.seed, settings, ranked)
+            entry = baseline(method, options.seed, settings, ranked, report, save, beam)
         if fitting is not None:
             healed = best_rank(fitted, ranked, entry.order, settings, fitting, entry.extensions["search"])
             entry = healed.plan
@@ -253,8 +253,9 @@ def resumed(options, bench: "Bench", settings, fitting, method: str):
     return state, state.save if bench.team.leads else lambda beam: None, state.load(len(encoder.row))
 
 
-def baseline(method: str, seed: int, settings, meter):
-    """An encoder's entry by another method; its levels' discrepancies are Skrr's."""
+def baseline(method: str, seed: int, settings, meter, report, save, beam):
+    """An encoder's entry by another method; its levels' discrepancies are Skrr's. report, save, beam: as for a search,
+    where the method is one."""
     from . import baselines
     from .discrepancy import Meter
 
@@ -269,7 +270,7 @@ def baseline(method: str, seed: int, settings, meter):
             meter.encoder, meter.tracer, batches, null, memory=meter.memory, team=meter.team,
             criterion=baselines.ANGLE_OF_OUTPUT,
         )  # fmt: skip
-        order = baselines.finercut_order(own, settings.sparsity)
+        order = baselines.finercut_order(own, settings.sparsity, report, save, beam=beam)
     return baselines.plan_of(meter, order, [*settings.levels, settings.sparsity], method)
 
 

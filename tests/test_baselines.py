@@ -8,8 +8,10 @@ import small
 import torch
 
 from skrr_engine import baselines, families
+from skrr_engine.cli import main
 from skrr_engine.discrepancy import COSINE, Meter
 from skrr_engine.rewire import assignment, rewire, undo
+from skrr_engine.state import State
 from skrr_engine.trace import Tracer
 
 IDS = small.prompts([6, 9, 9, 7], seed=5)
@@ -116,17 +118,43 @@ def test_laco():
     assert torch.equal(module.state_dict()[key.format(0)], theta[0])
 
 
-@pytest.mark.parametrize("method", ["finercut", "shortgpt", "random"])
-def test_command_line(method, tmp_path, tokenizer_folder, capsys):
-    from skrr_engine.cli import main
-
+@pytest.fixture
+def arguments(tmp_path, tokenizer_folder):
+    """Of a search on a small T5, up to its method."""
     small.build("t5", 4).save_pretrained(tmp_path / "encoder")
     (tmp_path / "prompts.txt").write_text("a red cube\na dog\n")
-    arguments = ["search", "--encoder", str(tmp_path / "encoder"), "--tokenizer", str(tokenizer_folder), "--quiet"]
+    arguments = ["search", "--encoder", str(tmp_path / "encoder"), "--tokenizer", str(tokenizer_folder)]
     arguments += ["--out", str(tmp_path / "plan.json"), "--prompts", str(tmp_path / "prompts.txt"), "--sparsity", "0.3"]
-    assert main([*arguments, "--method", method]) == 0
+    return [*arguments, "--method"]
+
+
+@pytest.mark.parametrize("method", ["finercut", "shortgpt", "random"])
+def test_command_line(method, tmp_path, arguments, capsys):
+    assert main([*arguments, method]) == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["provenance"]["source"] == method and plan["encoders"]["t5"]["levels"][-1]["sparsity"] >= 0.3
+    told = capsys.readouterr().err
+    assert ("step 1 of" in told) == (method == "finercut")
+    if method != "finercut":
+        assert main([*arguments, method, "--resume", str(tmp_path / "state")]) == 1
+        assert "--resume" in capsys.readouterr().err
+
+
+def test_finercut_goes_on_where_it_stopped(tmp_path, arguments, capsys, monkeypatch):
+    def stopping(state, beam, save=State.save):
+        save(state, beam)
+        raise KeyboardInterrupt
+
+    arguments += ["finercut"]
+    assert main(arguments) == 0
+    whole = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").unlink()
+    arguments += ["--resume", str(tmp_path / "state")]
+    steps = len(whole["encoders"]["t5"]["order"])
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "save", stopping)
+        for _ in range(steps):
+            assert main(arguments) == 130 and (tmp_path / "state").exists()
     capsys.readouterr()
-    assert main([*arguments, "--method", method, "--resume", str(tmp_path / "state")]) == 1
-    assert "--resume" in capsys.readouterr().err
+    assert main(arguments) == 0 and "measuring every sub-block" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "plan.json").read_text()) == whole and not (tmp_path / "state").exists()

@@ -208,7 +208,7 @@ def test_finercut_shares_its_work(monkeypatch):
     meter.team = Counting()
     with torch.no_grad():
         monkeypatch.setattr(baselines, "plan_of", lambda meter, order, *args: order)
-        assert baseline("finercut", 0, Settings(0.2), meter) and meter.team.calls
+        assert baseline("finercut", 0, Settings(0.2), meter, lambda p: None, lambda b: None, ()) and meter.team.calls
 
 
 def free_port() -> int:
