@@ -35,8 +35,9 @@ def as_text(c: Comparison) -> str:
 
 
 def colours(values: np.ndarray, top: float) -> np.ndarray:
-    """Numbers from 0 to `top` as `[..., 3]` bytes."""
-    at = np.clip(values / max(top, 1e-12), 0, 1) * (len(SCALE) - 1)
+    """Numbers from 0 to `top` as `[..., 3]` bytes; what is not finite as the top."""
+    shares = np.where(np.isfinite(values), values, np.inf) / max(top, 1e-12)
+    at = np.clip(shares, 0, 1) * (len(SCALE) - 1)
     stops = np.array(SCALE, dtype=float)
     low = np.minimum(at.astype(int), len(SCALE) - 2)
     part = (at - low)[..., None]
@@ -46,7 +47,7 @@ def colours(values: np.ndarray, top: float) -> np.ndarray:
 def heat_map(c: Comparison) -> torch.Tensor:
     """Relative error of each token, one row a prompt, `[1, height, width, 3]`, 0 to 1."""
     font, small = ImageFont.load_default(size=14), ImageFont.load_default(size=11)
-    top = max(float(p.error.max()) for p in c.prompts)
+    top = max(float(p.error.nan_to_num(0, 0, 0).max()) for p in c.prompts)
     longest = max(len(p.error) for p in c.prompts)
     height = 2 * MARGIN + TITLE + 16 + len(c.prompts) * (ROW + 3) + 36
     image = Image.new("RGB", (WIDTH, height), BACKGROUND)

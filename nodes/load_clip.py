@@ -51,7 +51,7 @@ class LoadCLIP(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, plan, plan_json="", **kwargs) -> str:
         """Runs again when the plan's file has changed, or the stand-ins that it may name."""
-        return (plan_json or library.file_sha256(plan)) + library.standins_state()
+        return (plan_json.strip() or library.file_sha256(plan)) + library.standins_state()
 
     @classmethod
     def execute(

@@ -38,7 +38,7 @@ class SkrrLoadPlan(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, plan, plan_json="", **kwargs) -> str:
         """Runs again when the plan's file has changed, or the stand-ins that it may name."""
-        return (plan_json or library.file_sha256(plan)) + library.standins_state()
+        return (plan_json.strip() or library.file_sha256(plan)) + library.standins_state()
 
     @classmethod
     def execute(cls, clip, plan, sparsity, size_gb=0.0, plan_json="") -> io.NodeOutput:

@@ -10,7 +10,7 @@ dense, now, bytes: likewise in bytes, before and after. These five are None wher
 encoder.
 """
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ def costs(entry: "EncoderPlan", skipped: int) -> list[float | None]:
     found = [known.get(n + 1) for n in range(skipped)]
     for n, value in enumerate(steps[:skipped] if isinstance(steps, list) else ()):
         # extensions are carried through unread by the plan's parser: anything may stand there
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             found[n] = value
     return found
 

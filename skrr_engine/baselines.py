@@ -31,7 +31,8 @@ def random_order(meter: Meter, seed: int = 0) -> list[int]:
 
 
 def block_influence(meter: Meter) -> list[float]:
-    """Of each block, 1 - mean cosine between what goes in and what comes out, over the calibration prompts' tokens."""
+    """Of each block, 1 - mean cosine between what goes in and what comes out, over the calibration prompts' tokens.
+    Processes of one team may round differently: they take each other's numbers."""
     row = meter.tracer.row
     sums, tokens = torch.zeros(row.blocks, dtype=torch.float64), 0
     for trace in meter.calibration_traces():
@@ -42,7 +43,8 @@ def block_influence(meter: Meter) -> list[float]:
             for index in (2 * block, 2 * block + 1):
                 x = row.sub_blocks[index].apply(x, trace.calls[index])
             sums[block] += torch.cosine_similarity(before.double(), x.double(), dim=-1).sum().cpu()
-    return (1 - sums / tokens).tolist()
+    influence = (1 - sums / tokens).unsqueeze(1).numpy()
+    return meter.team.shared(range(row.blocks), lambda own: influence[list(own)])[:, 0].tolist()
 
 
 def shortgpt_order(meter: Meter) -> list[int]:

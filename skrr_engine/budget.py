@@ -81,16 +81,23 @@ class Store:
         return value
 
     def put(self, key: Hashable, value) -> None:
-        """Hold a value if there is room."""
+        """Hold a value if there is room, and none is held under this key."""
+        if key in self._held:
+            return
         size = nbytes(value)
         while self.used + size > self.capacity and self._held:
             oldest = next(iter(self._held))
             if self._held[oldest][2] >= self._turn - 1:
                 return
             self.used -= self._held.pop(oldest)[1]
-        if key not in self._held and size <= self.capacity:
+        if size <= self.capacity:
             self._held[key] = value, size, self._turn
             self.used += size
+
+    def drop(self, chosen: Callable[[Hashable], bool]) -> None:
+        """Let go of the values with such keys."""
+        for key in [key for key in self._held if chosen(key)]:
+            self.used -= self._held.pop(key)[1]
 
     def clear(self) -> None:
         """Let go of everything."""

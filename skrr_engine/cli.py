@@ -4,9 +4,11 @@ Exit code 0; 1 for a user's error, told in one line; 130 for Ctrl-C.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from . import __version__
 from .errors import SkrrError
-from .plan import Plan, Provenance
+from .plan import Plan, Provenance, is_name
 from .prompts import broad as broad_prompts
 from .prompts import from_file as read_prompts
 from .prompts import generate as generate_prompts
@@ -173,6 +175,11 @@ def run_search(options) -> None:
     check_writable(options.out, "--out")
     if options.resume:
         check_writable(options.resume, "--resume")
+        outputs = (options.out, standin_file.beside(options.out))
+        if os.path.realpath(options.resume) in map(os.path.realpath, outputs):
+            raise UsageError(f"--resume {options.resume}: is what --out writes; name another file for the state")
+    if options.name is not None and not is_name(options.name):
+        raise UsageError(f"--name {options.name}: an encoder's name has letters, digits, _ and -, like t5xxl")
     bench = prepare(options, broad=fitting is not None)
     leads = bench.team.leads
     if bench.projection is None and leads:
@@ -183,7 +190,7 @@ def run_search(options) -> None:
     fitted = bench.meter(fitted_on) if fitted_on else None
     state, save, beam = resumed(options, bench, settings, fitting, method)
     facts = [__version__, settings, fitting, method, options.seed, options.dtype, bench.encoder.row.parameter_counts]
-    facts += [bench.projection and bench.projection.name, bench.tokens, prompts_sha256(bench.prompts), list(beam)]
+    facts += [bench.tokens, inputs_sha256(bench), list(beam)]
     bench.team.agree(repr(facts))
     if method == "heal":
         healed = heal_search(fitted, ranked, settings, fitting, report, save, beam)
@@ -246,11 +253,22 @@ def resumed(options, bench: "Bench", settings, fitting, method: str):
 
     if not options.resume:
         return None, lambda beam: None, ()
-    facts = [__version__, repr(settings), prompts_sha256(bench.prompts), options.dtype, str(options.projection)]
-    facts += [repr(fitting), method]
+    facts = [__version__, repr(settings), inputs_sha256(bench), options.dtype, repr(fitting), method]
     encoder = bench.encoder
     state = State(options.resume, fingerprint(encoder.row, *facts, bring=encoder.bring))
     return state, state.save if bench.team.leads else lambda beam: None, state.load(len(encoder.row))
+
+
+def inputs_sha256(bench: "Bench") -> str:
+    """Over the prompts' tokens and samples of the denoiser's projection: what an encoder is searched on."""
+    from .state import sampled
+
+    ids = [list(bench.encoder.tokenize(prompt)) for prompt in ["", *bench.prompts]]
+    digest = hashlib.sha256(json.dumps(ids).encode())
+    if bench.projection is not None:
+        digest.update(bench.projection.name.encode())
+        sampled(digest, bench.projection.tensors)
+    return digest.hexdigest()
 
 
 def baseline(method: str, seed: int, settings, meter, report, save, beam):
@@ -465,6 +483,11 @@ def check_writable(path: str, option: str) -> None:
         raise UsageError(f"{option} {path}: its folder does not exist; make it first")
     if os.path.isdir(path):
         raise UsageError(f"{option} {path}: is a folder; name a file")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option} {path}: nothing can be written there ({error.strerror}); name another") from None
 
 
 class Reporter:

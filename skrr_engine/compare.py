@@ -1,5 +1,6 @@
 """Two encoders' conditioning side by side, token by token: how far a pruned one has moved, and what that means."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,6 +100,11 @@ def difference(prompt: str, dense: Reading, pruned: Reading) -> PromptDifference
 
 def verdict(c: Comparison) -> str:
     """What to expect of pictures, in a line. It comes from rules of thumb; only pictures prove anything."""
+    if not all(map(math.isfinite, (c.growth, c.cosine, c.discrepancy.total))):
+        return (
+            "the pruned encoder overflows in this precision: choose a lower level, or load the encoder in bfloat16 or"
+            " float32"
+        )
     if c.growth >= NULL_GROWTH:
         return (
             f"null embedding grew {c.growth:.3g} x: expect burnt pictures with CFG > 1; choose a lower level"

@@ -316,6 +316,8 @@ class Meter:
         work = forwards(len(self.tracer.row), candidates) * sum(self._tokens)
         missing = sum(tokens for b, tokens in enumerate(self._tokens) if (b, 0) not in self._dense)
         self._work = Stepping(tick, work, share, len(self.tracer.row) * missing)
+        repairs = {a for candidate in candidates for a in candidate.values() if isinstance(a, StandIn)}
+        self._states.drop(lambda place: not place.repairs <= repairs)  # a fit is never made twice
         return self._work
 
     @property
@@ -339,7 +341,8 @@ class Meter:
             measure = functools.partial(self._contributions, batch, few=few, step=step, stack=stack)
             for i, (*values, norm) in enumerate(self.team.shared([candidates[m] for m in members], measure)):
                 if batch == 0:
-                    board.null[members[i]], norms[i] = self.criterion.null * math.fsum(values), norm
+                    weight = self.criterion.null  # where it is zero, an overflow there is of no interest
+                    board.null[members[i]], norms[i] = weight and weight * math.fsum(values), norm
                 else:
                     board.values[members[i], board.spans[batch - 1]] = values
         return norms

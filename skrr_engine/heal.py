@@ -61,13 +61,13 @@ class Search:
     def run(self, path: Path, save: Callable[[Sequence[Path]], None]) -> Path:
         """The order that reaches the target, from a saved one on. Raises SearchError where it can't be reached."""
         self.path = path
-        if self.settings.sparsity > sum(self.costs) / self.row.total:
+        if self.settings.sparsity * self.row.total > sum(self.costs):
             raise skip.SearchError(
                 f"a sparsity of {self.settings.sparsity:.0%} can't be reached: the blocks hold"
                 f" {sum(self.costs) / self.row.total:.1%} of this encoder's parameters; ask for less"
             )
         self.clock.resume(len(path.order))
-        while self.row.sparsity(self.path.order) < self.settings.sparsity:
+        while sum(self.costs[i] for i in self.path.order) < self.settings.sparsity * self.row.total:
             self.path = self.step()
             save([self.path])
         for place in self.least_at_home(self.fitting.swaps):
@@ -95,9 +95,10 @@ class Search:
         now = assignment(order, standins=found)
         chosen = sorted({place, *self.by_harm(trials)[:SCREENED]})
         candidates = [{**now, i: trials[i].standin} for i in chosen]
-        scores = self.ranked.rank(candidates, 1, self.settings.delta, tick=self.tick(0.4, 0.6))
-        score, best = min(zip(scores, chosen, strict=True))
-        return None if best == place else Path((*order, best), score)
+        found_scores = self.ranked.rank(candidates, 1, self.settings.delta, tick=self.tick(0.4, 0.6))
+        scores = dict(zip(chosen, found_scores, strict=True))
+        best = skip.lowest(scores, self.settings.rounding, place)
+        return None if best == place else Path((*order, best), scores[best])
 
     def step(self) -> Path:
         """One more removal."""
@@ -119,8 +120,9 @@ class Search:
             tick = self.tick(0.35 + 0.3 * number, 0.3)
             candidates = [{**now, i: trials[i].standin} for i in places]
             found_scores = self.ranked.rank(candidates, 1, self.settings.delta, tick=tick)
-            score, place = min(zip(found_scores, places, strict=True))
-            scores[place] = score
+            found_scores = dict(zip(places, found_scores, strict=True))
+            place = skip.lowest(found_scores, self.settings.rounding)
+            scores[place] = found_scores[place]
         if not min(scores.values()) < math.inf:
             raise skip.SearchError(skip.NOT_FINITE)
         place = min(scores, key=lambda i: ((scores[i] - current) / self.costs[i], i))

@@ -35,6 +35,11 @@ _SUB_BLOCK_KEY = r"^(0|[1-9][0-9]{0,3})$"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def is_name(text: str) -> bool:
+    """Whether an encoder may be called so in a plan."""
+    return re.fullmatch(_NAME, text) is not None
+
+
 class PlanError(SkrrError):
     """A plan that cannot be used. Its message is one line: where, what was expected, and the remedy.
 

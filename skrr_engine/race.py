@@ -177,7 +177,7 @@ class Lanes:
         # A ratio estimate's error, from the residuals of the paired differences; prompts are drawn without replacement.
         residuals = (values - values[rival]) - np.outer(rates - rates[rival], weights)
         variance = (residuals**2).sum(axis=1) / (count - 1) * total**2 / count * (1 - count / total)
-        margin = t_quantile(1 - self.delta / (self.keep * looks), count - 1) * np.sqrt(variance)
+        margin = t_margin(self.delta / (self.keep * looks), count - 1) * np.sqrt(variance)
         margin += ROUNDING * estimates[rival]
         self.live = [c for c, lead, m in zip(self.live, ahead, margin, strict=True) if not lead > m]
 
@@ -216,11 +216,12 @@ def grouped(kinds: Sequence, size: Callable[[object], int], race: bool = False) 
             yield from (group[i : i + step] for i in range(0, len(group), step))
 
 
-def t_quantile(p: float, freedom: int) -> float:
-    """Quantile of Student's t, by its expansion around the normal's; infinite below 3 degrees of freedom."""
+def t_margin(share: float, freedom: int) -> float:
+    """What Student's t passes in such a share of the cases, by its expansion around the normal's quantile; infinite
+    below 3 degrees of freedom."""
     if freedom < 3:
         return math.inf
-    z = NormalDist().inv_cdf(p)
+    z = -NormalDist().inv_cdf(max(share, 1e-300))
     terms = (
         z,
         (z**3 + z) / 4,

@@ -1,7 +1,7 @@
 """Which sub-blocks to skip: beam search on the discrepancy (paper, algorithm 1), equal sets merged."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .errors import SkrrError
@@ -72,7 +72,7 @@ def search(
     SearchError where even removing everything would not reach the target, and where nothing more can be removed without
     an overflow.
     """
-    if target > sum(costs) / total:
+    if target * total > sum(costs):
         raise SearchError(
             f"a sparsity of {target:.0%} can't be reached: the blocks hold {sum(costs) / total:.1%} of this encoder's"
             " parameters; ask for less"
@@ -84,6 +84,13 @@ def search(
         if not beam:
             raise SearchError(NOT_FINITE)
         yield beam
+
+
+def lowest(scores: Mapping[int, float], rounding: float, before: int | None = None) -> int:
+    """The place with the lowest score. Of those no further above it than `rounding` beside it, it is `before` if that
+    is among them, else the first place."""
+    limit = min(scores.values()) * (1 + rounding)
+    return min((place for place, score in scores.items() if score <= limit), key=lambda place: (place != before, place))
 
 
 def reaching(order: Sequence[int], costs: Sequence[int], total: int, target: float) -> int:

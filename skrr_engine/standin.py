@@ -186,9 +186,14 @@ class Streams:
         self.passed: list[Action] = []
         self._held: dict[int, Pair] = {}
         self._masks: dict[int, torch.Tensor | None] = {}
-        self._room = {"device": meter.memory // 4, "cpu": 0}
-        if meter.null_trace().x.device.type != "cpu":  # where it computes: its weights may lie elsewhere
-            self._room["cpu"] = free_memory("cpu") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._room = self._rooms()
+
+    def _rooms(self) -> dict[str, int]:
+        """Bytes that may be held on the device, and beside it in RAM."""
+        beside = 0
+        if self.meter.null_trace().x.device.type != "cpu":  # where it computes: its weights may lie elsewhere
+            beside = free_memory("cpu") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return {"device": self.meter.memory // 4, "cpu": beside}
 
     def traces(self) -> Iterable[tuple[int, Trace]]:
         """Every batch, numbered; number 0 is the null prompt's."""
@@ -230,17 +235,18 @@ class Streams:
             self._hold(number, pair)
 
     def guarded(self, act: Callable):
-        """What `act` returns; where the device runs out of memory, nothing is held there any more, the batches are
-        halved, and it is tried again."""
+        """What `act` returns; where the device runs out of memory, what was held is let go of, the batches and the room
+        are halved, and it is tried again."""
         while True:
             try:
                 return act()
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                self._held, self._masks, self._room["device"] = {}, {}, 0
+                self._held, self._masks = {}, {}
                 if not self.meter.shrink():
                     raise
+                self._room = self._rooms()
 
     def _apply(self, index: int, x: torch.Tensor, trace: Trace) -> torch.Tensor:
         return self.row.sub_blocks[index].apply(x, trace.calls[index])
@@ -357,7 +363,8 @@ def grams(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> tuple[
         for gram, chosen in ((kept, ~out), (held, out)):
             gram.add(z[chosen].reshape(-1, width), r[chosen].reshape(-1, width), weights[chosen].flatten())
     z, r, weights, error = null
-    scale = fitting.null * share / float(weights.sum())
+    read = float(weights.sum())
+    scale = fitting.null * share / read if read else 0.0
     kept.add(z, r, weights * scale)
     return kept, held, harm + scale * error
 

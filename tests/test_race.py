@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from skrr_engine.race import FIRST_LOOK, Board, grouped, rank, t_quantile
+from skrr_engine.race import FIRST_LOOK, Board, grouped, rank, t_margin
 
 CONTRIBUTION = st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0, 1.0000000000000002, 1e-16, 7.0])
 
@@ -114,9 +114,16 @@ def test_equals_are_not_raced_against_each_other():
 @pytest.mark.parametrize(
     "p, freedom, expected", [(0.99, 7, 2.998), (0.999, 7, 4.785), (0.999, 20, 3.552), (0.95, 100, 1.660)]
 )
-def test_t_quantile(p, freedom, expected):
-    assert t_quantile(p, freedom) == pytest.approx(expected, rel=0.02)
-    assert t_quantile(p, 2) == math.inf
+def test_t_margin(p, freedom, expected):
+    assert t_margin(1 - p, freedom) == pytest.approx(expected, rel=0.02)
+    assert t_margin(1 - p, 2) == math.inf
+
+
+@pytest.mark.parametrize("delta", [1e-16, 5e-324])
+def test_hardly_any_risk_loses_nobody(delta):
+    values = np.random.default_rng(0).random((5, 40))
+    found, _ = measured(np.zeros(5), values, [1] * 40, 2, delta)
+    assert [s for s in found if s < math.inf] == pytest.approx(sorted(values.mean(axis=1))[:2]) or len(found) == 5
 
 
 @given(st.lists(st.integers(1, 9), max_size=60), st.integers(0, 5), st.booleans())

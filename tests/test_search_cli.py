@@ -3,10 +3,10 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -88,34 +88,69 @@ def test_modes_say_what_they_are(plan, raced):
     assert race["encoders"]["llama"]["extensions"]["search"].items() >= {"mode": "racing", "delta": 0.1}.items()
 
 
+DYING = """
+import os, signal, sys
+from skrr_engine import cli
+from skrr_engine.discrepancy import Stepping
+
+where, count, *arguments = sys.argv[1:]
+count, written = int(count), 0
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def replace(source, target, real=os.replace):
+    global written
+    written += 1
+    if where == "before" and written == count:
+        die()
+    real(source, target)
+    if where == "behind" and written == count:
+        die()
+
+def step(stepping, real=Stepping.__call__):
+    global count
+    if where == "forwards" and written:
+        count -= 1
+    if where == "forwards" and not count or where == "seen" and os.path.exists(arguments[-1]):
+        die()
+    real(stepping)
+
+os.replace, Stepping.__call__ = replace, step
+sys.exit(cli.main(arguments))
+"""
+"""The command line, killed with SIGKILL by itself: `before` or `behind` the so-manieth file that it puts in its place;
+so many `forwards` behind the first one; or once what the last argument names is `seen`."""
+
+
+def dying(where: str, count: int, command: list[str]) -> list[str]:
+    return ["-c", DYING, where, str(count), *command[2:]]
+
+
 def test_kill_9_at_any_moment(folder, plan, tmp_path):
     out, state = tmp_path / "plan.json", tmp_path / "state.json"
-    draw = random.Random(1)
-    kills = 0
-    for _ in range(2):
-        process = start(*command(folder, out, "--exact", "--resume", str(state)))
-        awaited, begun = draw.randint(1, 2), time.monotonic()
-        seen = state.read_text() if state.exists() else None
-        while process.poll() is None and time.monotonic() - begun < 60:  # killed some moments after some step
-            now = state.read_text() if state.exists() else None
-            if now != seen:
-                json.loads(now)
-                seen, awaited = now, awaited - 1
-            if awaited == 0:
-                time.sleep(draw.random() * 0.1)
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.001)
-        process.communicate(timeout=60)
-        kills += process.returncode == -signal.SIGKILL
-        if process.returncode == 0:
-            break
-        assert json.loads(state.read_text())["beam"], "the saved step is gone"
-    assert kills
-    if not out.exists():
-        code, _, err = run(*command(folder, out, "--exact", "--resume", str(state)))
-        assert code == 0, err
-        assert "step 0" not in err, "it began anew"
+    searching, steps = command(folder, out, "--exact", "--resume", str(state)), 0
+    total = len(plan["encoders"]["llama"]["order"])
+    for where, count, more in [
+        ("before", 1, 0),
+        ("behind", 1, 1),
+        ("before", 1, 0),
+        ("forwards", 7, 1),
+        ("before", 2, 1),
+    ]:
+        code, _, err = run(*dying(where, count, searching))
+        steps += more
+        assert code == -signal.SIGKILL and not out.exists(), err
+        assert state.exists() == (steps > 0) and steps < total
+        if steps:
+            assert len(json.loads(state.read_text())["beam"][0]["order"]) == steps
+    code, _, err = run(*dying("before", total - steps + 1, searching))  # all that is missing is the plan's own write
+    assert (
+        code == -signal.SIGKILL and not out.exists() and len(json.loads(state.read_text())["beam"][0]["order"]) == total
+    )
+    code, _, err = run(*searching)
+    assert code == 0, err
+    assert "step 0" not in err, "it began anew"
     assert json.loads(out.read_text()) == plan
     assert not state.exists()
 
@@ -143,14 +178,11 @@ def test_two_processes_that_race_find_the_same_plan(folder, raced, tmp_path):
 
 def test_a_process_that_dies_ends_all_and_the_saved_step_stays_good(folder, plan, tmp_path):
     out, state = tmp_path / "plan.json", tmp_path / "state.json"
-    team = start_team(*[command(folder, out, "--exact", "--resume", str(state))] * 2)
-    deadline = time.monotonic() + 60
-    while not state.exists() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    team[1].kill()
+    searching = command(folder, out, "--exact", "--resume", str(state))
+    team = start_team(searching, dying("seen", 0, searching))
     _, err = team[0].communicate(timeout=60)
     team[1].communicate()
-    assert team[0].returncode == 1
+    assert (team[0].returncode, team[1].returncode) == (1, -signal.SIGKILL)
     assert "another process of this search has ended" in err.splitlines()[-1] and "Traceback" not in err
     saved = state.read_text()
     assert json.loads(saved)["beam"] and not out.exists()
@@ -211,6 +243,21 @@ def test_finercut_shares_its_work(monkeypatch):
         assert baseline("finercut", 0, Settings(0.2), meter, lambda p: None, lambda b: None, ()) and meter.team.calls
 
 
+def test_shortgpt_takes_one_order_for_all():
+    """Processes may round differently: each takes the others' numbers for the blocks that were theirs."""
+
+    class Other(Team):
+        def shared(self, candidates, measure):
+            found = measure(candidates)
+            found[1::2] = 9.0
+            return found
+
+    meter = small.meter("llama", small.build("llama", 4), small.prompts([5, 6]), [1])
+    meter.team = Other()
+    with torch.no_grad():
+        assert baselines.shortgpt_order(meter)[4:] == [2, 3, 6, 7]
+
+
 def free_port() -> int:
     import socket
 
@@ -226,14 +273,32 @@ def test_users_errors_are_one_line(folder, tmp_path):
         (["--resume", str(tmp_path / "nowhere" / "state")], "its folder does not exist"),
         (["--memory", "-1"], "give gigabytes"),
         (["--delta", "3"], "a delta of 3.0 makes no sense"),
+        (["--resume", str(tmp_path / "plan.json")], "is what --out writes"),
+        (["--resume", str(tmp_path / "plan.standins.safetensors")], "is what --out writes"),
+        (["--name", "t5 xxl"], "an encoder's name has letters"),
+        (["--out", "/proc/plan.json"], "nothing can be written there"),
     ]:
         code, _, err = run(*command(folder, tmp_path / "plan.json", "--quiet", *options))
         assert code == 1 and message in err and "Traceback" not in err
         assert len([line for line in err.splitlines() if line.startswith("skrr:") and message in line]) == 1
 
 
+def test_resuming_with_another_tokenizer_is_refused(folder, tmp_path):
+    """The same words may be other tokens: what was measured on them is of no use."""
+    out, state = tmp_path / "plan.json", tmp_path / "state.json"
+    searching = command(folder, out, "--exact", "--resume", str(state))
+    assert run(*dying("behind", 1, searching))[0] == -signal.SIGKILL
+    shutil.copytree(folder, tmp_path / "other")
+    words = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["red"], vocabulary["blue"] = vocabulary["blue"], vocabulary["red"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(words))
+    code, _, err = run(*searching, "--tokenizer", str(tmp_path / "other"))
+    assert code == 1 and "belongs to a search with another encoder" in err and state.exists()
+
+
 def test_ctrl_c(folder, tmp_path):
-    process = start(*command(folder, tmp_path / "plan.json"))
+    process = start(*command(folder, tmp_path / "plan.json", "--exact", "--prompts", str(folder / "many.txt")))
     process.stderr.readline()
     process.stderr.readline()
     process.send_signal(signal.SIGINT)

@@ -1,5 +1,6 @@
 """The search: the exact mode gives the naive loop's plan, whatever the encoder; memory, interruption and resuming."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,16 +11,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from skrr_engine import families, skip
+from skrr_engine import baselines, families, skip, standin
 from skrr_engine.budget import Store, batch_tokens, free_memory, nbytes
 from skrr_engine.discrepancy import Batch, Meter
 from skrr_engine.rewire import assignment, rewire, undo
 from skrr_engine.row import EncoderError
 from skrr_engine.search import Settings, search
+from skrr_engine.skip import SearchError
 from skrr_engine.state import State, StateError, fingerprint
 from skrr_engine.trace import Tracer
 
-FEW = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ACCEPTED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+FEW = settings(max_examples=6, deadline=None, suppress_health_check=ACCEPTED)
 ENCODERS = ["t5", "clip", "llama"]
 
 
@@ -285,6 +288,8 @@ def test_interruption_and_resuming_at_every_step(tmp_path, delta):
         ('{"key": "k", "beam": [{"order": [9], "discrepancy": 1}]}', "no state of a search"),
         ('{"key": "k", "beam": [{"order": [1, 1], "discrepancy": 1}]}', "no state of a search"),
         ('{"key": "k", "beam": []}', "no state of a search"),
+        ('{"key": "k", "beam": [{"order": [Infinity], "discrepancy": 1}]}', "no state of a search"),
+        pytest.param("[" * 100_000, "no state of a search", id="deep"),
         ('{"key": "other", "beam": [{"order": [1], "discrepancy": 1}]}', "belongs to a search with another"),
     ],
 )
@@ -436,3 +441,42 @@ def test_a_null_prompt_of_which_nothing_is_read():
     meter = Meter(module, tracer, [small.batch("t5", ids) for ids in small.prompts([5, 7])], Batch(unread, 1))
     found = meter.measure([{3: None}])[0]
     assert found.null == 0.0 and 0 < found.conditional < math.inf and found.null_norm == 0.0
+    standins, _ = standin.fit(meter, {3: None}, standin.Fitting(3))  # nor does a fit fall over it
+    assert meter.measure([standins])[0].total < found.total
+
+
+def test_an_overflow_of_what_does_not_count_is_none():
+    """FinerCut does not look at the null prompt."""
+    module = small.build("t5", 2)
+    tracer = Tracer(module, families.find(module))
+    errors = baselines.ANGLE_OF_OUTPUT.errors
+
+    def overflowing(dense, pruned):
+        found = errors(dense, pruned)
+        return [e + math.inf for e in found] if dense[0][0].shape[1] == 1 else found
+
+    criterion = dataclasses.replace(baselines.ANGLE_OF_OUTPUT, errors=overflowing)
+    batches = [small.batch("t5", ids) for ids in small.prompts([5, 7])]
+    meter = Meter(module, tracer, batches, small.batch("t5", [[2]]), criterion=criterion)
+    (found,) = meter.measure([{1: None}])
+    assert found.null == 0.0 and meter.rank([{1: None}], 1) == [found.total] and found.total < math.inf
+
+
+def test_what_is_held_already_pushes_nothing_out():
+    store = Store(900)
+    old, used = torch.zeros(100), torch.zeros(100)
+    store.put("old", old)
+    store.turn()
+    store.turn()
+    store.put("used", used)
+    store.put("used", used)
+    assert "old" in store and "used" in store and store.used == 800
+    store.drop(lambda key: key == "old")
+    assert "old" not in store and store.used == 400
+
+
+def test_all_blocks_can_be_asked_for():
+    """Where the share of all blocks, times the whole, is more than all blocks by a rounding."""
+    total = next(b for b in range(7, 999) if 6 / b * b > 6)
+    with pytest.raises(SearchError, match="can't be reached"):
+        list(skip.search(lambda c, keep: [0.0] * len(c), [1] * 6, total, 6 / total, 1))

@@ -10,10 +10,11 @@ import small
 import torch
 from safetensors.torch import load_file, save_file
 
-from skrr_engine import families, heal, standin, standin_file
+from skrr_engine import families, heal, skip, standin, standin_file
 from skrr_engine.cli import main
 from skrr_engine.discrepancy import Batch, Meter
 from skrr_engine.plan import EncoderPlan, Level, Plan, PlanError, Provenance
+from skrr_engine.race import ROUNDING
 from skrr_engine.repair import NORMS, Repair, StandIn
 from skrr_engine.rewire import assignment, rewire, undo
 from skrr_engine.search import Settings
@@ -204,7 +205,7 @@ def test_fits_halve_the_batches_where_memory_runs_out():
     module = small.build("t5", 4)
     row = families.find(module)
     batches = [sum(small.prompts([6] * 8, seed), []) for seed in range(3)]
-    refused, least = [], 2
+    refused, calls, least = [], [], 2
 
     def scarce(sub_block):
         apply = sub_block.apply
@@ -213,6 +214,7 @@ def test_fits_halve_the_batches_where_memory_runs_out():
             if len(x) > least:
                 refused.append(len(x))
                 raise torch.OutOfMemoryError("as CUDA says it")
+            calls.append(len(x))
             return apply(x, call)
 
         return applied
@@ -235,6 +237,7 @@ def test_fits_halve_the_batches_where_memory_runs_out():
         x = torch.randn(2, 6, 32)
         torch.testing.assert_close(found[0][index].apply(x), wanted[0][index].apply(x), rtol=1e-2, atol=1e-2)
     assert found[1][4].harm == pytest.approx(wanted[1][4].harm, rel=1e-3)
+    assert len(calls) < 200, "nothing was held any more"
     batches = [[[5, 6, 2]]]
     least = 0
     with pytest.raises(torch.OutOfMemoryError):  # nothing left to halve
@@ -296,6 +299,24 @@ def test_heal_is_the_naive_greedy_loop(name, monkeypatch):
     (wanted,) = ranked.measure([assignment(order, standins=healed.standins[len(order)])])
     assert level.discrepancy == wanted.total and level.reuse == {} and set(healed.standins[len(order)]) == set(order)
     assert len(healed.plan.extensions["search"]["steps"]) == len(order)
+
+
+def test_equals_but_for_rounding():
+    """The lowest place goes, and nothing is exchanged for it."""
+    scores = {7: 1.0, 3: 1.000001, 5: 1.000002, 1: 1.1}
+    assert skip.lowest(scores, ROUNDING) == 3 and skip.lowest(scores, ROUNDING, 5) == 5
+    assert skip.lowest(scores, ROUNDING, 1) == 3 and skip.lowest(scores, 0.0, 5) == 7
+    assert skip.lowest({4: math.inf, 2: math.inf}, ROUNDING) == 2
+
+
+def test_states_of_repairs_that_are_gone_are_let_go():
+    module = small.build("t5")
+    meter = small.meter("t5", module, small.prompts(LENGTHS * 3), [2])
+    for _ in range(3):
+        fitted, _ = standin.fit(meter, {2: None, 5: None}, Fitting(3))
+        meter.rank([fitted, {**fitted, 6: None}], 1)
+        held = {repair for place in meter._states._held for repair in place.repairs}
+        assert held == set(fitted.values())
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
@@ -460,6 +481,15 @@ def test_not_safetensors_and_another_hash(tmp_path):
             update={"standins": entry.levels[0].standins.model_copy(update={"sha256": digest})}
         )
         standin_file.of_level([tmp_path], "t5", entry, level)
+    with pytest.raises(StandInError, match="no stand-ins that this Skrr can read; update Skrr, or get it again$"):
+        save_file(
+            {"x": torch.zeros(1)}, tmp_path / "y.standins.safetensors", {"format": "skrr-standins", "version": "9"}
+        )
+        digest = standin_file.sha256(tmp_path / "y.standins.safetensors")
+        level = entry.levels[0].model_copy(
+            update={"standins": entry.levels[0].standins.model_copy(update={"sha256": digest})}
+        )
+        standin_file.read(tmp_path / "y.standins.safetensors", "t5", entry, level)
     with pytest.raises(StandInError, match="not the stand-ins that this plan names"):
         standin_file.read(tmp_path / "x.standins.safetensors", "t5", entry, entry.levels[0])
     os.truncate(file, 100)

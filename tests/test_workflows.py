@@ -125,8 +125,9 @@ def test_interrupt_and_resume(server):
     inputs = pruning("t5xxl", "resumed", prompts=80, beam=3, sparsity=0.05)
     others = list_states(server)  # of searches that other tests have stopped
     prompt = server.prompt(graph("flux", **inputs))
-    deadline = time.monotonic() + 60
-    while not list_states(server, others) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 180
+    while not list_states(server, others):
+        assert time.monotonic() < deadline, "no step was saved"
         time.sleep(0.02)
     server.interrupt(prompt)
     entry = server.wait(prompt)

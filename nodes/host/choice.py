@@ -102,6 +102,6 @@ def read(plan: str, plan_json: str, sparsity: float, size_gb: float, none: str |
 
 def validate(plan: str, plan_json: str, none: str | None = None) -> bool | str:
     """For validate_inputs: a pasted plan stands in for a file that a friend's machine lacks."""
-    if plan_json or plan == none or plan in library.names():
+    if plan_json.strip() or plan == none or plan in library.names():
         return True
     return f'there is no plan "{plan[:100]}" here: choose another, or paste one as text'

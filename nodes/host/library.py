@@ -1,5 +1,6 @@
 """Where plans live: `models/skrr_plans/`, those that ship with the pack, and searches that were interrupted."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -60,16 +61,20 @@ def file_sha256(name: str) -> str:
 
 def standins_state() -> str:
     """Changes when a file of stand-ins comes, goes or changes."""
-    found = [path for folder in folders() for path in sorted(folder.rglob(f"*{standin_file.ENDING}"))]
-    return " ".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in found)
+    found = []
+    for path in (path for folder in folders() for path in sorted(folder.rglob(f"*{standin_file.ENDING}"))):
+        with contextlib.suppress(OSError):  # a dangling link, or gone meanwhile
+            stat = path.stat()
+            found.append(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}")
+    return " ".join(found)
 
 
-def file_name(name: str) -> str:
-    """The file name of a new plan. Raises PlanError where the name could be a path."""
+def file_name(name: str, what: str = "a plan") -> str:
+    """The file name of a new plan. what: it is for, in the error. Raises PlanError where the name could be a path."""
     stem = name.strip().removesuffix(".json")
     if not NAME.fullmatch(stem):
         raise PlanError(
-            f'"{name[:40]}" can\'t name a plan: use up to 100 letters, digits, spaces, dots, hyphens and underscores'
+            f'"{name[:40]}" can\'t name {what}: use up to 100 letters, digits, spaces, dots, hyphens and underscores'
         )
     return stem + ".json"
 

@@ -17,6 +17,7 @@ import comfy.sd
 import folder_paths
 import torch
 
+from ...skrr_engine.budget import out_of_memory
 from ...skrr_engine.checkpoint import Checkpoint, CheckpointError
 from ...skrr_engine.errors import first_line
 from ...skrr_engine.families import FAMILIES
@@ -204,7 +205,9 @@ def load_hollow(files: Sequence[EncoderFile], type_name: str, device: str, disab
                 model_options=options,
                 **extra,
             )
-        except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+        except (RuntimeError, KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"{names}: ComfyUI can't make a text encoder of type {type_name} of it ({first_line(error)});"
                 " choose another type or file"
@@ -251,6 +254,8 @@ def fill(clip, file: EncoderFile, home: View, removed) -> None:
                 where = f"{path}: "
                 part.load_state_dict(own, strict=False)
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         lines = [line.strip(" \t.") for line in str(error).splitlines()]
         raise CheckpointError(f"{name}: {where}{lines[-1]}; get the file again") from None
 

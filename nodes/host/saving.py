@@ -65,7 +65,7 @@ def save(clip, view: View, pruned: Pruned, name: str) -> tuple[str, int]:
 
     Raises CheckpointError, PlanError. No file is ever written over.
     """
-    stem = library.file_name(name).removesuffix(".json").removesuffix(".safetensors")
+    stem = library.file_name(name, "a file").removesuffix(".json").removesuffix(".safetensors")
     folder = Path(folder_paths.get_folder_paths("text_encoders")[0])
     folder.mkdir(parents=True, exist_ok=True)
     out, number = folder / f"{stem}.safetensors", 1

@@ -11,6 +11,7 @@ from ...skrr_engine import __version__, heal, standin_file
 from ...skrr_engine import search as engine
 from ...skrr_engine.budget import batch_tokens, free_memory
 from ...skrr_engine.discrepancy import Meter
+from ...skrr_engine.errors import SkrrError
 from ...skrr_engine.plan import EncoderPlan, Plan, Provenance
 from ...skrr_engine.prompts import sha256 as prompts_sha256
 from ...skrr_engine.standin import Fitting, halved
@@ -91,18 +92,27 @@ def find_plan(
 
     reporter = Reporter(node_id, row, settings.sparsity)
     standins: dict = {}
+    best = beam[0] if beam else None
+
+    def save(found: Sequence[engine.Path]) -> None:
+        nonlocal best
+        state.save(found)
+        best = found[0]
+
     try:
         if fitting is None:
-            entry = engine.search(meter, settings, reporter, state.save, beam)
+            entry = engine.search(meter, settings, reporter, save, beam)
         else:
-            healed = heal.search(meter_on(fitted_on), meter, settings, fitting, reporter, state.save, beam)
+            healed = heal.search(meter_on(fitted_on), meter, settings, fitting, reporter, save, beam)
             entry, standins = healed.plan, {view.name: healed.standins}
     except comfy.model_management.InterruptProcessingException:
-        if reporter.path.order:
-            entry = engine.unfinished(row, reporter.path, settings, fitting is not None)
-            so_far = plan_of(entry, library.UNFINISHED_KEY)
-            saved = library.save_unfinished(so_far, name, key)
-            say(f'stopped: the best so far is saved as "{saved}"; run again to go on', node_id)
+        if best is not None:
+            entry = engine.unfinished(row, best, settings, fitting is not None)
+            try:
+                saved = library.save_unfinished(plan_of(entry, library.UNFINISHED_KEY), name, key)
+                say(f'stopped: the best so far is saved as "{saved}"; run again to go on', node_id)
+            except (SkrrError, OSError) as error:  # Stop stays a stop
+                say(f"stopped: run again to go on; the best so far could not be saved as a plan: {error}", node_id)
         raise
     plan, data = plan_of(entry, library.SEARCH_KEY), b""
     if standins:
