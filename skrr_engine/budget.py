@@ -1,10 +1,15 @@
 """How much memory a search may take, and stores that stay within their share of it."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import is_dataclass
+from pathlib import Path
 
 import torch
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells a container's limits (version 2)."""
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:
@@ -15,11 +20,23 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024 // 4
+        available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         import psutil
 
-        return psutil.virtual_memory().available // 4
+        available = psutil.virtual_memory().available
+    return min(available, free_in_container()) // 4
+
+
+def free_in_container() -> int:
+    """Bytes that the container which this process may run in lets it still take; as good as no end where none does.
+    What it holds of files counts as free: it goes when room is needed."""
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        files = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(files["inactive_file"]))
+    except (OSError, KeyError, ValueError):  # no container, or "max"
+        return sys.maxsize
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from skrr_engine import baselines, families, skip, standin
+from skrr_engine import baselines, budget, families, skip, standin
 from skrr_engine.budget import Store, batch_tokens, free_memory, nbytes
 from skrr_engine.discrepancy import Batch, Meter
 from skrr_engine.rewire import assignment, rewire, undo
@@ -480,3 +480,13 @@ def test_all_blocks_can_be_asked_for():
     total = next(b for b in range(7, 999) if 6 / b * b > 6)
     with pytest.raises(SearchError, match="can't be reached"):
         list(skip.search(lambda c, keep: [0.0] * len(c), [1] * 6, total, 6 / total, 1))
+
+
+def test_a_container_bounds_what_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "CGROUP", tmp_path)
+    whole = free_memory()
+    for name, text in {"current": "700\n", "stat": "anon 600\ninactive_file 100\n", "max": "1500\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_memory() == 900 // 4 < whole
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory() == pytest.approx(whole, rel=0.5)
