@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .host import choice, features, library
+from .host import choice, features
 from .types import CATEGORY
 
 NO_PLAN = "none"
@@ -51,7 +51,7 @@ class LoadCLIP(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, plan, plan_json="", **kwargs) -> str:
         """Runs again when the plan's file has changed, or the stand-ins that it may name."""
-        return (plan_json.strip() or library.file_sha256(plan)) + library.standins_state()
+        return choice.fingerprint(plan, plan_json)
 
     @classmethod
     def execute(

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .host import choice, features, library
+from .host import choice, features
 from .types import CATEGORY, SkrrPlan
 
 
@@ -38,7 +38,7 @@ class SkrrLoadPlan(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, plan, plan_json="", **kwargs) -> str:
         """Runs again when the plan's file has changed, or the stand-ins that it may name."""
-        return (plan_json.strip() or library.file_sha256(plan)) + library.standins_state()
+        return choice.fingerprint(plan, plan_json)
 
     @classmethod
     def execute(cls, clip, plan, sparsity, size_gb=0.0, plan_json="") -> io.NodeOutput:

@@ -188,9 +188,10 @@ def run_search(options) -> None:
     fitted_on, ranked_on = (None, bench.prompts) if fitting is None else halved(bench.prompts)
     ranked = bench.meter(ranked_on, race=delta > 0)
     fitted = bench.meter(fitted_on) if fitted_on else None
-    state, save, beam = resumed(options, bench, settings, fitting, method)
+    inputs = inputs_sha256(bench)
+    state, save, beam = resumed(options, bench, inputs, settings, fitting, method)
     facts = [__version__, settings, fitting, method, options.seed, options.dtype, bench.encoder.row.parameter_counts]
-    facts += [bench.tokens, inputs_sha256(bench), list(beam)]
+    facts += [bench.tokens, inputs, list(beam)]
     bench.team.agree(repr(facts))
     if method == "heal":
         healed = heal_search(fitted, ranked, settings, fitting, report, save, beam)
@@ -247,13 +248,14 @@ def parsed_standins(text: str | None):
     return Fitting(rank=rank)
 
 
-def resumed(options, bench: "Bench", settings, fitting, method: str):
-    """The search's saved state (None without --resume), what saves it, and the beam to go on from."""
+def resumed(options, bench: "Bench", inputs: str, settings, fitting, method: str):
+    """The search's saved state (None without --resume), what saves it, and the beam to go on from. inputs: see
+    `inputs_sha256`."""
     from .state import State, fingerprint
 
     if not options.resume:
         return None, lambda beam: None, ()
-    facts = [__version__, repr(settings), inputs_sha256(bench), options.dtype, repr(fitting), method]
+    facts = [__version__, repr(settings), inputs, options.dtype, repr(fitting), method]
     encoder = bench.encoder
     state = State(options.resume, fingerprint(encoder.row, *facts, bring=encoder.bring))
     return state, state.save if bench.team.leads else lambda beam: None, state.load(len(encoder.row))

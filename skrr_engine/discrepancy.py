@@ -259,6 +259,7 @@ class Meter:
         work that is done; what it raises ends the measurement."""
         board = Board(len(candidates), self._weights)
         step = self._stepping(candidates, tick, 1.0)
+        self._forget_repairs(candidates)
         everyone, pieces = range(len(candidates)), range(len(self._pieces))
         norms = self._fill(board, candidates, everyone, pieces, len(candidates), step, stack=False)
         return [Discrepancy(board.conditional(c), float(board.null[c]), norm) for c, norm in enumerate(norms)]
@@ -284,6 +285,7 @@ class Meter:
             if known is not None:
                 board.null[c], board.values[c] = known
         step = self._stepping(candidates, tick, self.share)
+        self._forget_repairs(candidates)
         self._states.turn()
 
         def evaluate(members: Sequence[int], batches: Sequence[int]) -> None:
@@ -316,9 +318,12 @@ class Meter:
         work = forwards(len(self.tracer.row), candidates) * sum(self._tokens)
         missing = sum(tokens for b, tokens in enumerate(self._tokens) if (b, 0) not in self._dense)
         self._work = Stepping(tick, work, share, len(self.tracer.row) * missing)
-        repairs = {a for candidate in candidates for a in candidate.values() if isinstance(a, StandIn)}
-        self._states.drop(lambda place: not place.repairs <= repairs)  # a fit is never made twice
         return self._work
+
+    def _forget_repairs(self, candidates: Sequence[Assignment]) -> None:
+        """Let go of the states of stand-ins that none of these candidates has: a fit is never made twice."""
+        repairs = {a for candidate in candidates for a in candidate.values() if isinstance(a, StandIn)}
+        self._states.drop(lambda place: not place.repairs <= repairs)
 
     @property
     def spent(self) -> float:

@@ -61,11 +61,7 @@ class Search:
     def run(self, path: Path, save: Callable[[Sequence[Path]], None]) -> Path:
         """The order that reaches the target, from a saved one on. Raises SearchError where it can't be reached."""
         self.path = path
-        if self.settings.sparsity * self.row.total > sum(self.costs):
-            raise skip.SearchError(
-                f"a sparsity of {self.settings.sparsity:.0%} can't be reached: the blocks hold"
-                f" {sum(self.costs) / self.row.total:.1%} of this encoder's parameters; ask for less"
-            )
+        skip.check_reach(self.costs, self.row.total, self.settings.sparsity)
         self.clock.resume(len(path.order))
         while sum(self.costs[i] for i in self.path.order) < self.settings.sparsity * self.row.total:
             self.path = self.step()

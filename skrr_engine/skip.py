@@ -72,11 +72,7 @@ def search(
     SearchError where even removing everything would not reach the target, and where nothing more can be removed without
     an overflow.
     """
-    if target * total > sum(costs):
-        raise SearchError(
-            f"a sparsity of {target:.0%} can't be reached: the blocks hold {sum(costs) / total:.1%} of this encoder's"
-            " parameters; ask for less"
-        )
+    check_reach(costs, total, target)
     beam = list(beam) or [Path((), 0.0)]
     while sum(costs[i] for i in beam[0].order) < target * total:
         orders = expand(beam, len(costs))
@@ -84,6 +80,15 @@ def search(
         if not beam:
             raise SearchError(NOT_FINITE)
         yield beam
+
+
+def check_reach(costs: Sequence[int], total: int, target: float) -> None:
+    """Raises SearchError where even removing everything would not reach the target sparsity."""
+    if target * total > sum(costs):
+        raise SearchError(
+            f"a sparsity of {target:.0%} can't be reached: the blocks hold {sum(costs) / total:.1%} of this encoder's"
+            " parameters; ask for less"
+        )
 
 
 def lowest(scores: Mapping[int, float], rounding: float, before: int | None = None) -> int:

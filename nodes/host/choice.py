@@ -100,6 +100,11 @@ def read(plan: str, plan_json: str, sparsity: float, size_gb: float, none: str |
     return Choice(Plan.read(library.path_of(plan)), sparsity, size_gb)
 
 
+def fingerprint(plan: str, plan_json: str) -> str:
+    """For fingerprint_inputs: changes with the plan, pasted or in its file, and with the stand-ins that it may name."""
+    return (plan_json.strip() or library.file_sha256(plan)) + library.standins_state()
+
+
 def validate(plan: str, plan_json: str, none: str | None = None) -> bool | str:
     """For validate_inputs: a pasted plan stands in for a file that a friend's machine lacks."""
     if plan_json.strip() or plan == none or plan in library.names():
