@@ -47,8 +47,11 @@ def fork(root: nn.Module, paths: Iterable[str]) -> nn.Module:
 
 
 def shallow(module: nn.Module) -> nn.Module:
-    """A module of its own that shares its children, parameters and buffers with `module`."""
+    """A module of its own that shares its children, parameters and buffers with `module`. Its methods are its own, too:
+    a host that has patched one of them and put it back leaves it on the module, bound to that."""
     twin = copy.copy(module)
+    for name in [name for name, value in vars(module).items() if getattr(value, "__self__", None) is module]:
+        del twin.__dict__[name]
     for registry in ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"):
         twin.__dict__[registry] = module.__dict__[registry].copy()
     return twin

@@ -97,7 +97,7 @@ def test_derived_clip(builders, derive, kind, name, family, removed):
     for f, w in zip(found, wanted, strict=True):
         torch.testing.assert_close(f, w, rtol=1e-5, atol=1e-5)
     assert same(encode(clip), before) and list(clip.get_sd()) == keys
-    assert same(encode(pruned), found) and set(pruned.get_sd()) < set(keys)
+    assert same(encode(pruned), found) and set(pruned.cond_stage_model.state_dict()) < set(keys)
     assert pruned.patcher.is_clone(clip.patcher), "ComfyUI must see that the two share weights"
 
 
@@ -397,13 +397,17 @@ def test_low_vram(comfy, builders, derive):
     assert same(encode(pruned), whole)
 
 
-def test_patches_of_both_orders_and_saving(comfy, builders, derive):
-    """CLIPSave's way to a state dict: of the pruned CLIP what is kept, of the incoming one everything, unpatched."""
+def test_patches_of_both_orders_and_saving(comfy, builders, derive, host):
+    """CLIPSave's way to a state dict: the pruned CLIP refuses it, the incoming one gives everything, unpatched."""
     clip = builders.flux()
     keys = set(clip.get_sd())
     pruned = derive(clip, {"t5xxl": LEVELS[1]})
     encode(pruned)
     assert set(clip.get_sd()) == keys, "while the pruned one is loaded"
-    kept = set(pruned.get_sd())
+    with pytest.raises(host("skrr_engine.errors").SkrrError, match="use Save Skrr Encoder"):
+        pruned.clone().get_sd()
+    tokenizer = set(clip.tokenizer.state_dict())
+    assert set(pruned.tokenizer.skrr_state_dict()) == tokenizer
+    kept = set(pruned.cond_stage_model.state_dict()) | tokenizer
     assert kept < keys and set(pruned.patcher.get_key_patches()) == set(pruned.patcher.model_state_dict())
     assert {k for k in keys - kept if not k.startswith("t5xxl.transformer.encoder.block.")} == set()

@@ -1,18 +1,23 @@
 """A plan put onto a CLIP.
 
-`derive` gives a second CLIP that shares every weight with the first, minus what is left out. Its module tree is a fork
-(containers of its own, leaves shared) with placeholders in it; the incoming tree is never touched. Its patcher stays a
+`derive` gives a second CLIP that shares every weight with the first, minus what is left out. Its patcher stays a
 *clone* of the incoming one in ComfyUI's sense (`patcher.model` is the same object), because the two share weights:
 ComfyUI then unpatches and swaps them correctly, whichever runs next. It differs in what it loads, counts and lists.
+
+What is run is the shared tree, too, as any other pack knows it: while the derived CLIP is loaded, the left-out modules'
+`forward` is that of a placeholder, by the same mechanism as ComfyUI's object patches. So other packs' patches of it act
+whether they came before or behind ours, and all go when another clone is loaded. What is *looked at* (state dict, LoRA
+keys, sizes) is a fork: containers of its own, leaves shared, placeholders in place of what is left out.
 
 `prune_owned` rewires a CLIP in place that nobody else holds, so that what is left out is really freed.
 """
 
+import copy
 import dataclasses
 import functools
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import comfy.ops
 import torch
@@ -22,7 +27,7 @@ from ...skrr_engine.plan import Plan, PlanError
 from ...skrr_engine.repair import Repair
 from ...skrr_engine.rewire import fork, rewire
 from ...skrr_engine.row import EncoderError
-from .encoders import ATTACHMENT, Pruned, View, dense_model, pruning, size, views, views_of
+from .encoders import ATTACHMENT, TRANSFORMER, Pruned, View, pruning, size, views, views_of
 
 LINEAR = comfy.ops.manual_cast.Linear
 """Of what stand-ins are made: ComfyUI's layers, which work wherever their weights are, and in whatever type."""
@@ -34,28 +39,38 @@ EVERYTHING = 1 << 62
 def derive(clip, pruned: Mapping[str, Pruned]):
     """A CLIP with these encoders pruned (others keep what they have); `clip` stays as it is. Raises EncoderError."""
     known, before = views(clip), pruning(clip)
-    carried = {n: dataclasses.replace(p, file=p.file or before.get(n, p).file) for n, p in pruned.items()}
-    pruned = {**before, **carried}
+    pruned = {**before, **{name: carried(entry, before.get(name, entry)) for name, entry in pruned.items()}}
     derived = clip.clone()
     patcher = derived.patcher
-    tree = make_tree(dense_model(clip), known, pruned)
     patcher.__class__ = pruned_class(type(patcher))
-    patcher.skrr_views, patcher.skrr_tree = known, tree
+    patcher.plant(known, pruned)
     patcher.set_attachments(ATTACHMENT, pruned)
     patcher.size = 0
     patcher.patches_uuid = uuid.uuid4()  # else ComfyUI would take the dense tree's load state for this one's
-    derived.cond_stage_model = guard(tree, known, pruned)
+    derived.cond_stage_model = guard(patcher.skrr_tree, known, pruned, patcher.model)
+    derived.tokenizer = guarded_tokenizer(clip.tokenizer)
     return derived
 
 
-def make_tree(dense: nn.Module, known: Mapping[str, View], pruned: Mapping[str, Pruned]) -> nn.Module:
-    """A fork of a cond_stage_model with these encoders pruned; those that were loaded pruned are as they should be."""
+def carried(entry: Pruned, before: Pruned) -> Pruned:
+    """What is left out of an encoder now, with what stays true of it: the file, and that some of it is not read."""
+    return dataclasses.replace(entry, file=entry.file or before.file, unread=entry.unread or before.unread)
+
+
+def make_tree(
+    dense: nn.Module, known: Mapping[str, View], pruned: Mapping[str, Pruned]
+) -> tuple[nn.Module, dict[str, Callable]]:
+    """A fork of a cond_stage_model with these encoders pruned, and path of a `forward` below it -> the placeholder's,
+    for all that was left out. Encoders that were loaded pruned are as they should be."""
     fresh = {name: entry for name, entry in pruned.items() if entry.shape is None}
     paths = [known[name].prefix + path for name in fresh for s in known[name].row.sub_blocks for path in s.parts]
     tree = fork(dense, [*paths, *(f"{view.prefix}x" for view in known.values())])
+    forwards = {}
     for name, entry in fresh.items():
-        rewire(tree.get_submodule(known[name].path).transformer, known[name].row, entry.removed, LINEAR)
-    return tree
+        view = known[name]
+        for path in rewire(tree.get_submodule(view.path).transformer, view.row, entry.removed, LINEAR):
+            forwards[f"{view.prefix}{path}.forward"] = tree.get_submodule(view.prefix + path).forward
+    return tree, forwards
 
 
 def prune_owned(clip, pruned: Mapping[str, Pruned]):
@@ -71,22 +86,33 @@ def prune_owned(clip, pruned: Mapping[str, Pruned]):
     clip.patcher.size = 0
     clip.patcher.patches_uuid = uuid.uuid4()
     guard(clip.cond_stage_model, known, record)
+    if any(entry.removed for entry in pruned.values()):
+        clip.tokenizer = guarded_tokenizer(clip.tokenizer)
     return clip
 
 
 class GuardedModel:
     """Mixed into the class of a cond_stage_model of ours: notes how long it encodes, and refuses what left-out
-    sub-blocks would spoil. skrr_trimmed: `(name, blocks, first unread sub-block)` of each trimmed encoder;
-    skrr_seconds: of the last encoding, None before it."""
+    sub-blocks would spoil. skrr_run: the tree that runs, where that is another one (see `derive`); skrr_trimmed:
+    `(name, blocks, first unread sub-block)` of each trimmed encoder; skrr_seconds: of the last encoding, None before
+    it."""
 
+    skrr_run: nn.Module | None
     skrr_trimmed: tuple[tuple[str, int, int], ...]
     skrr_seconds: float | None
 
+    def _skrr_runs(self):
+        """What runs: a tree, or how this one was before it was guarded."""
+        return super() if self.skrr_run is None else self.skrr_run
+
     def encode_token_weights(self, *args, **kwargs):
         start = time.perf_counter()
-        out = super().encode_token_weights(*args, **kwargs)
+        out = self._skrr_runs().encode_token_weights(*args, **kwargs)
         self.skrr_seconds = time.perf_counter() - start
         return out
+
+    def reset_clip_options(self):
+        return self._skrr_runs().reset_clip_options()
 
     def set_clip_options(self, options):
         layer = options.get("layer")
@@ -97,27 +123,77 @@ class GuardedModel:
                     f"layer {layer} of {name} is asked for, but what it reads was trimmed away: put CLIP Set Last Layer"
                     " before the Skrr node"
                 )
-        super().set_clip_options(options)
+        return self._skrr_runs().set_clip_options(options)
 
     def generate(self, *args, **kwargs):
         if not self.skrr_trimmed:
-            return super().generate(*args, **kwargs)
-        names = ", ".join(name for name, *_ in self.skrr_trimmed)
-        raise EncoderError(f"{names} was trimmed for conditioning and can't write text: use the dense CLIP for that")
+            return self._skrr_runs().generate(*args, **kwargs)
+        refuse_text(*(name for name, *_ in self.skrr_trimmed))
+
+
+def refuse_text(*names: str):
+    """Raises EncoderError for encoders whose last layers are gone."""
+    raise EncoderError(
+        f"{', '.join(names)} was trimmed for conditioning and can't write text: use the dense CLIP for that"
+    )
+
+
+class GuardedEncoder:
+    """Mixed into the class of a trimmed encoder in a tree of ours: it writes no text. skrr_name: its name."""
+
+    skrr_name: str
+
+    def generate(self, *args, **kwargs):
+        refuse_text(self.skrr_name)
+
+
+def refusing(name: str) -> Callable:
+    """A `generate` for an encoder of that name."""
+    return lambda *args, **kwargs: refuse_text(name)
+
+
+class GuardedTokenizer:
+    """Mixed into the class of a pruned CLIP's tokenizer: ComfyUI asks it for its part of a file just when it saves the
+    CLIP or a checkpoint, whose weights would have holes that no loader but ours knows."""
+
+    def state_dict(self):
+        raise EncoderError(
+            "this CLIP is pruned, and a file saved so would not load again: use Save Skrr Encoder, or save the CLIP"
+            " from before the Skrr node"
+        )
+
+    def skrr_state_dict(self) -> dict:
+        """What the tokenizer adds to an encoder's file."""
+        return super().state_dict()
+
+
+def guarded_tokenizer(tokenizer):
+    """A tokenizer of our own that shares all with `tokenizer`, with GuardedTokenizer's ways."""
+    twin = copy.copy(tokenizer)
+    twin.__class__ = guarded_class(type(tokenizer), GuardedTokenizer)
+    return twin
 
 
 @functools.cache
-def guarded_class(base: type) -> type:
-    """`base`, a cond_stage_model's class, with GuardedModel's ways."""
-    return base if issubclass(base, GuardedModel) else type(f"Guarded{base.__name__}", (GuardedModel, base), {})
+def guarded_class(base: type, guard: type) -> type:
+    """`base`, a class of ComfyUI's, with the ways of one of the guards."""
+    return base if issubclass(base, guard) else type(f"Guarded{base.__name__}", (guard, base), {})
 
 
-def guard(tree: nn.Module, known: Mapping[str, View], pruned: Mapping[str, Pruned]) -> nn.Module:
-    """Give a tree of ours GuardedModel's ways; returns it."""
-    tree.__class__ = guarded_class(type(tree))
+def guard(
+    tree: nn.Module, known: Mapping[str, View], pruned: Mapping[str, Pruned], run: nn.Module | None = None
+) -> nn.Module:
+    """Give a tree of ours GuardedModel's ways, and its trimmed encoders GuardedEncoder's; returns it. run: the tree
+    that runs instead, where there is one."""
+    tree.__class__ = guarded_class(type(tree), GuardedModel)
     unread = [(known[name], entry.unread) for name, entry in pruned.items() if entry.unread]
     tree.skrr_trimmed = tuple((view.name, view.shape.blocks, min(gone)) for view, gone in unread)
     tree.skrr_seconds = None
+    tree.__dict__["skrr_run"] = run  # not a child: its weights are not this tree's
+    for view, _ in unread:
+        child = tree.get_submodule(view.path)
+        child.__class__ = guarded_class(type(child), GuardedEncoder)
+        child.skrr_name = view.name
     return tree
 
 
@@ -169,10 +245,29 @@ def replaced(clip, plan: Plan) -> dict[str, Pruned]:
 
 
 class PrunedPatcher:
-    """Mixed into the class of the incoming patcher. skrr_views: of the dense tree; skrr_tree: the fork."""
+    """Mixed into the class of the incoming patcher. skrr_views: of the dense tree; skrr_tree: the fork; skrr_forwards:
+    what takes the place of the left-out modules' forwards in the dense tree while this patcher is loaded."""
 
     skrr_views: dict[str, View]
     skrr_tree: nn.Module
+    skrr_forwards: dict[str, Callable]
+
+    def plant(self, known: Mapping[str, View], pruned: Mapping[str, Pruned]) -> None:
+        """Make the fork of the model that this patcher has now."""
+        self.skrr_views = known
+        self.skrr_tree, self.skrr_forwards = make_tree(self.model, known, pruned)
+        for view in (known[name] for name, entry in pruned.items() if entry.unread):
+            for path in (view.path, f"{view.path}.{TRANSFORMER.rstrip('.')}"):
+                if hasattr(self.model.get_submodule(path), "generate"):
+                    self.skrr_forwards[f"{path}.generate"] = refusing(view.name)
+
+    def patch_model(self, *args, **kwargs):
+        others = self.object_patches
+        self.object_patches = {**others, **self.skrr_forwards}  # what is left out stays so, whoever patches it
+        try:
+            return super().patch_model(*args, **kwargs)
+        finally:
+            self.object_patches = others
 
     @functools.cached_property
     def _dropped(self) -> set[int]:
@@ -200,11 +295,11 @@ class PrunedPatcher:
     def clone(self, *args, **kwargs):
         clone = super().clone(*args, **kwargs)
         clone.__class__ = pruned_class(type(clone))  # some loaders' clone() sets its own
-        clone.skrr_views, clone.skrr_tree = self.skrr_views, self.skrr_tree
-        if clone.model is not self.model:  # ComfyUI has loaded it anew, for another device or without dynamic VRAM
+        if clone.model is self.model:
+            clone.skrr_views, clone.skrr_tree, clone.skrr_forwards = self.skrr_views, self.skrr_tree, self.skrr_forwards
+        else:  # ComfyUI has loaded it anew, for another device or without dynamic VRAM
             pruned = self.get_attachment(ATTACHMENT)
-            clone.skrr_views = views_of(clone.model, pruned)
-            clone.skrr_tree = make_tree(clone.model, clone.skrr_views, pruned)
+            clone.plant(views_of(clone.model, pruned), pruned)
         return clone
 
     def model_state_dict(self, filter_prefix=None):

@@ -16,7 +16,7 @@ from ...skrr_engine.race import grouped
 from ...skrr_engine.rewire import fork, rewire
 from ...skrr_engine.row import EncoderError
 from ...skrr_engine.trace import Reading
-from .encoders import TRANSFORMER, View, dense_model, views
+from .encoders import TRANSFORMER, View, as_dense, pristine_fork, views
 
 
 class Wanted(Exception):
@@ -31,16 +31,23 @@ def copied(output: tuple) -> tuple:
 class Conditioning:
     """One encoder of a CLIP, ready to be run on prompts.
 
-    encoder: a fork of its SDClipModel with the CLIP's options set, on the device that the CLIP is loaded to; what the
-    engine's tracer and runs are given. Loads the CLIP, unless `load` is False: then it runs on the CPU, where its
-    weights are. Never changes the CLIP.
+    encoder: a fork of its SDClipModel with the CLIP's options set; what the engine's tracer and runs are given. It runs
+    where the weights are now, which is enough to ask what is read; `load` takes all of them to the device that
+    encodes. Never changes the CLIP.
     """
 
-    def __init__(self, clip, view: View, load: bool = True):
-        device = clip.load_model().load_device if load else torch.device("cpu")
-        self.clip, self.view = clip, view
-        all_views = views(clip)
-        self.wrapper = fork(dense_model(clip), [f"{v.path}.{TRANSFORMER}x" for v in all_views.values()])
+    def __init__(self, clip, view: View):
+        self.clip, self.view = as_dense(clip), view
+        self._prepare(None)
+
+    def load(self) -> "Conditioning":
+        """Load the CLIP, with nothing left out, as for encoding. Returns itself."""
+        self._prepare(self.clip.load_model().load_device)
+        return self
+
+    def _prepare(self, device: torch.device | None) -> None:
+        clip, view, all_views = self.clip, self.view, views(self.clip)
+        self.wrapper = pristine_fork(clip, [f"{v.path}.{TRANSFORMER}x" for v in all_views.values()])
         self.wrapper.reset_clip_options()
         if clip.layer_idx is not None:
             self.wrapper.set_clip_options({"layer": clip.layer_idx})

@@ -1,5 +1,6 @@
 """CLIP objects as encoders: which text encoders a CLIP holds, and each one as a row of sub-blocks."""
 
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from ...skrr_engine import families
 from ...skrr_engine.checkpoint import Layout
 from ...skrr_engine.plan import EncoderPlan, Level
 from ...skrr_engine.repair import StandIn
-from ...skrr_engine.rewire import Action, assignment
+from ...skrr_engine.rewire import Action, assignment, fork
 from ...skrr_engine.row import EncoderError, Row
 
 TRANSFORMER = "transformer."
@@ -109,6 +110,36 @@ class View:
 def dense_model(clip) -> nn.Module:
     """The CLIP's cond_stage_model with all the sub-blocks that are in memory."""
     return clip.patcher.model if hasattr(clip.patcher, "skrr_tree") else clip.cond_stage_model
+
+
+def as_dense(clip):
+    """The same CLIP with nothing left out, to be loaded and run so; weights, LoRAs and other packs' patches are its
+    own. `clip` stays as it is."""
+    twin = clip.clone()
+    if hasattr(twin.patcher, "skrr_tree"):
+        twin.cond_stage_model = twin.patcher.skrr_tree = twin.patcher.model
+        twin.patcher.skrr_forwards = {}
+        twin.patcher.set_attachments(ATTACHMENT, {})
+        twin.patcher.size, twin.patcher.patches_uuid = 0, uuid.uuid4()
+    return twin
+
+
+def pristine_fork(clip, paths: Iterable[str]) -> nn.Module:
+    """A fork (see rewire.fork) of the CLIP's dense tree without the object patches that are on it now: they may be
+    those of another branch, whose CLIP is loaded."""
+    dense = dense_model(clip)
+    tree = fork(dense, paths)
+    for name, original in clip.patcher.object_patches_backup.items():
+        parent, _, attribute = name.rpartition(".")
+        try:
+            ours, theirs = tree.get_submodule(parent), dense.get_submodule(parent)
+        except AttributeError:
+            continue  # below something that is no module: shared
+        if ours is not theirs:
+            vars(ours).pop(attribute, None)
+            if getattr(original, "__self__", None) is not theirs:
+                setattr(ours, attribute, original)
+    return tree
 
 
 def pruning(clip) -> dict[str, Pruned]:

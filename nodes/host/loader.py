@@ -22,7 +22,7 @@ from ...skrr_engine.checkpoint import Checkpoint, CheckpointError
 from ...skrr_engine.errors import first_line
 from ...skrr_engine.families import FAMILIES
 from . import features
-from .apply import match, prune_owned
+from .apply import carried, match, prune_owned
 from .choice import Choice
 from .encoders import Pruned, Shape, View, views
 from .progress import say
@@ -132,7 +132,8 @@ def load(
     known = views(clip)
     homes = {id(file): home_of(file, known) for file in files}
     pruned = {home.name: recorded(file) for file in files if (home := homes[id(file)]) and file.checkpoint.record}
-    lines = [f"{p.file}: pruned already, its own plan stays" for p in pruned.values()]
+    own = {name for name, entry in pruned.items() if entry.plan is not None}
+    lines = [f"{pruned[name].file}: pruned already, its own plan stays" for name in own]
     lines += [
         f"{p.file}: was saved without the stand-ins that its plan names, and pictures may break; save it again from the"
         " dense file with them in models/skrr_plans"
@@ -141,9 +142,9 @@ def load(
     ]
     if chosen.plan is not None:
         for name, view in match(known, chosen.plan).items():
-            if view.name not in pruned:
-                entry = chosen.plan.encoder(name)
-                pruned[view.name], told = chosen.pruned(name, view, entry)
+            if view.name not in own:
+                by_plan, told = chosen.pruned(name, view, chosen.plan.encoder(name))
+                pruned[view.name] = carried(by_plan, pruned.get(view.name, by_plan))
                 lines += told
     for file in files:
         if home := homes[id(file)]:
@@ -152,7 +153,7 @@ def load(
             pruned[home.name] = dataclasses.replace(now, shape=shape, file=str(file.checkpoint.path))
     if trim:
         for view in known.values():
-            pruned[view.name] = trimmed(clip, view, pruned.get(view.name, Pruned()), load=False)
+            pruned[view.name] = trimmed(clip, view, pruned.get(view.name, Pruned()))
             if pruned[view.name].unread:
                 lines.append(
                     f"{view.name}: {len(pruned[view.name].unread)} sub-blocks that no conditioning reads left out"

@@ -59,6 +59,7 @@ def find_plan(
         say(f'found the plan "{known[0]}" of an earlier search with these inputs', node_id)
         return known[1]
 
+    conditioning.load()
     tracer = Tracer(conditioning.encoder, row, TRANSFORMER)
     device = clip.patcher.load_device
     memory = free_memory(device) if device.type == "cpu" else comfy.model_management.get_free_memory(device) * 9 // 10

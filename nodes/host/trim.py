@@ -7,18 +7,16 @@ from .conditioning import Conditioning
 from .encoders import TRANSFORMER, Pruned, View, pruning
 
 
-def unread(clip, view: View, load: bool = True) -> tuple[int, ...]:
-    """The sub-blocks of an encoder that no conditioning of this CLIP reads, as its layer choice is now.
-
-    load: whether to load the CLIP first, as for encoding; False for a CLIP that is still on the CPU.
-    """
-    found = Conditioning(clip, view, load)
+def unread(clip, view: View) -> tuple[int, ...]:
+    """The sub-blocks of an encoder that no conditioning of this CLIP reads, as its layer choice is now. Nothing is
+    loaded for it."""
+    found = Conditioning(clip, view)
     tracer = Tracer(found.encoder, view.row, TRANSFORMER)
     boundaries = tracer.find_boundaries(tracer.trace(found.null().run))
     return tuple(range(2 * max(boundaries, default=view.shape.blocks), 2 * view.shape.blocks))
 
 
-def trimmed(clip, view: View, pruned: Pruned | None = None, load: bool = True) -> Pruned:
+def trimmed(clip, view: View, pruned: Pruned | None = None) -> Pruned:
     """What is left out of an encoder (`pruned`; by default what is now), and what is unread besides."""
     now = pruned or pruning(clip).get(view.name, Pruned())
-    return dataclasses.replace(now, unread=unread(clip, view, load))
+    return dataclasses.replace(now, unread=unread(clip, view))
