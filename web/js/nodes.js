@@ -132,7 +132,7 @@ function followChoice(node, map, draw) {
   };
   const soon = () => {
     clearTimeout(timer);
-    timer = setTimeout(ask, 100); // by then, a node that is being loaded has all its values
+    timer = setTimeout(() => node.graph && ask(), 100); // by then, a node that is being loaded has all its values
   };
   for (const name of ["plan", "plan_json", "sparsity", "size_gb"]) chain(widget(node, name), "callback", soon);
   chain(node, "onConnectionsChange", soon);
