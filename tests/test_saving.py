@@ -331,6 +331,16 @@ def test_states_and_files_say_what_to_do(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
 
 
+def test_no_folder_for_states(shelf, library, host):  # noqa: F811
+    """A search says so before it begins; a plan that is found all the same is saved."""
+    shelf["user"].mkdir()
+    (shelf["user"] / "skrr_searches").write_text("no folder")
+    with pytest.raises(host("skrr_engine.errors").SkrrError, match="skrr_searches: can't be made"):
+        library.state("key")
+    assert library.save_searched(of_pack(host, plan_of(0, 3)), "mine", "key") == "mine.json"
+    assert library.searched("key") is None
+
+
 def test_what_a_block_reads_is_no_write_error(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "x"):
         (tmp_path / "gone").read_bytes()

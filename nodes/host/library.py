@@ -16,7 +16,7 @@ import folder_paths
 from ...skrr_engine import plan as plans
 from ...skrr_engine import standin_file
 from ...skrr_engine.errors import SkrrError
-from ...skrr_engine.files import numbered, replacing, writing
+from ...skrr_engine.files import numbered, replacing
 from ...skrr_engine.plan import Plan, PlanError
 from . import features
 
@@ -135,10 +135,12 @@ class Note:
 
 
 def searches() -> Path:
-    """The folder of searches' states and notes. Raises WriteError."""
+    """The folder of searches' states and notes. Raises FolderError."""
     folder = Path(folder_paths.get_user_directory()) / "skrr_searches"
-    with writing(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"{folder}: can't be made ({error.strerror}); allow writing there") from None
     return folder
 
 
@@ -147,7 +149,7 @@ def remember(key: str, kind: str, name: str) -> None:
     try:
         with replacing(searches() / f"{key}.{kind}") as file:
             file.write(json.dumps(asdict(Note(name, file_sha256(name)))).encode("ascii"))
-    except OSError as error:  # the plan is there all the same
+    except (SkrrError, OSError) as error:  # the plan is there all the same
         logging.warning("[Skrr] a later search with these inputs will not find its plan: %s", error)
 
 
@@ -199,7 +201,7 @@ def has_standins(plan: Plan) -> bool:
 
 
 def state(key: str):
-    """The state.State of the search with this key, kept while it runs. Raises WriteError."""
+    """The state.State of the search with this key, kept while it runs. Raises FolderError."""
     from ...skrr_engine.state import State
 
     return State(searches() / f"{key}.json", key)
