@@ -144,11 +144,12 @@ def searches() -> Path:
     return folder
 
 
-def remember(key: str, kind: str, name: str) -> None:
+def remember(key: str, kind: str, name: str, plan: Plan) -> None:
     """Note the plan that the search with this key has just saved. kind: FOUND, SO_FAR."""
+    note = Note(name, hashlib.sha256(plan.to_json().encode("ascii")).hexdigest())
     try:
         with replacing(searches() / f"{key}.{kind}") as file:
-            file.write(json.dumps(asdict(Note(name, file_sha256(name)))).encode("ascii"))
+            file.write(json.dumps(asdict(note)).encode("ascii"))
     except (SkrrError, OSError) as error:  # the plan is there all the same
         logging.warning("[Skrr] a later search with these inputs will not find its plan: %s", error)
 
@@ -165,7 +166,7 @@ def noted(key: str, kind: str) -> Note | None:
 def save_searched(plan: Plan, name: str, key: str, standins: bytes = b"") -> str:
     """Write what a search has found (see `save`), for `searched` to find."""
     saved = save(plan, name, standins)
-    remember(key, FOUND, saved)
+    remember(key, FOUND, saved, plan)
     return saved
 
 
@@ -178,7 +179,7 @@ def save_unfinished(plan: Plan, name: str, key: str) -> str:
         plan.write(path_of(saved))
     else:
         saved = save(plan, file_name(name).removesuffix(".json")[:90] + "_so_far")
-    remember(key, SO_FAR, saved)
+    remember(key, SO_FAR, saved, plan)
     return saved
 
 
