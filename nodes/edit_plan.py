@@ -44,7 +44,8 @@ class SkrrEditPlan(io.ComfyNode):
         from ..skrr_engine.plan import Plan, PlanError
 
         try:
-            return not edited.strip() or bool(Plan.from_json(edited.strip(), "the edited plan"))
+            # None: another node gives the text, which only the run can tell
+            return not (edited or "").strip() or bool(Plan.from_json(edited.strip(), "the edited plan"))
         except PlanError as error:
             return str(error)
 

@@ -45,8 +45,14 @@ class LoadCLIP(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, plan, plan_json="") -> bool | str:
-        return choice.validate(plan, plan_json, NO_PLAN)
+    def validate_inputs(
+        cls, plan, plan_json="", clip_name="", clip_name1="", clip_name2="", clip_name3="", clip_name4=""
+    ) -> bool | str:
+        found = choice.validate(plan, plan_json, NO_PLAN)
+        for name in (clip_name, clip_name1, clip_name2, clip_name3, clip_name4):
+            if name and features.listed(name, features.encoder_files()) is None:
+                return f'there is no text encoder "{name[:100]}": put the file into models/text_encoders'
+        return found
 
     @classmethod
     def fingerprint_inputs(cls, plan, plan_json="", **kwargs) -> str:
@@ -60,7 +66,8 @@ class LoadCLIP(io.ComfyNode):
         from .host.loader import load, path_of
         from .plan_map import shown
 
-        names = [files[key] for key in cls.file_inputs()]
+        known = features.encoder_files()
+        names = [features.listed(files[key], known) or files[key] for key in cls.file_inputs()]
         for name in names:
             path_of(name)
         chosen = choice.read(plan, plan_json, sparsity, size_gb, NO_PLAN)

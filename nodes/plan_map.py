@@ -55,9 +55,8 @@ def of_level(name: str, entry: "EncoderPlan", level: "Level") -> dict:
 
 
 def of_plan(plan: "Plan", sparsity: float) -> list[dict]:
-    """The encoders of a plan, each at its strongest level at or below a sparsity, or at its weakest."""
-    chosen = {name: [x for x in entry.levels if x.sparsity <= sparsity] for name, entry in plan.encoders.items()}
-    return [of_level(n, e, chosen[n][-1] if chosen[n] else e.levels[0]) for n, e in plan.encoders.items()]
+    """The encoders of a plan, each at the level that a run would choose for a sparsity. Raises PlanError."""
+    return [of_level(name, entry, entry.choose(sparsity)) for name, entry in plan.encoders.items()]
 
 
 def of_encoder(name: str, shape: "Shape", pruned: "Pruned | None") -> dict:

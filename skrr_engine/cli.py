@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
     try:
+        spare_inputs(options)
         options.command(options)
         return 0
     except KeyboardInterrupt:
@@ -52,6 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+WEIGHTS = (".safetensors", ".bin")
+CONFIGURATION = (
+    "config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model",
+)  # fmt: skip
+"""What transformers reads beside weights."""
 METHODS = ("skrr", "heal", "finercut", "shortgpt", "random")
 
 
@@ -92,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     )
     encoder.add_argument("--name", help="the encoder's name in the plan (default: t5xxl, clip_l, ... by its shape)")
 
+    level = {"type": float, "default": 1.0, "help": "the level at or below it (default: the plan's strongest)"}
     search = commands.add_parser("search", parents=[encoder], help="search a plan", description=run_search.__doc__)
     search.add_argument("--out", required=True, metavar="PLAN", help="file to write the plan to")
     search.add_argument("--sparsity", type=float, default=0.42, help="fraction of parameters to remove (default 0.42)")
@@ -130,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
         "discrepancy", parents=[encoder], help="measure a plan", description=run_discrepancy.__doc__
     )
     measure.add_argument("--plan", required=True, metavar="PLAN")
-    measure.add_argument("--sparsity", type=float, help="the level at or below it (default: the plan's strongest)")
+    measure.add_argument("--sparsity", **level)
     measure.add_argument("--json", action="store_true", help="print one JSON object")
     measure.set_defaults(command=run_discrepancy)
 
@@ -138,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
         "encode", parents=[encoder], help="write prompts' embeddings", description=run_encode.__doc__
     )
     encode.add_argument("--plan", metavar="PLAN", help="prune the encoder by this plan (default: dense)")
-    encode.add_argument("--sparsity", type=float, help="the level at or below it (default: the plan's strongest)")
+    encode.add_argument("--sparsity", **level)
     encode.add_argument("--out", required=True, metavar="FILE", help=".safetensors to write")
     encode.set_defaults(command=run_encode)
 
@@ -146,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     apply.add_argument("--encoder", required=True, metavar="FILE", help="a text encoder's .safetensors")
     apply.add_argument("--plan", required=True, metavar="PLAN")
     apply.add_argument("--out", required=True, metavar="OUT", help="file to write")
-    apply.add_argument("--sparsity", type=float, help="the level at or below it (default: the plan's strongest)")
+    apply.add_argument("--sparsity", **level)
     apply.add_argument("--name", help="the plan's entry for this encoder (default: the one of its shape)")
     apply.set_defaults(command=run_apply)
 
@@ -175,9 +184,6 @@ def run_search(options) -> None:
     check_writable(options.out, "--out")
     if options.resume:
         check_writable(options.resume, "--resume")
-        outputs = (options.out, standin_file.beside(options.out))
-        if os.path.realpath(options.resume) in map(os.path.realpath, outputs):
-            raise UsageError(f"--resume {options.resume}: is what --out writes; name another file for the state")
     if options.name is not None and not is_name(options.name):
         raise UsageError(f"--name {options.name}: an encoder's name has letters, digits, _ and -, like t5xxl")
     bench = prepare(options, broad=fitting is not None)
@@ -221,9 +227,10 @@ def run_search(options) -> None:
     written = options.out
     if fitting is not None:
         plan, data = standin_file.encoded(plan, {name: healed.standins})
-        standin_file.write(standin_file.beside(options.out), data)
+        standin_file.write_both(options.out, plan, data)
         written += f", its stand-ins to {standin_file.beside(options.out)} ({len(data) / 1e6:.1f} MB)"
-    plan.write(options.out)
+    else:
+        plan.write(options.out)
     if state is not None:
         state.forget()
     if not options.quiet:
@@ -341,14 +348,13 @@ def standins_beside(path: str, name: str, entry, level):
 def removal(options, bench: "Bench"):
     """The name of the plan's entry for the encoder, its level asked for, the stand-ins that are there, and all of it as
     an assignment."""
-    from .level import at_sparsity
     from .rewire import assignment
 
     plan, encoder = Plan.read(options.plan), bench.encoder
     name = options.name or (encoder.name if encoder.name in plan.encoders else next(iter(plan.encoders)))
     entry, row = plan.encoder(name), encoder.row
     entry.check(row.family, row.blocks, row.width, name)
-    level = entry.levels[-1] if options.sparsity is None else at_sparsity(row, entry, options.sparsity)
+    level = entry.choose(options.sparsity)
     standins = standins_beside(options.plan, name, entry, level)
     return name, level, standins, assignment(entry.order[: level.skipped], level.reuse, standins)
 
@@ -383,7 +389,6 @@ def run_encode(options) -> None:
 def run_apply(options) -> None:
     """Write a copy of an encoder's .safetensors without what a plan skips: kept tensors bit for bit, and the plan."""
     from .checkpoint import Checkpoint, write_pruned
-    from .level import at_sparsity
 
     plan, source = Plan.read(options.plan), Checkpoint(options.encoder)
     check_writable(options.out, "--out")
@@ -393,7 +398,7 @@ def run_apply(options) -> None:
     name = options.name or (alike[0] if alike else next(iter(plan.encoders)))
     entry = plan.encoder(name)
     entry.check(*shape, name)
-    level = entry.levels[-1] if options.sparsity is None else at_sparsity(layout, entry, options.sparsity)
+    level = entry.choose(options.sparsity)
     standins = standins_beside(options.plan, name, entry, level)
     written = write_pruned(source, options.out, name, plan, level.skipped, standins=standins)
     gone = layout.sparsity(entry.order[: level.skipped])
@@ -476,6 +481,53 @@ def parsed_levels(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise UsageError(f"--levels {text}: give numbers separated by commas, like 0.2,0.3") from None
+
+
+def spare_inputs(options) -> None:
+    """Refuse, before any work, an output that is one of the inputs or another output, however it is spelled or linked.
+    Raises UsageError, PlanError."""
+    from .standin_file import beside
+
+    out, state = getattr(options, "out", None), getattr(options, "resume", None)
+    outputs = [("--out", out)] if out else []
+    if options.command is run_search:
+        outputs += [("--out", str(beside(out))), *([("--resume", state)] if state else [])]
+    for number, (option, path) in enumerate(outputs):
+        for writer, other in outputs[:number]:
+            # before either is there only their names tell, and some file systems take a and A for the same
+            if same_file(path, other) or os.path.realpath(path).casefold() == os.path.realpath(other).casefold():
+                raise UsageError(f"{option} {path}: is what {writer} writes; name another file for the state")
+        for reader, file in inputs(options) if os.path.exists(path) else ():
+            if same_file(path, file):
+                raise UsageError(f"{option} {path}: is the source file of {reader} ({file}): name another")
+
+
+def same_file(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file that is there."""
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False
+
+
+def inputs(options) -> Iterator[tuple[str, Path]]:
+    """The files that a command reads, each with its option. Raises PlanError."""
+    from .standin_file import beside, digests, find
+
+    given = {name: getattr(options, name, None) for name in ("encoder", "tokenizer", "prompts", "projection", "plan")}
+    for name, path in given.items():
+        if path is not None:
+            yield f"--{name}", Path(path)
+    for name in ("encoder", "tokenizer"):
+        path = Path(given[name] or "")
+        for file in (path if path.is_dir() else path.parent).iterdir() if given[name] and path.exists() else ():
+            if file.name in CONFIGURATION or (path.is_dir() and file.suffix in WEIGHTS):
+                yield f"--{name}", file
+    if given["plan"] is not None:
+        folder, first = Path(given["plan"]).parent, beside(given["plan"])
+        for digest in digests(Plan.read(given["plan"])):
+            if (file := find([folder], digest, first)) is not None:
+                yield "--plan", file
 
 
 def check_writable(path: str, option: str) -> None:

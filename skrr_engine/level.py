@@ -1,28 +1,8 @@
-"""Which level of a plan answers what was asked for: a sparsity, or a size."""
+"""Which level of a plan answers for a size; for a sparsity, see plan.EncoderPlan.choose."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from .plan import EncoderPlan, Level, PlanError
-
-
-class Sized(Protocol):
-    """An encoder's numbers: a row.Row, a checkpoint.Layout, ..."""
-
-    def sparsity(self, skipped: Sequence[int]) -> float: ...
-
-
-def at_sparsity(row: Sized, plan: EncoderPlan, sparsity: float) -> Level:
-    """The strongest level at or below a sparsity.
-
-    A search stops at the first prefix that *reaches* its target, so a plan's weakest level lies a little above what it
-    was searched for: it also answers for a sparsity that its last removal passes. Raises PlanError where even the
-    weakest level removes more than asked for.
-    """
-    weakest = plan.levels[0]
-    if weakest.sparsity > sparsity > row.sparsity(plan.order[: weakest.skipped - 1]):
-        return weakest
-    return plan.choose(sparsity)
 
 
 def at_size(sub_block_bytes: Sequence[int], dense_bytes: int, plan: EncoderPlan, limit: float) -> Level | None:

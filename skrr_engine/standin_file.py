@@ -7,6 +7,7 @@ are untrusted input, as plans are.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -16,8 +17,8 @@ from pathlib import Path
 import torch
 
 from .errors import SkrrError, first_line
-from .files import file_sha256, replacing
-from .plan import EncoderPlan, Level, Plan, StandIns
+from .files import abandoned, claim, file_sha256, replacing, unnamed
+from .plan import EncoderPlan, Level, Plan, PlanError, StandIns
 from .repair import NORMS, StandIn
 
 ENDING = ".standins.safetensors"
@@ -80,6 +81,79 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file whole or not at all. Raises OSError."""
     with replacing(path) as file:
         file.write(data)
+
+
+def write_both(path: str | os.PathLike[str], plan: Plan, data: bytes) -> None:
+    """Write a plan, and its stand-ins beside it, in place of what is there: both or, where they don't fit, neither.
+    Raises PlanError, OSError."""
+    text = plan.to_json().encode("ascii")
+    with replacing(path) as first, replacing(beside(path)) as second:
+        for file, part in ((first, text), (second, data)):
+            file.write(part)
+            file.flush()
+
+
+IN_THE_MAKING = "plan-"
+"""See files.unnamed: of plans whose stand-ins may have their name already."""
+
+
+def write_new(paths: Iterable[Path], plan: Plan, data: bytes = b"") -> Path:
+    """Write a plan, and its stand-ins beside it, under the first of these names, all in one folder, that is free for
+    both; returns it. Nothing is written over, whoever else writes at the same moment. Raises PlanError, OSError."""
+    text = plan.to_json().encode("ascii")
+    paths = iter(paths)
+    path = next(paths)
+    with unnamed(path, IN_THE_MAKING) as whole, unnamed(beside(path)) as standins:
+        write(whole, text)
+        clear_stranded(path.parent, whole.stat().st_mtime)
+        if data:
+            write(standins, data)
+        while not claimed(path, whole, standins if data else None):
+            path = next(paths)
+    return path
+
+
+def claimed(path: Path, plan: Path, standins: Path | None) -> bool:
+    """Give a plan's whole file, and its stand-ins', their names; False where one of the names is taken. Raises
+    WriteError."""
+    try:
+        if standins is not None:
+            claim(standins, beside(path))
+        elif beside(path).exists():  # of a plan that was renamed
+            return False
+    except FileExistsError:
+        return False
+    try:
+        claim(plan, path)
+    except OSError as error:
+        if standins is not None:
+            beside(path).unlink(missing_ok=True)
+        if isinstance(error, FileExistsError):
+            return False
+        raise
+    return True
+
+
+def clear_stranded(folder: Path, now: float) -> None:
+    """Remove what a process that was killed within `write_new` an hour ago has left in a folder: a plan without a name,
+    and its stand-ins where they have got theirs and no plan names them. now: see files.remove_abandoned."""
+    for left in abandoned(folder, now, IN_THE_MAKING):
+        with contextlib.suppress(OSError):
+            try:
+                plan = Plan.from_json(left.read_bytes())
+            except PlanError:
+                plan = None  # killed in the middle of a write
+            for digest in digests(plan) if plan else ():
+                path = find([folder], digest)
+                texts = (other.read_bytes() for other in folder.rglob("*.json"))
+                if path is not None and not any(digest.encode() in text for text in texts):
+                    path.unlink()
+            left.unlink()
+
+
+def digests(plan: Plan) -> set[str]:
+    """The hashes of the files of stand-ins that a plan names."""
+    return {x.standins.sha256 for entry in plan.encoders.values() for x in entry.levels if x.standins}
 
 
 def read(path: str | os.PathLike[str], name: str, entry: EncoderPlan, level: Level) -> dict[int, StandIn]:

@@ -1,5 +1,6 @@
 """The state of a search in a file: written whole or not at all after each step, taken up again by the same search."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -44,14 +45,16 @@ class State:
         return beam
 
     def save(self, beam: Sequence[SkipList]) -> None:
-        """Replace the file by one with this beam; a crash at any moment leaves the old or the new one."""
+        """Replace the file by one with this beam; a crash at any moment leaves the old or the new one.
+        Raises WriteError."""
         entries = [{"order": p.order, "discrepancy": p.discrepancy, "trail": p.trail} for p in beam]
         with replacing(self.path) as file:
             file.write(json.dumps({"key": self.key, "beam": entries}).encode("ascii"))
 
     def forget(self) -> None:
         """The search has ended: its plan is written."""
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # one that can't go does not spoil the plan
+            self.path.unlink()
 
 
 def skip_list(entry: dict) -> SkipList:

@@ -1,7 +1,9 @@
 """The command line on small encoders: results, exit codes, and errors of one line."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +160,90 @@ def test_errors_are_one_line(arguments, message, encoder, tokenizer, tmp_path, c
     assert code == 1 and error.splitlines()[-1].startswith("skrr: ") and message in error
     assert "Traceback" not in error and len([line for line in error.splitlines() if "bare" not in line]) == 1
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.fixture
+def mine(encoder, prompts, plan, tmp_path, monkeypatch) -> Path:
+    """The current folder, with all that commands read: an encoder as a folder and as a file, prompts, a projection, a
+    plan and its stand-ins."""
+    shutil.copytree(encoder, tmp_path / "t5")
+    shutil.copy(encoder / "model.safetensors", tmp_path / "t5.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(encoder / name, tmp_path)
+    shutil.copy(prompts, tmp_path / "prompts.txt")
+    save_file({"txt_in.weight": torch.zeros(4, 32)}, tmp_path / "projection.safetensors")
+    (tmp_path / "plan.standins.safetensors").write_bytes(b"matrices")
+    told = json.loads(plan.read_text())
+    digest, entry = hashlib.sha256(b"matrices").hexdigest(), told["encoders"]["t5"]
+    entry["levels"][-1]["standins"] = {"sha256": digest, "ranks": {str(entry["order"][0]): 2}}
+    (tmp_path / "plan.json").write_text(json.dumps(told))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+READS = {
+    "search": ["--encoder", "t5", "--prompts", "prompts.txt", "--projection", "projection.safetensors"],
+    "encode": ["--encoder", "t5.safetensors", "--prompts", "prompts.txt", "--plan", "plan.json"],
+    "apply": ["--encoder", "t5.safetensors", "--plan", "plan.json"],
+}
+
+
+def refused(command: str, *outputs: str, capsys) -> str:
+    """The one line that refuses these outputs; nothing may have changed."""
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert main([command, *READS[command], *outputs]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    return line
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        ("search", "t5/model.safetensors"),
+        ("search", "t5/tokenizer.json"),
+        ("search", "prompts.txt"),
+        ("search", "projection.safetensors"),
+        ("encode", "t5.safetensors"),
+        ("encode", "tokenizer.json"),
+        ("encode", "plan.json"),
+        ("encode", "plan.standins.safetensors"),
+        ("apply", "t5.safetensors"),
+        ("apply", "plan.json"),
+        ("apply", "plan.standins.safetensors"),
+    ],
+)
+def test_no_output_is_an_input(command, file, mine, capsys, monkeypatch):
+    """However it is spelled or linked, and before any work."""
+    monkeypatch.setattr("skrr_engine.encoders.load", lambda *_: pytest.fail("it has begun"))
+    (mine / "other").mkdir()
+    (mine / "other" / "symlink").symlink_to(mine / file)
+    os.link(file, mine / "other" / "hard link")
+    (mine / "folder").symlink_to(mine, target_is_directory=True)
+    for out in (file, str(mine / file), f"./other/../{file}", f"folder/{file}", "other/symlink", "other/hard link"):
+        assert f"skrr: --out {out}: is the source file" in refused(command, "--out", out, capsys=capsys)
+        if command == "search":
+            outputs = ("--out", "new.json", "--resume", out)
+            assert f"skrr: --resume {out}: is the source file" in refused(command, *outputs, capsys=capsys)
+
+
+def test_no_output_is_another_output(mine, capsys):
+    (mine / "folder").symlink_to(mine, target_is_directory=True)
+    for state in ("new.json", "folder/new.json", "NEW.json", "./new.standins.safetensors"):
+        line = refused("search", "--out", "new.json", "--resume", state, capsys=capsys)
+        assert f"skrr: --resume {state}: is what --out writes" in line
+    (mine / "prompts.txt").rename(mine / "new.standins.safetensors")
+    line = refused("search", "--prompts", "new.standins.safetensors", "--out", "new.json", capsys=capsys)
+    assert "is the source file of --prompts" in line, "the stand-ins of --out"
+
+
+def test_outputs_beside_inputs(mine, capsys):
+    """A second run may write over what the first has written, also beside the encoder."""
+    for _ in range(2):
+        for out in ("t5/plan.json", "plan 2.json"):
+            searching = ["search", *READS["search"][:4], "--out", out, "--sparsity", "0.1", "--beam", "1", "--quiet"]
+            assert main(searching) == 0
+        assert main(["encode", *READS["encode"], "--sparsity", "0.35", "--out", "found.safetensors"]) == 0
 
 
 def test_ctrl_c(encoder, tmp_path):

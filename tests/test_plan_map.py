@@ -107,6 +107,35 @@ def test_map_follows_the_choice(page):
     assert cells(page, 2) == {"t5xxl": expected(entry, weaker)}
 
 
+def test_map_says_what_a_run_would_say(page):
+    """Where no level of the plan is as weak as that; where bytes decide; and where another node decides."""
+    said = "() => skrrTest.element(2).querySelector('.skrr-said').textContent"
+    set_value = "([name, value]) => { const w = skrrTest.widget(2, name); w.value = value; w.callback(value); }"
+    chosen(page)
+    wait_for_map(page, 2)
+    page.evaluate(set_value, ["sparsity", 0.01])
+    page.wait_for_function(f"() => ({said})().includes('the smallest has 0.014093, ask for that or more')")
+    assert cells(page, 2) == {}
+    page.evaluate(set_value, ["sparsity", SPARSITY])
+    wait_for_map(page, 2)
+    page.evaluate(set_value, ["size_gb", 5.0])
+    page.wait_for_function(f"() => ({said})() === 'Run the workflow to see what is left of the text encoders.'")
+    assert cells(page, 2) == {}
+    page.evaluate(set_value, ["size_gb", 0.0])
+    wait_for_map(page, 2)
+    link = """
+    () => {
+      const text = LiteGraph.createNode("PrimitiveString");
+      window.app.graph.add(text);
+      const slot = skrrTest.node(2).inputs.findIndex((input) => input.name === "plan_json");
+      if (!text.connect(0, skrrTest.node(2), slot)) throw new Error("no link");
+    }
+    """
+    page.evaluate(link)
+    page.wait_for_function(f"() => ({said})() === 'Run the workflow to see what is left of the text encoders.'")
+    assert cells(page, 2) == {}
+
+
 def test_map_after_a_run(page):
     chosen(page)
     done = run(page)

@@ -161,18 +161,17 @@ def test_target_out_of_reach():
         search(meter, Settings(0.97))
 
 
-def test_choosing_a_level():
-    from skrr_engine.level import at_sparsity
-
+def test_at_most_is_at_most():
+    """A search removes a little more than it is asked for: its weakest level does not answer for that number."""
     module = small.build("t5", layers=5)
     meter = small.meter("t5", module, small.prompts([6]), [1])
     plan = search(meter, Settings(0.4, (0.2,), 1, reuse=False))
-    row, (low, high) = meter.tracer.row, plan.levels
-    assert at_sparsity(row, plan, 1.0) is high and at_sparsity(row, plan, high.sparsity) is high
-    assert at_sparsity(row, plan, 0.2) is low, "what was searched for is found again"
-    assert at_sparsity(row, plan, (low.sparsity + high.sparsity) / 2) is low
-    with pytest.raises(PlanError):
-        at_sparsity(row, plan, 0.01)
+    low, high = plan.levels
+    assert plan.choose(1.0) is high and plan.choose(high.sparsity) is high
+    assert plan.choose(low.sparsity) is low and plan.choose((low.sparsity + high.sparsity) / 2) is low
+    assert low.sparsity > 0.2
+    with pytest.raises(PlanError, match=f"the smallest has {low.sparsity}, ask for that or more"):
+        plan.choose(0.2)
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.05])

@@ -205,21 +205,19 @@ def grid(pictures: np.ndarray, columns: int, gap: int = 4) -> np.ndarray:
 
 def main() -> None:
     """Judge and print."""
-    from skrr_engine.level import at_sparsity
     from skrr_engine.plan import Plan
     from skrr_engine.rewire import assignment
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", help="a plan for the Shapes encoder; without one, the dense encoder is judged")
-    parser.add_argument("--sparsity", type=float, help="the plan's level at or below it (default: the strongest)")
+    parser.add_argument("--sparsity", type=float, default=1.0, help="the plan's level at or below it (default: all)")
     parser.add_argument("--per-task", type=int, default=60, help="prompts of each task (default and at most 60)")
     parser.add_argument("--grid", help="save some of the pictures as a PNG")
     options, start = parser.parse_args(), time.monotonic()
     studio = Studio(options.per_task, lpips=False)
     if options.plan:
         entry = next(iter(Plan.read(options.plan).encoders.values()))
-        row, sparsity = studio.encoder.row, options.sparsity
-        level = entry.levels[-1] if sparsity is None else at_sparsity(row, entry, sparsity)
+        level = entry.choose(options.sparsity)
         removed = assignment(entry.order[: level.skipped], level.reuse)
     else:
         removed = {}

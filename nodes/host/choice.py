@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from . import library
+from . import features, library
 
 if TYPE_CHECKING:
     from ...skrr_engine.plan import EncoderPlan, Level, Plan
@@ -25,13 +25,13 @@ class Choice:
 
     def level(self, name: str, shape: Shape, entry: EncoderPlan) -> tuple[Level | None, str]:
         """The level for an encoder (None: it fits dense), and a line that says the choice. Raises PlanError."""
-        from ...skrr_engine.level import at_size, at_sparsity
+        from ...skrr_engine.level import at_size
 
         if self.gigabytes > 0:
             level = at_size(shape.sub_block_bytes, shape.total_bytes, entry, self.gigabytes * 1e9)
             asked = f"asked for at most {self.gigabytes:.2f} GB"
         else:
-            level, asked = at_sparsity(shape, entry, self.sparsity), f"asked for at most {self.sparsity:.0%}"
+            level, asked = entry.choose(self.sparsity), f"asked for at most {self.sparsity:.0%}"
         if level is None:
             return None, f"{name}: {asked}, it has {shape.total_bytes / 1e9:.2f} GB as it is: nothing removed"
         gone = entry.order[: level.skipped]
@@ -100,13 +100,25 @@ def read(plan: str, plan_json: str, sparsity: float, size_gb: float, none: str |
     return Choice(Plan.read(library.path_of(plan)), sparsity, size_gb)
 
 
-def fingerprint(plan: str, plan_json: str) -> str:
-    """For fingerprint_inputs: changes with the plan, pasted or in its file, and with the stand-ins that it may name."""
-    return (plan_json.strip() or library.file_sha256(plan)) + library.standins_state()
+def fingerprint(plan: str | None, plan_json: str | None) -> str:
+    """For fingerprint_inputs: changes with the plan, pasted or in its file, and when stand-ins that it names come or
+    go. None, where another node gives a text: with any plan and any stand-ins."""
+    from ...skrr_engine.plan import Plan, PlanError
+
+    if plan_json is None or (plan is None and not plan_json.strip()):
+        return f"{plan} {library.files_state('*.json')} {library.standins_state()}"
+    text = plan_json.strip()
+    try:
+        chosen = Plan.from_json(text) if text else Plan.read(library.path_of(plan))
+    except PlanError:  # told when the node runs
+        return text or library.file_sha256(plan)
+    return f"{text or library.file_sha256(plan)} {library.has_standins(chosen)}"
 
 
-def validate(plan: str, plan_json: str, none: str | None = None) -> bool | str:
-    """For validate_inputs: a pasted plan stands in for a file that a friend's machine lacks."""
-    if plan_json.strip() or plan == none or plan in library.names():
+def validate(plan: str | None, plan_json: str | None, none: str | None = None) -> bool | str:
+    """For validate_inputs: a pasted plan stands in for a file that a friend's machine lacks. None: another node gives
+    that text, which only the run can tell."""
+    linked = plan is None or plan_json is None
+    if linked or plan_json.strip() or plan == none or features.listed(plan, library.names()):
         return True
     return f'there is no plan "{plan[:100]}" here: choose another, or paste one as text'

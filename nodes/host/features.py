@@ -1,5 +1,7 @@
 """What one ComfyUI has and another lacks: found out by looking for it, here and nowhere else."""
 
+from collections.abc import Collection
+
 import comfy.utils
 import folder_paths
 import nodes
@@ -21,6 +23,16 @@ def encoder_files() -> list[str]:
     if "clip_gguf" in folder_paths.folder_names_and_paths:
         known |= set(folder_paths.get_filename_list("clip_gguf"))
     return sorted(known)
+
+
+def spellings(name: str) -> list[str]:
+    """A file's name as it may be in ComfyUI's lists: workflows from Windows separate folders by `\\`."""
+    return [name, name.replace("\\", "/"), name.replace("/", "\\")]
+
+
+def listed(name: str, names: Collection[str]) -> str | None:
+    """A name as a list has it (see `spellings`), None where it is not in there."""
+    return next((spelling for spelling in spellings(name) if spelling in names), None)
 
 
 def encoder_path(name: str) -> str | None:

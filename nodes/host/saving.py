@@ -1,9 +1,9 @@
 """Pruned encoders written to files, from the files that they were loaded from or from memory."""
 
+import contextlib
 import hashlib
 from pathlib import Path
 
-import folder_paths
 import torch
 
 from ...skrr_engine.checkpoint import (
@@ -16,9 +16,12 @@ from ...skrr_engine.checkpoint import (
     tensor_bytes,
     write_pruned,
 )
+from ...skrr_engine.files import claim, unnamed
 from ...skrr_engine.plan import Plan, Provenance
 from . import library
 from .encoders import Pruned, View, dense_model
+
+FOLDER = "text_encoders"
 
 
 class InMemory:
@@ -63,15 +66,10 @@ class InMemory:
 def save(clip, view: View, pruned: Pruned, name: str) -> tuple[str, int]:
     """Write what is left of an encoder into ComfyUI's text_encoders folder; returns the file's name and its bytes.
 
-    Raises CheckpointError, PlanError. No file is ever written over.
+    Raises SkrrError. No file is ever written over, whoever else saves one at the same moment.
     """
     stem = library.file_name(name, "a file").removesuffix(".json").removesuffix(".safetensors")
-    folder = Path(folder_paths.get_folder_paths("text_encoders")[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    out, number = folder / f"{stem}.safetensors", 1
-    while out.exists():
-        number += 1
-        out = folder / f"{stem}_{number}.safetensors"
+    folder = library.folder_to_write(FOLDER)
     source = Checkpoint(pruned.file) if pruned.file else InMemory(clip, view)
     plan, skipped = None, 0
     if pruned.plan is not None and pruned.level is not None:
@@ -79,4 +77,10 @@ def save(clip, view: View, pruned: Pruned, name: str) -> tuple[str, int]:
             Plan(encoders={view.name: pruned.plan}, provenance=Provenance(source="saved")),
             pruned.level.skipped,
         )
-    return out.name, write_pruned(source, out, view.name, plan, skipped, pruned.unread, pruned.standins)
+    with unnamed(folder / f"{stem}.safetensors") as whole:
+        written = write_pruned(source, whole, view.name, plan, skipped, pruned.unread, pruned.standins)
+        for out in library.free_paths(FOLDER, folder, stem, ".safetensors"):
+            with contextlib.suppress(FileExistsError):  # another process was quicker
+                claim(whole, out)
+                break
+    return out.name, written

@@ -44,7 +44,8 @@ def find_plan(
     """The plan for these inputs: the saved one where they were searched before, else a new one, saved as `name`.
     fitting: of linear stand-ins; None for the paper's plan."""
     fitted_on, prompts = (None, prompts) if fitting is None else halved(prompts)
-    library.file_name(name)  # refuse a bad name now rather than after the search
+    library.file_name(name)  # refuse a bad name now rather than after the search, and a folder that can't be written
+    library.folder_to_write(library.FOLDER)
     row = view.row  # refuses an encoder that was loaded pruned
     conditioning = Conditioning(clip, view)
     projection = None
@@ -87,9 +88,8 @@ def find_plan(
         created_with=f"skrr {__version__}",
     )
 
-    def plan_of(entry: EncoderPlan, mark: str) -> Plan:
-        marked = entry.model_copy(update={"extensions": {**entry.extensions, mark: key}})
-        return Plan(encoders={view.name: marked}, provenance=provenance)
+    def plan_of(entry: EncoderPlan) -> Plan:
+        return Plan(encoders={view.name: entry}, provenance=provenance)
 
     reporter = Reporter(node_id, row, settings.sparsity)
     standins: dict = {}
@@ -110,15 +110,15 @@ def find_plan(
         if best is not None:
             entry = engine.unfinished(row, best, settings, fitting is not None)
             try:
-                saved = library.save_unfinished(plan_of(entry, library.UNFINISHED_KEY), name, key)
+                saved = library.save_unfinished(plan_of(entry), name, key)
                 say(f'stopped: the best so far is saved as "{saved}"; run again to go on', node_id)
             except (SkrrError, OSError) as error:  # Stop stays a stop
                 say(f"stopped: run again to go on; the best so far could not be saved as a plan: {error}", node_id)
         raise
-    plan, data = plan_of(entry, library.SEARCH_KEY), b""
+    plan, data = plan_of(entry), b""
     if standins:
         plan, data = standin_file.encoded(plan, standins)
-    saved = library.save(plan, name, data)
+    saved = library.save_searched(plan, name, key, data)
     beside = f", its stand-ins as {standin_file.beside(saved)}" if data else ""
     say(f'saved as "{saved}"{beside} in models/{library.FOLDER}', node_id)
     state.forget()

@@ -87,7 +87,14 @@ function follow(node) {
 
 /** Show what is chosen in a node's plan inputs as soon as it is chosen. */
 function followChoice(node, map, draw) {
-  const chosen = () => Object.fromEntries(["plan", "plan_json", "sparsity"].map((name) => [name, widget(node, name).value]));
+  const linked = (name) => node.inputs?.some((input) => input.widget?.name === name && input.link != null);
+  // null: what another node will give
+  const value = (name) => (linked(name) ? null : widget(node, name).value);
+  const chosen = () => {
+    const found = Object.fromEntries(["plan", "plan_json", "sparsity"].map((name) => [name, value(name)]));
+    const size = value("size_gb");
+    return size === 0 ? found : { ...found, size_gb: size };
+  };
   const current = () => JSON.stringify(chosen());
   let timer;
   let queued; // the choice that is being run
@@ -110,6 +117,7 @@ function followChoice(node, map, draw) {
       keep(node, told.output, [MAP, PLAN]);
       return draw();
     }
+    if (Object.values(choice).includes(null)) return draw();
     if (choice.plan === "none" && !choice.plan_json.trim()) return draw();
     const answer = await askForPlan(choice);
     if (key !== current() || node.properties[MAP]) return; // another choice has been made since, or a run has told more
@@ -120,13 +128,14 @@ function followChoice(node, map, draw) {
     }
     node.properties[MAP] = answer.map;
     node.properties[PLAN] = answer.plan;
-    draw("Bytes are known after a run.");
+    draw(answer.map.length ? "Bytes are known after a run." : AFTER_A_RUN);
   };
   const soon = () => {
     clearTimeout(timer);
-    timer = setTimeout(ask, 100); // by then, a node that is being loaded has all its values
+    timer = setTimeout(() => node.graph && ask(), 100); // by then, a node that is being loaded has all its values
   };
-  for (const name of ["plan", "plan_json", "sparsity"]) chain(widget(node, name), "callback", soon);
+  for (const name of ["plan", "plan_json", "sparsity", "size_gb"]) chain(widget(node, name), "callback", soon);
+  chain(node, "onConnectionsChange", soon);
   setTimeout(() => {
     // a loaded node has its properties by now
     const [plan, text] = [widget(node, "plan"), widget(node, "plan_json")];
