@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import comfy_runtime
-from skrr_engine.checkpoint import Checkpoint, CheckpointError, file_sha256, verify, write_pruned
+from skrr_engine.checkpoint import Checkpoint, CheckpointError, verify, write_pruned
 from skrr_engine.cli import main
+from skrr_engine.files import file_sha256
 from skrr_engine.plan import EncoderPlan, Level, Plan, PlanError, Provenance
 
 # ComfyUI 0.3.75 knows T5-XXL by its width, later versions by its feed-forward's: the other one is narrow here.
