@@ -119,7 +119,7 @@ def _once(pairs: list[tuple]) -> dict:
 
 def _span(value) -> tuple[int, int]:
     """Where a tensor's bytes begin and end, behind the header."""
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(value, dict) or not value.keys() >= {"dtype", "shape", "data_offsets"}:
         raise ValueError("a tensor is described wrongly in its header")
     span = value["data_offsets"]
     well = isinstance(value["shape"], list) and isinstance(value["dtype"], str) and isinstance(span, list)

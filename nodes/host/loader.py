@@ -113,7 +113,8 @@ class EncoderFile:
     @property
     def lacks(self) -> set[int]:
         """The sub-blocks that a pruned file has left out."""
-        return {self.places[k] for k, e in self.checkpoint.entries.items() if not e.kept and k in self.places}
+        places = (self.checkpoint.layout.place(k) for k, e in self.checkpoint.entries.items() if not e.kept)
+        return {place for place in places if place is not None}
 
     def _start(self, key: str) -> int:
         """Where a tensor begins in the file; 0 for those that are not read from it any more."""
@@ -274,9 +275,7 @@ def check_given(clip, file: EncoderFile, home: View, given: Collection[str], typ
     }  # fmt: skip
     if not absent:
         return []
-    shared = [
-        key for key in absent if key.startswith(inside)
-    ]  # T5's position bias: of a sub-block, but for all of them
+    shared = [key for key in absent if key.startswith(inside)]  # T5's position bias: in a sub-block, but for all
     read, told = shared or read_of(clip, home, absent), []
     for key in [key for key in read or () if key.endswith(PROJECTION)]:
         read.remove(key)

@@ -70,9 +70,7 @@ def tokenizer_tensors(clip, view: View) -> dict[str, torch.Tensor]:
     own = getattr(clip.tokenizer, view.name, clip.tokenizer)
     state = own.state_dict() if hasattr(own, "state_dict") else {}
     found = {key.removeprefix(f"{view.name}."): value for key, value in state.items() if value is not None}
-    raw = {
-        key: torch.tensor(list(value), dtype=torch.uint8) for key, value in found.items() if isinstance(value, bytes)
-    }
+    raw = {k: torch.tensor(list(value), dtype=torch.uint8) for k, value in found.items() if isinstance(value, bytes)}
     found = {**found, **raw}
     odd = next((key for key, value in found.items() if not torch.is_tensor(value)), None)
     if odd is not None:
