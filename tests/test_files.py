@@ -508,7 +508,7 @@ def test_types_that_torch_lacks_are_kept_as_bytes(tmp_path):
         Checkpoint(half)
 
 
-@pytest.mark.parametrize("text", ["gap", "overlap", "twice", "nested", "list", "metadata", "extra"])
+@pytest.mark.parametrize("text", ["gap", "overlap", "twice", "nested", "list", "metadata"])
 def test_headers_as_strict_as_safetensors(tmp_path, text):
     from safetensors import SafetensorError, safe_open
 
@@ -523,12 +523,11 @@ def test_headers_as_strict_as_safetensors(tmp_path, text):
         "nested": "[" * 100_000,
         "list": "[]",
         "metadata": json.dumps({"__metadata__": {"a": 1}, "a": tensor(0, 8)}),
-        "extra": json.dumps({"a": {**tensor(0, 8), "more": 1}}),
     }
     path = header(tmp_path / "x.safetensors", heads[text].encode(), b"12345678")
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         Checkpoint(path)
-    if text not in ("extra", "twice"):
+    if text != "twice":
         with pytest.raises(SafetensorError):
             safe_open(str(path), framework="pt")
 
@@ -547,7 +546,7 @@ def test_a_changed_header_is_found(files, tmp_path, capsys):
     out, other = tmp_path / "pruned.safetensors", tmp_path / "changed.safetensors"
     write_pruned(Checkpoint(files["fp16"]), out, "t5xxl", plan_for(), 8)
     a, b = (f"encoder.block.8.layer.0.SelfAttention.{n}.weight" for n in "qk")
-    gone = "encoder.block.22.layer.1.DenseReluDense.wo.weight"
+    gone = "encoder.block.23.layer.1.DenseReluDense.wo.weight"
 
     def swapped(head, record):
         head[a]["data_offsets"], head[b]["data_offsets"] = head[b]["data_offsets"], head[a]["data_offsets"]
