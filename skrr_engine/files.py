@@ -8,6 +8,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import SkrrError, first_line
 
@@ -133,11 +134,16 @@ def abandoned(folder: Path, now: float, kind: str = "[0-9a-f]") -> list[Path]:
     return found
 
 
-def file_sha256(path: Path, start: int = 0) -> str:
-    """SHA-256 of a file from byte `start` on, read in pieces."""
-    digest = hashlib.sha256()
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
-        file.seek(start)
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+        return sha256_from(file)
+
+
+def sha256_from(file: BinaryIO, start: int = 0) -> str:
+    """SHA-256 of an opened file from byte `start` on, read in pieces."""
+    digest = hashlib.sha256()
+    file.seek(start)
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
     return digest.hexdigest()

@@ -1,6 +1,7 @@
 """What one ComfyUI has and another lacks: found out by looking for it, here and nowhere else."""
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterable
 
 import comfy.utils
 import folder_paths
@@ -41,6 +42,12 @@ def encoder_path(name: str) -> str | None:
     if found is None and "clip_gguf" in folder_paths.folder_names_and_paths:
         found = folder_paths.get_full_path("clip_gguf", name)
     return found
+
+
+def encoder_state(names: Iterable[str | None]) -> str:
+    """A text that changes with text encoders' files; names that are not known yet (linked inputs) say nothing."""
+    paths = [path for name in names if isinstance(name, str) and (path := encoder_path(name))]
+    return str([(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)])
 
 
 def gguf_loader(files: int):
