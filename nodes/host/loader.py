@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import comfy.sd
@@ -20,13 +20,12 @@ import torch
 from ...skrr_engine.budget import out_of_memory
 from ...skrr_engine.checkpoint import Checkpoint, CheckpointError
 from ...skrr_engine.errors import first_line
-from ...skrr_engine.families import FAMILIES
 from . import features
 from .apply import match, prune_owned
 from .choice import Choice
 from .encoders import Pruned, Shape, View, views
 from .progress import say
-from .trim import trimmed
+from .trim import trimmed, unread
 
 SMALL = 1024
 """Tensors of at most so many bytes are always handed to the loader: by some of them it tells how weights are stored."""
@@ -51,14 +50,16 @@ class Sheltered(dict):
 
 @dataclass(frozen=True)
 class EncoderFile:
-    """One file to load from. tensors: all of them, also those that a pruned file has left out, but for small ones only
-    their dtypes and shapes (mapped from the file where ComfyUI maps); places: name -> sub-block, for those of
-    sub-blocks; origin: name -> name in the file, for those that are yet to be read."""
+    """One file to load from, its tensors by the names that ComfyUI's encoder has for them. tensors: all that it uses,
+    also those that a pruned file has left out, but for small ones only their dtypes and shapes (mapped from the file
+    where ComfyUI maps); places: name -> sub-block, for those of sub-blocks; origin: name -> name in the file, for those
+    that are yet to be read; absent: names of those that a pruned file has left out."""
 
     checkpoint: Checkpoint
     tensors: Mapping[str, torch.Tensor]
     places: Mapping[str, int]
     origin: Mapping[str, str]
+    absent: Set[str]
 
     @classmethod
     def open(cls, path: str) -> "EncoderFile":
@@ -69,22 +70,30 @@ class EncoderFile:
                 " own loader and put Load Skrr Plan behind it"
             )
         checkpoint = Checkpoint(path)
-        mapped = features.mapped_state_dict(path)
-        kept = {key: entry for key, entry in checkpoint.entries.items() if entry.kept}
-        stored = mapped or {k: checkpoint.read(k) if e.nbytes <= SMALL else e.stand_in() for k, e in kept.items()}
-        names = {} if mapped else {id(tensor): key for key, tensor in stored.items() if kept[key].nbytes > SMALL}
+        if checkpoint.problem is not None:
+            raise CheckpointError(checkpoint.problem)
+        layout, mapped = checkpoint.known_layout, features.mapped_state_dict(path)
+        stored, absent, keys = {}, {}, {}
+        for key in layout.used if layout else checkpoint.entries:
+            name, entry = layout.name(key) if layout else key, checkpoint.entries[key]
+            if not entry.kept:
+                absent[name] = entry.stand_in()
+            elif mapped:
+                stored[name] = mapped[key]
+            elif entry.nbytes <= SMALL:
+                stored[name] = checkpoint.read(key)
+            else:
+                stored[name] = entry.stand_in()
+                keys[id(stored[name])] = key
         tensors = features.converted_quants(dict(stored), checkpoint.metadata)
-        origin = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
-        stand_ins = {key: entry.stand_in() for key, entry in checkpoint.entries.items() if not entry.kept}
-        layout = checkpoint.known_layout
-        if layout is None and (checkpoint.record or any(f.FILE_KEY.fullmatch(k) for f in FAMILIES for k in tensors)):
-            raise CheckpointError(f"{checkpoint.path.name}: parts of this text encoder are missing; get the file again")
-        places = {key: place for key in tensors if (place := layout.place(key)) is not None} if layout else {}
-        return cls(checkpoint, {**tensors, **stand_ins}, places, origin)
+        origin = {name: keys[id(tensor)] for name, tensor in tensors.items() if id(tensor) in keys}
+        places = {name: place for name in tensors if (place := layout.place(name)) is not None} if layout else {}
+        return cls(checkpoint, {**tensors, **absent}, places, origin, absent.keys())
 
     def fetch(self, key: str):
-        """A tensor with its bytes."""
-        return self.checkpoint.read(self.origin[key]) if key in self.origin else self.tensors[key]
+        """A tensor with its bytes; in a file that is handed over whole (it may be a checkpoint), mapped from it."""
+        read = self.checkpoint.read if self.places else self.checkpoint.tensor
+        return read(self.origin[key]) if key in self.origin else self.tensors[key]
 
     def sheltered(self, visible: Iterable[str]) -> Sheltered:
         """A state dict of these tensors, from which all others can be asked for."""
@@ -98,8 +107,7 @@ class EncoderFile:
 
     def _hides(self, key: str) -> bool:
         place, tensor = self.places.get(key), self.tensors[key]
-        left_out = key in self.checkpoint.entries and not self.checkpoint.entries[key].kept
-        return left_out or (place is not None and torch.is_tensor(tensor) and tensor.nbytes > SMALL)
+        return key in self.absent or (place is not None and torch.is_tensor(tensor) and tensor.nbytes > SMALL)
 
     def kept(self, removed) -> dict[int, list[str]]:
         """Sub-block -> names of its tensors, for those that stay."""
@@ -130,7 +138,8 @@ def load(
         files = [EncoderFile.open(path) for path in paths]
         clip = load_hollow(files, type_name, device, disable_dynamic)
     known = views(clip)
-    homes = {id(file): home_of(file, known) for file in files}
+    homes = {id(file): home_of(file, known, clip) for file in files}
+    known |= {home.name: home for home in homes.values() if home}
     pruned = {home.name: recorded(file) for file in files if (home := homes[id(file)]) and file.checkpoint.record}
     lines = [f"{p.file}: pruned already, its own plan stays" for p in pruned.values()]
     lines += [
@@ -148,8 +157,9 @@ def load(
     for file in files:
         if home := homes[id(file)]:
             now = pruned.get(home.name, Pruned())
-            shape = Shape.of_file(file.checkpoint.layout)
-            pruned[home.name] = dataclasses.replace(now, shape=shape, file=str(file.checkpoint.path))
+            without = tuple(sorted({*now.unread, *cut_off(clip, file, home, type_name)}))
+            path = str(file.checkpoint.path)
+            pruned[home.name] = dataclasses.replace(now, unread=without, shape=home.shape, file=path)
     if trim:
         for view in known.values():
             pruned[view.name] = trimmed(clip, view, pruned.get(view.name, Pruned()), load=False)
@@ -214,21 +224,36 @@ def load_hollow(files: Sequence[EncoderFile], type_name: str, device: str, disab
             ) from error
 
 
-def home_of(file: EncoderFile, known: Mapping[str, View]) -> View | None:
-    """Which of the CLIP's encoders a file is, by its shape; None where Skrr knows neither."""
+def home_of(file: EncoderFile, known: Mapping[str, View], clip) -> View | None:
+    """Which of a hollow CLIP's encoders a file is, by its shape, with the bytes that it will have; None where Skrr knows
+    neither. A file may lack an encoder's last blocks (see `cut_off`). Raises CheckpointError."""
     layout = file.checkpoint.known_layout
     if layout is None:
         return None
-    shape = (layout.family, layout.blocks, layout.width)
-    found = [v for v in known.values() if (v.shape.family, v.shape.blocks, v.shape.width) == shape]
-    if not found:
+    alike = [v for v in known.values() if (v.shape.family, v.shape.width) == (layout.family, layout.width)]
+    found = min((v for v in alike if v.shape.blocks >= layout.blocks), key=lambda v: v.shape.blocks, default=None)
+    if found is None:
         shapes = [(v.name, v.shape) for v in known.values()]
         wanted = ", ".join(f"{name} ({s.family}, {s.blocks} blocks, {s.width} wide)" for name, s in shapes)
         raise CheckpointError(
             f"{file.checkpoint.path.name}: holds {layout.family}, {layout.blocks} blocks, {layout.width} wide, but the"
             f" chosen type makes {wanted} of it: choose the type that this file is for"
         )
-    return found[0]
+    module = clip.cond_stage_model.get_submodule(found.path).transformer
+    return dataclasses.replace(found, shape=Shape.of_file(found.row, module, layout))
+
+
+def cut_off(clip, file: EncoderFile, home: View, type_name: str) -> tuple[int, ...]:
+    """The sub-blocks that a file lacks because others have cut its last blocks off. Raises CheckpointError where a
+    conditioning reads them."""
+    layout = file.checkpoint.layout.extended(home.shape.blocks)
+    lacking = tuple(i for i, keys in enumerate(layout.keys) if not keys)
+    if lacking and not set(lacking) <= set(unread(clip, home, load=False)):
+        raise CheckpointError(
+            f"{file.checkpoint.path.name}: holds {home.shape.blocks - len(lacking) // 2} of the {home.shape.blocks}"
+            f" blocks of {home.name}, but type {type_name} reads more of them: get the whole file"
+        )
+    return lacking
 
 
 def fill(clip, file: EncoderFile, home: View, removed) -> None:
