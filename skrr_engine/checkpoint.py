@@ -386,11 +386,10 @@ def _layout(family, prefix: str, matches: Mapping[str, re.Match], entries: Mappi
     if not all(keys):
         return None
     names = {key: key.removeprefix(prefix) for key in entries if key.startswith(prefix)}
-    unused = family.FILE_UNUSED
     own = {
         key: entries[key]
         for key, name in names.items()
-        if "." in name and not (unused and unused.fullmatch(name)) and not _again(name, names.values())
+        if "." in name and not family.FILE_UNUSED.fullmatch(name) and not _again(name, names.values())
     }
     extras = frozenset(key for key in entries if "." not in names.get(key, key))
     return Layout(

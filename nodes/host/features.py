@@ -37,6 +37,11 @@ def gguf_loader(files: int):
     return nodes.NODE_CLASS_MAPPINGS.get(f"{prefix}CLIPLoaderGGUF")
 
 
+def pack_of(node: type) -> str:
+    """The folder of the pack that a node's class comes from."""
+    return getattr(node, "RELATIVE_PYTHON_MODULE", node.__module__).removeprefix("custom_nodes.")
+
+
 def mapped_state_dict(path: str) -> dict | None:
     """A file's tensors the way that dynamic VRAM wants them (weights stay in the file until used); None where this
     ComfyUI has no dynamic VRAM or it is off, and safetensors' own mapping does."""

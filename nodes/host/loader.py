@@ -8,6 +8,7 @@ kept ones are copied from the file.
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -133,10 +134,11 @@ def load(
     """
     paths = [path_of(name) for name in names]
     if any(path.lower().endswith(".gguf") for path in paths):
-        clip, files = load_gguf(names, type_name), []
+        clip, files, states = load_gguf(names, type_name, device), [], []
     else:
         files = [EncoderFile.open(path) for path in paths]
-        clip = load_hollow(files, type_name, device, disable_dynamic)
+        states = [file.hollow() for file in files]
+        clip = load_hollow(files, states, type_name, device, disable_dynamic)
     known = views(clip)
     homes = {id(file): home_of(file, known, clip) for file in files}
     known |= {home.name: home for home in homes.values() if home}
@@ -168,9 +170,9 @@ def load(
                     f"{view.name}: {len(pruned[view.name].unread)} sub-blocks that no conditioning reads left out"
                 )
     prune_owned(clip, pruned)
-    for file in files:
+    for file, state in zip(files, states, strict=True):
         if home := homes[id(file)]:
-            fill(clip, file, home, pruned[home.name].removed)
+            fill(clip, file, home, pruned[home.name].removed, state)
     features.set_reload(clip.patcher, reload, (tuple(names), type_name, chosen, device, trim))
     say("\n".join(lines) or "loaded as it is", node_id)
     return clip
@@ -198,8 +200,9 @@ def recorded(file: EncoderFile) -> Pruned:
     return Pruned(record.plan, level, record.unread, None, file.checkpoint.path.name, file.checkpoint.standins)
 
 
-def load_hollow(files: Sequence[EncoderFile], type_name: str, device: str, disable_dynamic: bool):
-    """A CLIP of ComfyUI's for these files, on the CPU, with nothing in its sub-blocks yet."""
+def load_hollow(files: Sequence[EncoderFile], states: list, type_name: str, device: str, disable_dynamic: bool):
+    """A CLIP of ComfyUI's for these files, on the CPU, with nothing in its sub-blocks yet. states: what it is made of,
+    whose names ComfyUI may change (in this list)."""
     options = {"initial_device": torch.device("cpu")}  # never to the accelerator before it is pruned
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
@@ -209,7 +212,7 @@ def load_hollow(files: Sequence[EncoderFile], type_name: str, device: str, disab
     with quiet_about_missing():
         try:
             return comfy.sd.load_text_encoder_state_dicts(
-                [file.hollow() for file in files],
+                states,
                 embedding_directory=folder_paths.get_folder_paths("embeddings"),
                 clip_type=clip_type,
                 model_options=options,
@@ -225,8 +228,8 @@ def load_hollow(files: Sequence[EncoderFile], type_name: str, device: str, disab
 
 
 def home_of(file: EncoderFile, known: Mapping[str, View], clip) -> View | None:
-    """Which of a hollow CLIP's encoders a file is, by its shape, with the bytes that it will have; None where Skrr knows
-    neither. A file may lack an encoder's last blocks (see `cut_off`). Raises CheckpointError."""
+    """Which of a hollow CLIP's encoders a file is, by its shape, with the bytes that it will have; None where Skrr
+    knows neither. A file may lack an encoder's last blocks (see `cut_off`). Raises CheckpointError."""
     layout = file.checkpoint.known_layout
     if layout is None:
         return None
@@ -256,11 +259,12 @@ def cut_off(clip, file: EncoderFile, home: View, type_name: str) -> tuple[int, .
     return lacking
 
 
-def fill(clip, file: EncoderFile, home: View, removed) -> None:
+def fill(clip, file: EncoderFile, home: View, removed, state: Mapping[str, torch.Tensor]) -> None:
     """Put a file's kept sub-blocks into the pruned CLIP. Raises CheckpointError where one is missing or misshapen.
 
     Each is read and copied on its own, so that no more than one is held twice; where ComfyUI maps files, all are handed
-    over at once, with what the hollow CLIP has already (a tensor that is not handed over would be taken as missing).
+    over at once, with what the hollow CLIP has already, its `state` (a tensor that is not handed over would be taken as
+    missing).
     """
     name = file.checkpoint.path.name
     needed = {key for i, s in enumerate(home.row.sub_blocks) if i not in removed for key in s.tensors()}
@@ -270,8 +274,8 @@ def fill(clip, file: EncoderFile, home: View, removed) -> None:
     where = ""
     try:
         if not file.origin:
-            dropped = {key for key, place in file.places.items() if place in removed}
-            clip.load_sd(file.sheltered(key for key in file.tensors if key not in dropped))
+            kept = {key: file.fetch(key) for keys in file.kept(removed).values() for key in keys}
+            clip.load_sd(Sheltered({**state, **kept}, file.tensors))
             return
         for index, keys in file.kept(removed).items():
             for path, part in home.row.sub_blocks[index].parts.items():
@@ -285,7 +289,7 @@ def fill(clip, file: EncoderFile, home: View, removed) -> None:
         raise CheckpointError(f"{name}: {where}{lines[-1]}; get the file again") from None
 
 
-def load_gguf(names: Sequence[str], type_name: str):
+def load_gguf(names: Sequence[str], type_name: str, device: str):
     """A CLIP made by ComfyUI-GGUF's loader for us alone. Raises CheckpointError where that pack is not installed."""
     loader = features.gguf_loader(len(names))
     if loader is None:
@@ -294,7 +298,18 @@ def load_gguf(names: Sequence[str], type_name: str):
             " ComfyUI again"
         )
     keys = ["clip_name"] if len(names) == 1 else [f"clip_name{i + 1}" for i in range(len(names))]
-    return loader().load_clip(**dict(zip(keys, names, strict=True)), type=type_name)[0]
+    arguments = {**dict(zip(keys, names, strict=True)), "type": type_name}
+    try:
+        inspect.signature(loader.load_clip).bind(loader, **arguments)
+    except (AttributeError, TypeError):
+        raise CheckpointError(
+            f"{names[0]}: .gguf files need the pack ComfyUI-GGUF by city96, but {features.pack_of(loader)} has a node"
+            " under the name of its loader: take that pack out, or load the file with its node"
+        ) from None
+    clip = loader().load_clip(**arguments)[0]
+    if device == "cpu":
+        clip.patcher.load_device = clip.patcher.offload_device = torch.device("cpu")
+    return clip
 
 
 @contextlib.contextmanager

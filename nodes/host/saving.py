@@ -20,6 +20,9 @@ from ...skrr_engine.plan import Plan, Provenance
 from . import library
 from .encoders import Pruned, View, dense_model
 
+HEAD = "lm_head"
+"""The head of a language model that writes text: most text encoders are made without."""
+
 
 class InMemory:
     """A dense encoder of a CLIP as a source for `write_pruned`: its weights without LoRAs."""
@@ -33,7 +36,7 @@ class InMemory:
         backup = clip.patcher.backup
         state = transformer.state_dict()
         patched = {k: backup[view.prefix + k].weight for k in state if view.prefix + k in backup}
-        self._tensors = {**state, **patched}
+        self._tensors = named_as_in_files({**state, **patched})
         odd = [k for k, t in self._tensors.items() if type(t) is not torch.Tensor or t.dtype not in NAMES]
         if odd:
             raise CheckpointError(
@@ -60,6 +63,13 @@ class InMemory:
         return digest.hexdigest()
 
 
+def named_as_in_files(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A module's tensors under the names by which ComfyUI tells its encoder in a file: those of Qwen3-VL with 4B and 8B
+    parameters differ from the module's own."""
+    known = "visual.deepstack_merger_list.0.norm.weight" in state and "model.layers.49.mlp.up_proj.weight" not in state
+    return {f"model.{k}" if known and k.startswith("visual.") else k: t for k, t in state.items()}
+
+
 def save(clip, view: View, pruned: Pruned, name: str) -> tuple[str, int]:
     """Write what is left of an encoder into ComfyUI's text_encoders folder; returns the file's name and its bytes.
 
@@ -79,4 +89,14 @@ def save(clip, view: View, pruned: Pruned, name: str) -> tuple[str, int]:
             Plan(encoders={view.name: pruned.plan}, provenance=Provenance(source="saved")),
             pruned.level.skipped,
         )
-    return out.name, write_pruned(source, out, view.name, plan, skipped, pruned.unread, pruned.standins)
+    spare = spare_head(clip, source.layout)
+    return out.name, write_pruned(
+        source, out, view.name, plan, skipped, pruned.unread, pruned.standins, view.shape.blocks, spare
+    )
+
+
+def spare_head(clip, layout: Layout) -> set[str]:
+    """Names of an encoder file's tensors that are its writing head's, where the CLIP has none."""
+    if any(HEAD in path.split(".") for path, _ in dense_model(clip).named_modules()):
+        return set()
+    return {key for key in layout.entries if HEAD in key.split(".")}

@@ -14,7 +14,7 @@ FILE_KEY = re.compile(
     r"|(?P<feed_forward>mlp|pre_feedforward_layernorm|post_feedforward_layernorm))\.(?P<rest>.+)|(?P<other>.+))"
 )
 FILE_WIDTH = "pre_feedforward_layernorm.weight"
-FILE_UNUSED = None
+FILE_UNUSED = re.compile(r"(?:model\.)?vision_tower\..+")
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:

@@ -14,7 +14,7 @@ FILE_KEY = re.compile(
     r"|(?P<other>.+))"
 )
 FILE_WIDTH = "input_layernorm.weight"
-FILE_UNUSED = None
+FILE_UNUSED = re.compile(r"(?:model\.)?vision_tower\..+")
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
