@@ -84,7 +84,7 @@ def test_loads_pruned_and_derives(comfy, host, loader, monkeypatch):
     import nodes
 
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "CLIPLoaderGGUF", loader)
-    assert "t5.gguf" in host("nodes.host.features").encoder_files()
+    assert "t5.gguf" in host("nodes.host.features").encoder_files()[0]
     pruned = host("nodes.host.loader").load(["t5.gguf"], "mochi", choice(host, plan_for()))
     dense = loader().load_clip("t5.gguf", "mochi")[0]
     before = encode(dense)
