@@ -304,7 +304,7 @@ class Checkpoint:
         found = self._layouts
         return found[0].extended(self.record.blocks if self.record else 0) if len(found) == 1 else None
 
-    @property
+    @functools.cached_property
     def problem(self) -> str | None:
         """What makes this file something else than one whole encoder, and what to do, in a line; None where it is one,
         or of an architecture that Skrr does not know."""
@@ -334,12 +334,13 @@ class Checkpoint:
     @property
     def layout(self) -> Layout:
         """The encoder in this file. Raises CheckpointError where there is none that Skrr knows."""
+        if self.problem is not None:
+            raise CheckpointError(self.problem)
         if self.known_layout is not None:
             return self.known_layout
         names = ", ".join(f.NAME for f in families.FAMILIES)
         raise CheckpointError(
-            self.problem
-            or f"{self.path.name}: no text encoder that Skrr knows ({names}; by ComfyUI's tensor names) in this file"
+            f"{self.path.name}: no text encoder that Skrr knows ({names}; by ComfyUI's tensor names) in this file"
         )
 
 
