@@ -104,3 +104,43 @@ def test_loads_pruned_and_derives(comfy, host, loader, monkeypatch):
     saving = host("nodes.host.saving")
     with pytest.raises(host("skrr_engine.errors").SkrrError, match="can't be saved from memory"):
         saving.save(derived, encoders.choose(derived), encoders.pruning(derived)["t5xxl"], "gguf")
+
+
+def test_device(comfy, host, loader, monkeypatch):
+    import nodes
+
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "CLIPLoaderGGUF", loader)
+    elsewhere = torch.device("meta")
+    monkeypatch.setattr(comfy.model_management, "text_encoder_device", lambda: elsewhere)
+    load = host("nodes.host.loader").load
+    left = load(["t5.gguf"], "mochi", choice(host, None), trim=False)
+    assert left.patcher.load_device == elsewhere
+    clip = load(["t5.gguf"], "mochi", choice(host, plan_for()), device="cpu", trim=False)
+    assert clip.patcher.load_device == clip.patcher.offload_device == torch.device("cpu")
+    assert encode(clip).isfinite().all()
+
+
+class Newer:
+    """A node of the same name without that method."""
+
+    @classmethod
+    def execute(cls, clip_name, type):
+        raise AssertionError
+
+
+class Other:
+    """One whose method wants something else."""
+
+    def load_clip(self, clip_path, dtype):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("node", [Newer, Other])
+def test_foreign_node_of_the_same_name(host, loader, monkeypatch, node):
+    import nodes
+
+    monkeypatch.setattr(node, "RELATIVE_PYTHON_MODULE", "custom_nodes.gguf-other", raising=False)
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "CLIPLoaderGGUF", node)
+    with pytest.raises(host("skrr_engine.errors").SkrrError, match="gguf-other has a node under the name") as found:
+        host("nodes.host.loader").load(["t5.gguf"], "mochi", choice(host, plan_for()))
+    assert "\n" not in str(found.value)
