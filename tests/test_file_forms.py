@@ -321,3 +321,83 @@ def test_checkpoints_are_offered_for_ltx(host, folder, monkeypatch, tmp_path):
     assert name not in first and second[: len(first)] == first and name in second
     assert features.encoder_path(name) == str(tmp_path / name)
     assert not any(name in names for count in (1, 3, 4) for names in features.encoder_files(count))
+
+
+QWEN3VL = {**SMALL, "num_key_value_heads": 2}
+QWEN3VL_VISION = {"hidden_size": 64, "intermediate_size": 96, "depth": 2}
+
+
+@pytest.fixture
+def small_qwen3vl(comfy, monkeypatch):
+    """Have ComfyUI's Qwen3-VL classes take small sizes; returns such an encoder's tensors by its files' names."""
+    import comfy.sd
+    from comfy.text_encoders import qwen3vl
+
+    monkeypatch.setitem(qwen3vl.QWEN3VL_VISION, "qwen3vl_8b", {**QWEN3VL_VISION, "deepstack_visual_indexes": [0, 1]})
+    sizes = {f"{name}_model_config": QWEN3VL for name in ("qwen3vl_8b", "qwen3_8b")}
+    original = comfy.sd.CLIP.__init__
+
+    def init(self, *args, model_options=None, **kwargs):
+        return original(self, *args, model_options={**(model_options or {}), **sizes}, **kwargs)
+
+    monkeypatch.setattr(comfy.sd.CLIP, "__init__", init)
+    made = qwen3vl._make_qwen3vl_model("qwen3vl_8b")(dict(QWEN3VL), torch.float16, "meta", comfy.ops.manual_cast)
+    state = {}
+    for seed, (key, tensor) in enumerate(made.state_dict().items()):
+        name = f"model.{key}" if key.startswith("visual.") else key.replace("model.", "model.language_model.", 1)
+        norm = "norm" in key and tensor.ndim == 1
+        state[name] = (torch.ones(tensor.shape) if norm else noise(tensor.shape, seed)).half()
+    return state
+
+
+def in_fp8(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The language model's projections in fp8, as ComfyUI marks them."""
+    found = {}
+    for key, tensor in tensors.items():
+        if ".layers." in key and key.endswith("_proj.weight"):
+            scale = tensor.abs().max().float() / 448
+            found[key] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            found[key.removesuffix("weight") + "weight_scale"] = scale.reshape(())
+            marker = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+            found[key.removesuffix("weight") + "comfy_quant"] = marker
+        else:
+            found[key] = tensor
+    return found
+
+
+@LATER
+@pytest.mark.parametrize(
+    ("kind", "form"), [("ideogram4", "fp16"), ("ideogram4", "fp8"), ("boogu", "fp16"), ("flux2", "fp8")]
+)
+def test_qwen3vl(comfy, host, small_qwen3vl, write, kind, form):
+    """What is removed is not read, and what is left is saved and loads again; as ComfyUI itself loads the file."""
+    import comfy.sd
+
+    tensors = small_qwen3vl if form == "fp16" else in_fp8(small_qwen3vl)
+    path = write(f"qwen3vl_{form}.safetensors", tensors)
+    plain = {key.replace("model.language_model.", "model.", 1): t for key, t in tensors.items()}
+    known = write(f"plain_{form}.safetensors", plain)
+    whole = comfy.sd.load_clip([str(known)], clip_type=getattr(comfy.sd.CLIPType, kind.upper()))
+    load, encoders, saving = (host(f"nodes.host.{name}") for name in ("loader", "encoders", "saving"))
+    (name,) = encoders.views(whole)
+    level = Level(skipped=3, reuse={}, sparsity=0.1)
+    entry = EncoderPlan(family="llama", blocks=36, width=64, order=(9, 20, 30), levels=(level,))
+    plan = Plan(encoders={name: entry}, provenance=Provenance(source="test"))
+    clip = load.load([path.name], kind, choice(host, plan))
+    pruned = encoders.pruning(clip)[name]
+    derived = host("nodes.host.apply").derive(whole, {name: encoders.Pruned(pruned.plan, pruned.level, pruned.unread)})
+    tokens = clip.tokenize("a red cube")
+    found = clip.encode_from_tokens(tokens)
+    assert torch.equal(found, derived.encode_from_tokens(tokens)) and found.isfinite().all()
+    assert shape_of(host, clip, name) == shape_of(host, whole, name)
+    file = load.EncoderFile.open(str(path))
+    assert not any(".layers." in key and file.tensors[key].nbytes > 1024 for key in file.hollow())
+    saved, _ = saving.save(clip, encoders.choose(clip), pruned, f"of {kind}")
+    kept = load_file(path.parent / saved).keys()
+    dropped = Checkpoint(path).layout.dropped(pruned.removed)
+    assert tensors.keys() - dropped - kept <= {"model.lm_head.weight"} and not kept & dropped
+    again = load.load([saved], kind, choice(host, None))
+    assert torch.equal(again.encode_from_tokens(tokens), found)
+    if form == "fp16":
+        saved, _ = saving.save(derived, encoders.choose(derived), encoders.pruning(derived)[name], "from memory")
+        assert torch.equal(load.load([saved], kind, choice(host, None)).encode_from_tokens(tokens), found)
