@@ -401,3 +401,59 @@ def test_qwen3vl(comfy, host, small_qwen3vl, write, kind, form):
     if form == "fp16":
         saved, _ = saving.save(derived, encoders.choose(derived), encoders.pruning(derived)[name], "from memory")
         assert torch.equal(load.load([saved], kind, choice(host, None)).encode_from_tokens(tokens), found)
+
+
+def spiece_model() -> torch.Tensor:
+    """A small SentencePiece model, as the files of Gemma hold theirs."""
+    import io
+
+    import sentencepiece
+
+    made = io.BytesIO()
+    words = iter(["a red cube", "two blue cats under a table", "a dog and a bird"] * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=words, model_writer=made, vocab_size=26, minloglevel=2, pad_id=0, eos_id=1, bos_id=2, unk_id=3
+    )
+    return torch.frombuffer(bytearray(made.getvalue()), dtype=torch.uint8)
+
+
+@LATER
+def test_ltx_with_a_checkpoint(comfy, host, write, monkeypatch):
+    """LTX-2's Gemma, and what stands behind it from a checkpoint, of which nothing else is read."""
+    import comfy.sd
+    from comfy.text_encoders import llama
+
+    small = {**SMALL, "num_key_value_heads": 2}
+    original = comfy.sd.CLIP.__init__
+
+    def init(self, *args, model_options=None, **kwargs):
+        return original(self, *args, model_options={**(model_options or {}), "_model_config": small}, **kwargs)
+
+    monkeypatch.setattr(comfy.sd.CLIP, "__init__", init)
+    made = llama.Gemma3_12B(dict(small), torch.float16, "meta", comfy.ops.manual_cast).state_dict()
+    gemma = {
+        k: (torch.ones(t.shape) if t.ndim == 1 else noise(t.shape, n)).half()
+        for n, (k, t) in enumerate(made.items())
+        if k.startswith("model.")
+    }
+    gemma["spiece_model"] = spiece_model()
+    behind = {"text_embedding_projection.aggregate_embed.weight": noise((3840, 64 * 49), 1).half()}
+    paths = [write("gemma.safetensors", gemma)]
+    paths.append(write("ltx.safetensors", {**behind, "model.diffusion_model.x.weight": torch.zeros(2)}))
+    load, encoders = host("nodes.host.loader").load, host("nodes.host.encoders")
+    level = Level(skipped=2, reuse={}, sparsity=0.01)
+    entry = EncoderPlan(family="gemma", blocks=48, width=64, order=(9, 40), levels=(level,))
+    plan = Plan(encoders={"gemma3_12b": entry}, provenance=Provenance(source="test"))
+    clip = load([path.name for path in paths], "ltxv", choice(host, plan), trim=False)
+    whole = comfy.sd.load_clip([str(path) for path in paths], clip_type=comfy.sd.CLIPType.LTXV)
+    pruned = encoders.pruning(clip)["gemma3_12b"]
+    derived = host("nodes.host.apply").derive(whole, {"gemma3_12b": encoders.Pruned(pruned.plan, pruned.level)})
+    tokens = clip.tokenize("a red cube")
+    found = clip.encode_from_tokens(tokens)
+    assert torch.equal(found, derived.encode_from_tokens(tokens)) and found.isfinite().all()
+    assert not torch.equal(found, whole.encode_from_tokens(tokens))
+    assert shape_of(host, clip, "gemma3_12b") == shape_of(host, whole, "gemma3_12b")
+    name, _ = host("nodes.host.saving").save(clip, encoders.choose(clip), pruned, "gemma pruned")
+    assert "spiece_model" in load_file(paths[0].parent / name)
+    again = load([name, paths[1].name], "ltxv", choice(host, None), trim=False)
+    assert torch.equal(again.encode_from_tokens(tokens), found)
