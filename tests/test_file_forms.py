@@ -119,6 +119,9 @@ def test_size_of_quantised_files(comfy, host, small_heads, write, form):
     in_memory, encoders = shape_of(host, whole), host("nodes.host.encoders")
     real = encoders.size(whole.cond_stage_model.t5xxl.transformer)
     derive = host("nodes.host.apply").derive
+    layout = Checkpoint(path).layout  # 0.3.75 counts scales as parameters
+    assert layout.parameter_counts == pytest.approx(in_memory.parameter_counts, rel=1e-3)
+    assert layout.total == pytest.approx(in_memory.total, rel=1e-3)
     left = {None: real}
     for level in entry.levels:
         derived = derive(whole, {"t5xxl": encoders.Pruned(entry, level)})
@@ -218,6 +221,22 @@ def test_names_as_in_a_checkpoint(host, small_heads, write, form):
     name, _ = host("nodes.host.saving").save(clip, encoders.choose(clip), encoders.pruning(clip)["t5xxl"], "of it")
     assert all(key.startswith(prefix) for key in load_file(path.parent / name))
     assert torch.equal(encode(load([name], "mochi", choice(host, None))), encode(clip))
+
+
+def test_mapped_files(comfy, host, small, write, monkeypatch):
+    """Where ComfyUI maps files, the kept tensors are handed over with those that it has, by the names that it gave."""
+    import comfy.utils
+
+    tensors = {f"text_encoders.t5xxl.transformer.{k}": t for k, t in quantised("scaled_fp8").items()}
+    paths = [write("mapped.safetensors", tensors), write("clip_l.safetensors", clip_tensors(12))]
+    load, tokens = host("nodes.host.loader").load, [[(t % 60, 1.0) for t in range(77)]]
+    found = []
+    for mapped in (None, comfy.utils.load_torch_file):
+        if mapped:
+            monkeypatch.setattr(host("nodes.host.features"), "mapped_state_dict", mapped)
+        clip = load([path.name for path in paths], "flux", choice(host, plan_for()))
+        found.append(clip.encode_from_tokens({"t5xxl": tokens, "l": tokens}, return_pooled=True))
+    assert all(map(torch.equal, *found)) and found[0][0].isfinite().all()
 
 
 def test_files_that_are_no_single_encoder(host, write):
@@ -369,7 +388,7 @@ def in_fp8(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("kind", "form"), [("ideogram4", "fp16"), ("ideogram4", "fp8"), ("boogu", "fp16"), ("flux2", "fp8")]
 )
-def test_qwen3vl(comfy, host, small_qwen3vl, write, kind, form):
+def test_qwen3vl(comfy, host, small_qwen3vl, write, monkeypatch, kind, form):
     """What is removed is not read, and what is left is saved and loads again; as ComfyUI itself loads the file."""
     import comfy.sd
 
@@ -396,6 +415,11 @@ def test_qwen3vl(comfy, host, small_qwen3vl, write, kind, form):
     kept = load_file(path.parent / saved).keys()
     dropped = Checkpoint(path).layout.dropped(pruned.removed)
     assert tensors.keys() - dropped - kept <= {"model.lm_head.weight"} and not kept & dropped
+    with monkeypatch.context() as patch:
+        patch.setattr(host("nodes.host.features"), "mapped_state_dict", comfy.utils.load_torch_file)
+        for file, chosen in ((saved, None), (path.name, plan)):
+            again = load.load([file], kind, choice(host, chosen))
+            assert torch.equal(again.encode_from_tokens(tokens), found)
     again = load.load([saved], kind, choice(host, None))
     assert torch.equal(again.encode_from_tokens(tokens), found)
     if form == "fp16":
