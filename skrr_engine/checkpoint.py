@@ -393,9 +393,7 @@ def _layout(family, prefix: str, matches: Mapping[str, re.Match], entries: Mappi
         if "." in name and not family.FILE_UNUSED.fullmatch(name) and not _again(name, names.values())
     }
     extras = frozenset(key for key in entries if "." not in names.get(key, key))
-    return Layout(
-        family.NAME, blocks, entries[norms[0].string].shape[0], tuple(map(tuple, keys)), own, prefix, extras
-    )
+    return Layout(family.NAME, blocks, entries[norms[0].string].shape[0], tuple(map(tuple, keys)), own, prefix, extras)
 
 
 def _again(name: str, names: Collection[str]) -> bool:

@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_files import ORDER, choice, dense, encode, plan_for, scaled_fp8, t5xxl_tensors
 
+from skrr_engine import encoders
 from skrr_engine.checkpoint import Checkpoint, CheckpointError, verify
 from skrr_engine.plan import EncoderPlan, Level, Plan, Provenance
+from skrr_engine.row import EncoderError
+from skrr_engine.stream import Files
 
 host, small_heads, inference = test_files.host, test_files.small_heads, test_files.inference
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
@@ -262,6 +265,21 @@ def test_files_that_are_no_single_encoder(host, write):
     # What ComfyUI puts behind LTX-2's text encoder is taken from a checkpoint, and never read as a whole.
     path = write("ltx.safetensors", {**checkpoint, "text_embedding_projection.weight": torch.zeros(2, 2)})
     assert set(host("nodes.host.loader").EncoderFile.open(str(path)).hollow()) == set(load_file(path))
+
+
+def test_command_line(write):
+    """A search needs no memory for what no encoder uses, and says what is no single encoder."""
+    t5 = {k: torch.zeros([min(n, 4) for n in t.shape]) for k, t in t5xxl_tensors(torch.float16).items()}
+    more = {"decoder.embed_tokens.weight": torch.zeros(64, 4), "encoder.embed_tokens.weight": t5["shared.weight"]}
+    path = write("with_decoder.safetensors", {**t5, **more})
+    assert Files([path]).elements() == Files([write("encoder.safetensors", t5)]).elements() > 0
+    both = {f"t5xxl.{k}": t for k, t in t5.items()} | {"clip_l.text_model.final_layer_norm.weight": torch.zeros(4)}
+    for name, tensors, message in [
+        ("both", both, "holds 2 text encoders: give a file of one"),
+        ("model-00002-of-00003", t5, "part 2 of 3 of an encoder: give its whole folder"),
+    ]:
+        with pytest.raises(EncoderError, match=f"{name}.safetensors: {message}"):
+            encoders.load(str(write(f"{name}.safetensors", tensors)))
 
 
 @pytest.mark.parametrize(
