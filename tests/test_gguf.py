@@ -97,6 +97,9 @@ def test_loads_pruned_and_derives(comfy, host, loader, monkeypatch):
     row = encoders.views(dense)["t5xxl"].row
     assert pruned.patcher.model_size() < dense.patcher.model_size()
     assert row.parameter_counts[1] == 3 * max(FFN, 32) * test_files.WIDTH + test_files.WIDTH, "not the logical shapes"
+    shape = encoders.views(dense)["t5xxl"].shape
+    left = encoders.size(derived.cond_stage_model.t5xxl.transformer)
+    assert shape.total_bytes - shape.bytes_of(ORDER) == left, "not the bytes that the weights take"
     gone = {key for i in ORDER for key in row.sub_blocks[i].tensors()}
     assert not gone & pruned.cond_stage_model.t5xxl.transformer.state_dict().keys()
     memory = host("nodes.host.memory").encoders(pruned)[0]
