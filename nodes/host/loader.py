@@ -74,9 +74,12 @@ class EncoderFile:
         if checkpoint.problem is not None:
             raise CheckpointError(checkpoint.problem)
         layout, mapped = checkpoint.known_layout, features.mapped_state_dict(path)
+        used = layout.used if layout else checkpoint.entries.keys()
         stored, absent, keys = {}, {}, {}
-        for key in layout.used if layout else checkpoint.entries:
-            name, entry = layout.name(key) if layout else key, checkpoint.entries[key]
+        for key, entry in checkpoint.entries.items():
+            name = layout.name(key) if layout else key
+            if key not in used:
+                continue
             if not entry.kept:
                 absent[name] = entry.stand_in()
             elif mapped:
