@@ -44,7 +44,8 @@ ALIAS = ("model.language_model.", "model.")
 """How encoders that also see name their text part, and how ComfyUI's text encoders do."""
 CHECKPOINT = ("model.diffusion_model.", "first_stage_model.")
 """What names begin with in a whole checkpoint."""
-BEHIND = "text_embedding_projection."
+CONNECTORS = tuple(f"model.diffusion_model.{kind}_embeddings_connector." for kind in ("audio", "video"))
+BEHIND = ("text_embedding_projection.", *CONNECTORS)
 """What the names of layers behind LTX's text encoder begin with, which may lie in a checkpoint."""
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
@@ -328,8 +329,18 @@ class Checkpoint:
     @property
     def _is_checkpoint(self) -> bool:
         """Whether this is a whole checkpoint, but for one that holds what ComfyUI puts behind LTX's text encoder."""
-        whole = any(key.startswith(CHECKPOINT) for key in self.entries)
-        return whole and (bool(self._layouts) or not any(key.startswith(BEHIND) for key in self.entries))
+        return self._is_whole and (bool(self._layouts) or not any(key.startswith(BEHIND[0]) for key in self.entries))
+
+    @functools.cached_property
+    def _is_whole(self) -> bool:
+        return any(key.startswith(CHECKPOINT) for key in self.entries)
+
+    @property
+    def used(self) -> Set[str]:
+        """Names of the tensors that ComfyUI makes a text encoder of: all, where Skrr does not know the architecture."""
+        if self.known_layout is not None:
+            return self.known_layout.used
+        return {key for key in self.entries if key.startswith(BEHIND)} if self._is_whole else self.entries.keys()
 
     @property
     def layout(self) -> Layout:

@@ -74,8 +74,7 @@ class EncoderFile:
         if checkpoint.problem is not None:
             raise CheckpointError(checkpoint.problem)
         layout, mapped = checkpoint.known_layout, features.mapped_state_dict(path)
-        used = layout.used if layout else checkpoint.entries.keys()
-        stored, absent, keys = {}, {}, {}
+        used, stored, absent, keys = checkpoint.used, {}, {}, {}
         for key, entry in checkpoint.entries.items():
             name = layout.name(key) if layout else key
             if key not in used:
@@ -95,9 +94,8 @@ class EncoderFile:
         return cls(checkpoint, {**tensors, **absent}, places, origin, absent.keys())
 
     def fetch(self, key: str):
-        """A tensor with its bytes; in a file that is handed over whole (it may be a checkpoint), mapped from it."""
-        read = self.checkpoint.read if self.places else self.checkpoint.tensor
-        return read(self.origin[key]) if key in self.origin else self.tensors[key]
+        """A tensor with its bytes."""
+        return self.checkpoint.read(self.origin[key]) if key in self.origin else self.tensors[key]
 
     def sheltered(self, visible: Iterable[str]) -> Sheltered:
         """A state dict of these tensors, from which all others can be asked for."""
