@@ -53,8 +53,9 @@ class LoadCLIP(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, plan, plan_json="", **kwargs) -> str:
-        """Runs again when the plan's file has changed, or the stand-ins that it may name."""
-        return choice.fingerprint(plan, plan_json)
+        """Runs again when the plan's file has changed, or the stand-ins that it may name, or an encoder's file."""
+        files = [kwargs.get(key) for key in cls.file_inputs()]
+        return choice.fingerprint(plan, plan_json) + features.encoder_state(files)
 
     @classmethod
     def execute(

@@ -4,13 +4,14 @@ Only headers are read to find out. A pruned file holds the kept tensors, bit for
 metadata what was left out, by which plan, of which file.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import re
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Protocol
 
 import torch
 
-from . import __version__, families, standin_file
+from . import __version__, families, header, standin_file
 from .errors import SkrrError, first_line
-from .files import CHUNK, file_sha256, replacing
+from .files import CHUNK, replacing, sha256_from
+from .header import DTYPES, NAMES, Entry
 from .plan import EncoderPlan, Plan, PlanError
 from .repair import StandIn
 
@@ -29,12 +31,6 @@ PLAN, RECORD = "skrr_plan", "skrr"
 STANDINS = "skrr_standins."
 """What the names of stand-ins in a pruned file begin with, and the name of the metadata that says their norms."""
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_RECORD = 4 << 20
 MAX_BLOCKS = 1000
 
@@ -61,40 +57,11 @@ class Source(Protocol):
 
     def tensor(self, key: str) -> torch.Tensor: ...
     def sha256(self) -> str: ...
+    def check_unchanged(self) -> None: ...
 
 
 class CheckpointError(SkrrError):
     """An encoder file that can't be used; one line that names the file and the remedy."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor in a file. dtype: as safetensors names it; shape; kept: False where a pruned file has left it out."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    kept: bool = True
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def itemsize(self) -> int:
-        return DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * self.itemsize
-
-    @property
-    def parameters(self) -> int:
-        """Weights that a weight or bias stands for: one of bytes without a type holds two in each (4 bits)."""
-        return self.count * (2 if self.dtype == "U8" else 1)
-
-    def stand_in(self) -> torch.Tensor:
-        """A tensor of this dtype and shape that takes a few bytes, for code that looks at both."""
-        return torch.zeros((), dtype=DTYPES.get(self.dtype, torch.uint8)).expand(self.shape)
 
 
 @dataclass(frozen=True)
@@ -128,7 +95,8 @@ class Layout:
         return sum(self._parameters(key) for key in self.entries)
 
     def _parameters(self, key: str) -> int:
-        return self.entries[key].parameters if key.endswith(PARAMETERS) else 0
+        entry = self.entries[key]  # a weight of bytes without a type holds two in each (4 bits)
+        return entry.count * (2 if entry.dtype == "U8" else 1) if key.endswith(PARAMETERS) else 0
 
     @functools.cached_property
     def total_bytes(self) -> int:
@@ -173,7 +141,8 @@ class Record:
     """What a pruned file says of itself. encoder: name in the plan; skipped: length of the level's prefix; unread:
     further sub-blocks left out because no conditioning reads them; source: `{"name", "sha256"}` of the dense file;
     data_sha256: over the tensors' bytes in file order; dropped: name -> (dtype, shape) of what was left out; blocks: of
-    the encoder before others shortened the dense file, 0 where they did not."""
+    the encoder before others shortened the dense file, 0 where they did not; header_sha256: over what the header
+    says (see `_header_sha256`), None in files of before."""
 
     encoder: str
     plan: EncoderPlan | None
@@ -183,27 +152,42 @@ class Record:
     data_sha256: str
     dropped: Mapping[str, Entry]
     blocks: int = 0
+    header_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """A file as it was when it was opened: by this it is known again. modified: in nanoseconds; header_sha256: of the
+    header's bytes."""
+
+    path: str
+    size: int
+    modified: int
+    header_sha256: str
 
 
 class Checkpoint:
-    """A safetensors file of one text encoder, opened to look at; tensors are read when asked for (memory-mapped).
+    """A safetensors file of one text encoder, opened once: header and tensors are read through one handle, so that a
+    file which takes its place meanwhile is never mixed in. Tensors are read when asked for.
 
     Raises CheckpointError where the file is no whole safetensors file.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        from safetensors import SafetensorError, safe_open
-
         self.path = Path(path)
         try:
-            self._file = safe_open(str(self.path), framework="pt")
-            slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118
-            entries = {key: Entry(s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
-            self.metadata = dict(self._file.metadata() or {})
-        except (SafetensorError, OSError, ValueError) as error:
+            self._file = self.path.open("rb", buffering=0)
+            weakref.finalize(self, self._file.close)
+            status = os.fstat(self._file.fileno())
+            found = header.read(self._file, status.st_size)
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self.path.name}: not a whole safetensors file ({first_line(error)}); get or convert it again"
             ) from None
+        digest = hashlib.sha256(found.text).hexdigest()
+        self.stamp = Stamp(str(self.path), status.st_size, status.st_mtime_ns, digest)
+        self._header, self.metadata = found, dict(found.metadata)
+        entries = dict(found.entries)
         self._standins = {key for key in entries if key.startswith(STANDINS)}
         entries = {key: entry for key, entry in entries.items() if key not in self._standins}
         self.record = self._read_record(entries)
@@ -212,6 +196,11 @@ class Checkpoint:
         if both is not None:
             raise self._damaged(f'"{both[:80]}" is said to be left out, but is there')
         self.entries = {**entries, **left_out}
+        if self.record and self.record.header_sha256 not in (None, _header_sha256(found.entries, self.metadata)):
+            raise self._damaged("its header is not what was written")
+        places = range(2 * self.known_layout.blocks) if self.known_layout else ()
+        if self.record and self.known_layout and not set(self.record.unread) <= set(places):
+            raise self._damaged("unread names a sub-block that there is not")
 
     def _damaged(self, what: str) -> CheckpointError:
         where = f"{self.path.name}: its Skrr metadata is damaged"
@@ -225,56 +214,76 @@ class Checkpoint:
             if len(text) > MAX_RECORD:
                 raise ValueError(f"longer than {MAX_RECORD} characters")
             raw = json.loads(text)
-            dropped = {
-                str(k): Entry(str(d), tuple(int(n) for n in shape), False) for k, (d, shape) in raw["dropped"].items()
-            }
-            if any(n < 0 or n > 1 << 32 for entry in dropped.values() for n in entry.shape):
-                raise ValueError("a tensor of impossible shape")
+            dropped = {str(k): Entry(d, tuple(shape), False) for k, (d, shape) in raw["dropped"].items()}
             plan = (
                 Plan.from_json(self.metadata[PLAN], self.path.name).encoder(raw["encoder"]) if raw["skipped"] else None
             )
             if plan is not None:
                 plan.level(raw["skipped"])
-            unread = tuple(int(i) for i in raw["unread"])
+            unread = tuple(raw["unread"])
+            if not all(type(i) is int for i in unread) or len(set(unread)) < len(unread):
+                raise ValueError("unread is no list of different numbers")
+            digest = raw.get("header_sha256")
             source = {key: str(raw["source"][key])[:200] for key in ("name", "sha256")}
             blocks = int(raw.get("blocks", 0))
             if not 0 <= blocks <= MAX_BLOCKS:
                 raise ValueError(f"an encoder of {blocks} blocks")
             return Record(
-                str(raw["encoder"]), plan, int(raw["skipped"]), unread, source, str(raw["data_sha256"]), dropped, blocks
-            )
+                str(raw["encoder"]), plan, int(raw["skipped"]), unread, source, str(raw["data_sha256"]), dropped,
+                blocks, None if digest is None else str(digest),
+            )  # fmt: skip
         except (PlanError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise self._damaged(first_line(error)) from None
 
     def tensor(self, key: str) -> torch.Tensor:
-        """A tensor of the file, memory-mapped: its bytes are read when they are used."""
-        return self._file.get_tensor(key)
-
-    @functools.cached_property
-    def _offsets(self) -> dict[str, int]:
-        """Where each tensor starts in the file. The header has been checked by safetensors on opening."""
-        with self.path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        return {key: 8 + length + value["data_offsets"][0] for key, value in header.items() if key != "__metadata__"}
-
-    def read(self, key: str) -> torch.Tensor:
-        """A tensor of the file, read now, in memory of its own: these bytes and no others (a mapping reads ahead)."""
-        entry = self.entries[key]
-        if entry.dtype not in DTYPES:
-            return self.tensor(key).clone()
+        """A tensor of the file, read now, in memory of its own. Of a type that torch lacks: its bytes."""
+        entry = self._header.entries[key]
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-        with self.path.open("rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            file.seek(self._offsets[key])
+        try:
+            self._file.seek(self._header.starts[key])
             view, got = memoryview(raw.numpy()), 0
-            while got < entry.nbytes:
-                count = file.readinto(view[got:])
-                if not count:
-                    raise CheckpointError(f"{self.path.name}: ends before its tensors do; get the file again")
+            while got < entry.nbytes and (count := self._file.readinto(view[got:])):
                 got += count
-        return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path.name}: can't be read any more ({first_line(error)}); see that its drive is connected, and"
+                " run the workflow again"
+            ) from None
+        if got < entry.nbytes:
+            raise CheckpointError(f"{self.path.name}: was cut while it was read; get the file again")
+        return raw.view(DTYPES[entry.dtype]).reshape(entry.shape) if entry.dtype in DTYPES else raw
+
+    def start(self, key: str) -> int:
+        """Where a tensor begins in the file."""
+        return self._header.starts[key]
+
+    def data_sha256(self) -> str:
+        """Of the bytes of all tensors."""
+        return sha256_from(self._file, self._header.data)
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError where the file has changed since it was opened, or is gone."""
+        opened, now = os.fstat(self._file.fileno()), None
+        with contextlib.suppress(OSError):
+            now = self.path.stat()
+        if now is None:
+            raise CheckpointError(f"{self.path.name}: is gone; put it back, and run the workflow again")
+        same = os.path.samestat(opened, now)
+        if not same or (now.st_size, now.st_mtime_ns) != (self.stamp.size, self.stamp.modified):
+            raise CheckpointError(f"{self.path.name}: was changed while it was read; run the workflow again")
+
+    @classmethod
+    def again(cls, stamp: Stamp) -> "Checkpoint":
+        """The file that was opened before, opened once more. Raises CheckpointError where it is another one now."""
+        name = os.path.basename(stamp.path)
+        if not os.path.isfile(stamp.path):
+            raise CheckpointError(f"{name}: is gone since it was loaded; put it back, and run the workflow again")
+        found = cls(stamp.path)
+        if found.stamp != stamp:
+            raise CheckpointError(
+                f"{name}: was changed since it was loaded, and is not what is on the canvas; run the workflow again"
+            )
+        return found
 
     @functools.cached_property
     def standins(self) -> dict[int, StandIn]:
@@ -285,7 +294,7 @@ class Checkpoint:
             return {}
 
         def fetch(key: str) -> torch.Tensor | None:
-            return self.tensor(STANDINS + key).clone() if STANDINS + key in self._standins else None
+            return self.tensor(STANDINS + key) if STANDINS + key in self._standins else None
 
         layout, norms = self.layout, self.metadata.get(STANDINS, "")
         record.plan.check(layout.family, layout.blocks, layout.width, record.encoder)
@@ -293,7 +302,7 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """Of the whole file."""
-        return file_sha256(self.path)
+        return sha256_from(self._file)
 
     @functools.cached_property
     def _layouts(self) -> list[Layout]:
@@ -461,6 +470,7 @@ def write_pruned(
         "source": {"name": source.path.name, "sha256": source.sha256()},
         "data_sha256": "0" * 64,
         **({"blocks": layout.blocks} if layout.blocks > source.layout.blocks else {}),
+        "header_sha256": "0" * 64,
         "dropped": {key: [layout.entries[key].dtype, layout.entries[key].shape] for key in sorted(left_out)},
     }
     metadata = {**source.metadata, **more, RECORD: json.dumps(record, separators=(",", ":"))}
@@ -470,35 +480,31 @@ def write_pruned(
     entries = {key: source.entries[key] for key in layout.used - set(spare)}
     entries |= {key: Entry(NAMES[t.dtype], tuple(t.shape)) for key, t in extra.items()}
     kept = sorted(entries.keys() - left_out, key=lambda k: (-entries[k].itemsize, k))
+    listed = {key: entries[key] for key in kept}
     with replacing(out) as file:
-        header = header_bytes({key: entries[key] for key in kept}, metadata)
-        file.write(header)
+        file.write(header.write(listed, metadata))
         digest = hashlib.sha256()
         for key in kept:
             for chunk in tensor_bytes(extra[key] if key in extra else source.tensor(key)):
                 digest.update(chunk)
                 file.write(chunk)
+        source.check_unchanged()
         written = file.tell()
-        metadata[RECORD] = json.dumps({**record, "data_sha256": digest.hexdigest()}, separators=(",", ":"))
+        record["data_sha256"] = digest.hexdigest()
+        record["header_sha256"] = _header_sha256(listed, {**metadata, RECORD: json.dumps(record)})
+        metadata[RECORD] = json.dumps(record, separators=(",", ":"))
         file.seek(0)
-        file.write(header_bytes({key: entries[key] for key in kept}, metadata))  # as long as the first one
+        file.write(header.write(listed, metadata))  # as long as the first one
     return written
 
 
-def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors header for these tensors, laid out one after the other."""
-    header: dict = {"__metadata__": dict(metadata)}
-    offset = 0
-    for key, entry in entries.items():
-        header[key] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.nbytes],
-        }
-        offset += entry.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _header_sha256(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of what the header of a pruned file says: its tensors in their order, from which their places follow, and
+    Skrr's own metadata. What others add to the metadata is theirs."""
+    own = {key: metadata[key] for key in (PLAN, STANDINS) if key in metadata}
+    record = {key: value for key, value in json.loads(metadata[RECORD]).items() if key != "header_sha256"}
+    tensors = [(key, entry.dtype, entry.shape) for key, entry in entries.items()]
+    return hashlib.sha256(json.dumps([tensors, own, record], sort_keys=True).encode()).hexdigest()
 
 
 def tensor_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
@@ -512,7 +518,8 @@ def tensor_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
 def verify(path: str | os.PathLike[str]) -> Checkpoint:
     """Check a pruned file: its metadata, that exactly the right tensors are left out, and every byte of the others.
 
-    Returns it opened. Raises CheckpointError.
+    What its header says is compared with its hash already when it is opened; files of before have none
+    (`record.header_sha256` is None). Returns it opened. Raises CheckpointError.
     """
     found = Checkpoint(path)
     record = found.record
@@ -528,9 +535,7 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
     wrong = layout.dropped(gone) ^ set(record.dropped)
     if wrong:
         raise CheckpointError(f"{found.path.name}: {min(wrong)[:80]} does not agree with its plan; save it again")
-    with found.path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
     _ = found.standins  # raises where they are not what the plan names
-    if file_sha256(found.path, start) != record.data_sha256:
+    if found.data_sha256() != record.data_sha256:
         raise CheckpointError(f"{found.path.name}: its tensors are not what was written; get the file again")
     return found

@@ -410,6 +410,8 @@ def run_verify(options) -> None:
     record = found.record
     print(f"{options.file}: whole; {record.encoder} of {record.source['name']} without {len(record.dropped)} tensors,")
     print(f"{record.skipped} sub-blocks skipped by its plan and {len(record.unread)} unread ones")
+    if record.header_sha256 is None:
+        print("it was written by an earlier Skrr, without a hash of its header: that could not be checked")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import uuid
 from pathlib import Path
+from typing import BinaryIO
 
 CHUNK = 16 << 20
 ABANDONED = 3600  # seconds without a write after which a partial file has no writer any more
@@ -44,11 +45,16 @@ def remove_abandoned(folder: Path, prefix: str, now: float) -> None:
                     left.unlink()
 
 
-def file_sha256(path: Path, start: int = 0) -> str:
-    """SHA-256 of a file from byte `start` on, read in pieces."""
-    digest = hashlib.sha256()
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
-        file.seek(start)
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+        return sha256_from(file)
+
+
+def sha256_from(file: BinaryIO, start: int = 0) -> str:
+    """SHA-256 of an opened file from byte `start` on, read in pieces."""
+    digest = hashlib.sha256()
+    file.seek(start)
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
     return digest.hexdigest()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Entry, layout_of
+from .checkpoint import layout_of
+from .header import Entry
 from .row import EncoderError, Row
 
 DTYPES = {
@@ -42,7 +43,7 @@ class Files:
 
     def elements(self) -> int:
         """Of all tensors that the encoder uses, together."""
-        layout = layout_of({key: Entry("", tuple(shape)) for key, (_, _, _, shape) in self.tensors.items()})
+        layout = layout_of({key: Entry("U8", tuple(shape)) for key, (_, _, _, shape) in self.tensors.items()})
         used = layout.entries if layout else self.tensors
         return sum(torch.Size(self.tensors[key][3]).numel() for key in used)
 

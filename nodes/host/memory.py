@@ -60,7 +60,7 @@ def encoder_memory(clip, view) -> EncoderMemory:
         ram=ram,
         vram=vram,
         idle=whole - ram - vram,
-        disk=os.path.getsize(pruned.file) if pruned and pruned.file and os.path.isfile(pruned.file) else 0,
+        disk=pruned.file.size if pruned and pruned.file and os.path.isfile(pruned.file.path) else 0,
         seconds=getattr(clip.cond_stage_model, "skrr_seconds", None),
     )
 

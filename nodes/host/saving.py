@@ -25,7 +25,8 @@ HEAD = "lm_head"
 
 
 class InMemory:
-    """A dense encoder of a CLIP as a source for `write_pruned`: its weights without LoRAs."""
+    """A dense encoder of a CLIP as a source for `write_pruned`: its weights without LoRAs, and what its tokenizer needs
+    of a file (a vocabulary, for some)."""
 
     record = None
 
@@ -36,7 +37,7 @@ class InMemory:
         backup = clip.patcher.backup
         state = transformer.state_dict()
         patched = {k: backup[view.prefix + k].weight for k in state if view.prefix + k in backup}
-        self._tensors = named_as_in_files({**state, **patched})
+        self._tensors = {**named_as_in_files({**state, **patched}), **tokenizer_tensors(clip, view)}
         odd = [k for k, t in self._tensors.items() if type(t) is not torch.Tensor or t.dtype not in NAMES]
         if odd:
             raise CheckpointError(
@@ -55,6 +56,9 @@ class InMemory:
     def tensor(self, key: str) -> torch.Tensor:
         return self._tensors[key].detach().cpu()
 
+    def check_unchanged(self) -> None:
+        """Nobody writes to it while a node runs."""
+
     def sha256(self) -> str:
         digest = hashlib.sha256()
         for key in self.entries:
@@ -70,6 +74,23 @@ def named_as_in_files(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {f"model.{k}" if known and k.startswith("visual.") else k: t for k, t in state.items()}
 
 
+def tokenizer_tensors(clip, view: View) -> dict[str, torch.Tensor]:
+    """What ComfyUI's tokenizer for an encoder is made from, by the names that an encoder's file has for it. Raises
+    CheckpointError where that can't be written."""
+    own = getattr(clip.tokenizer, view.name, clip.tokenizer)
+    state = own.state_dict() if hasattr(own, "state_dict") else {}
+    found = {key.removeprefix(f"{view.name}."): value for key, value in state.items() if value is not None}
+    raw = {k: torch.tensor(list(value), dtype=torch.uint8) for k, value in found.items() if isinstance(value, bytes)}
+    found = {**found, **raw}
+    odd = next((key for key, value in found.items() if not torch.is_tensor(value)), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{view.name}: its tokenizer's {odd} can't be saved from memory: load it with Load CLIP (Skrr), which"
+            " copies from its file"
+        )
+    return found
+
+
 def save(clip, view: View, pruned: Pruned, name: str) -> tuple[str, int]:
     """Write what is left of an encoder into ComfyUI's text_encoders folder; returns the file's name and its bytes.
 
@@ -82,7 +103,7 @@ def save(clip, view: View, pruned: Pruned, name: str) -> tuple[str, int]:
     while out.exists():
         number += 1
         out = folder / f"{stem}_{number}.safetensors"
-    source = Checkpoint(pruned.file) if pruned.file else InMemory(clip, view)
+    source = Checkpoint.again(pruned.file) if pruned.file else InMemory(clip, view)
     plan, skipped = None, 0
     if pruned.plan is not None and pruned.level is not None:
         plan, skipped = (
