@@ -2,7 +2,7 @@
 
 from .compare import SkrrCompare
 from .edit_plan import SkrrEditPlan
-from .load_clip import SkrrCLIPLoader, SkrrDualCLIPLoader, SkrrTripleCLIPLoader
+from .load_clip import SkrrCLIPLoader, SkrrDualCLIPLoader, SkrrQuadrupleCLIPLoader, SkrrTripleCLIPLoader
 from .load_plan import SkrrLoadPlan
 from .memory_report import SkrrMemoryReport
 from .prune import SkrrPrune
@@ -16,6 +16,7 @@ NODES = [
     SkrrCLIPLoader,
     SkrrDualCLIPLoader,
     SkrrTripleCLIPLoader,
+    SkrrQuadrupleCLIPLoader,
     SkrrSaveEncoder,
     SkrrTrimUnread,
     SkrrMemoryReport,

@@ -1,4 +1,4 @@
-"""Load CLIP (Skrr), and its dual and triple forms: text encoders loaded without what a plan removes."""
+"""Load CLIP (Skrr), and its forms for two, three and four files: text encoders loaded without what a plan removes."""
 
 from comfy_api.latest import io
 
@@ -26,7 +26,7 @@ class LoadCLIP(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files, types = features.encoder_files(), features.loader_types(cls.MODEL)
+        types = features.loader_types(cls.MODEL)
         return io.Schema(
             node_id=cls.NODE_ID,
             display_name=cls.NAME,
@@ -34,7 +34,10 @@ class LoadCLIP(io.ComfyNode):
             description=" ".join(LoadCLIP.__doc__.split()),
             **features.aliases("load text encoder", "t5", "save memory", "low vram"),
             inputs=[
-                *(io.Combo.Input(name, options=files, tooltip="A text encoder's file.") for name in cls.file_inputs()),
+                *(
+                    io.Combo.Input(name, options=files, tooltip="A text encoder's file.")
+                    for name, files in zip(cls.file_inputs(), features.encoder_files(cls.FILES), strict=True)
+                ),
                 *([io.Combo.Input("type", options=types, tooltip="The model that they are for.")] if types else []),
                 *choice.inputs(NO_PLAN),
                 io.Boolean.Input("trim", default=True, optional=True, tooltip=TRIM),
@@ -88,3 +91,8 @@ class SkrrDualCLIPLoader(LoadCLIP):
 class SkrrTripleCLIPLoader(LoadCLIP):
     FILES = 3
     NODE_ID, NAME, MODEL = "SkrrTripleCLIPLoader", "Load CLIP (Skrr, three files)", "TripleCLIPLoader"
+
+
+class SkrrQuadrupleCLIPLoader(LoadCLIP):
+    FILES = 4
+    NODE_ID, NAME, MODEL = "SkrrQuadrupleCLIPLoader", "Load CLIP (Skrr, four files)", "QuadrupleCLIPLoader"

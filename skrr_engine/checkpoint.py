@@ -5,13 +5,14 @@ metadata what was left out, by which plan, of which file.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 import re
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +32,18 @@ STANDINS = "skrr_standins."
 """What the names of stand-ins in a pruned file begin with, and the name of the metadata that says their norms."""
 
 MAX_RECORD = 4 << 20
+MAX_BLOCKS = 1000
+
+PARAMETERS = (".weight", ".bias")
+"""What the names of parameters end with: a scale, a marker or a tokenizer is none."""
+ALIAS = ("model.language_model.", "model.")
+"""How encoders that also see name their text part, and how ComfyUI's text encoders do."""
+CHECKPOINT = ("model.diffusion_model.", "first_stage_model.")
+"""What names begin with in a whole checkpoint."""
+CONNECTORS = tuple(f"model.diffusion_model.{kind}_embeddings_connector." for kind in ("audio", "video"))
+BEHIND = ("text_embedding_projection.", *CONNECTORS)
+"""What the names of layers behind LTX's text encoder begin with, which may lie in a checkpoint."""
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
 
 class Source(Protocol):
@@ -53,19 +66,23 @@ class CheckpointError(SkrrError):
 
 @dataclass(frozen=True)
 class Layout:
-    """A file's encoder as a row of sub-blocks. keys: for each sub-block the tensors that go away with it; entries: all
-    of the encoder's tensors, those that a pruned file has left out included."""
+    """A file's encoder as a row of sub-blocks. keys: for each sub-block the tensors that go away with it, none where a
+    file that others have shortened lacks it; entries: all of the encoder's tensors, those that a pruned file has left
+    out included, but nothing that no text encoder uses (a decoder, a tower that sees, the embedding again); prefix:
+    what stands before their names in this file; extras: what ComfyUI reads beside them (tokenizer, markers)."""
 
     family: str
     blocks: int
     width: int
     keys: tuple[tuple[str, ...], ...]
     entries: Mapping[str, Entry]
+    prefix: str = ""
+    extras: frozenset[str] = frozenset()
 
     @functools.cached_property
     def parameter_counts(self) -> tuple[int, ...]:
-        """Weights of each sub-block, scales of quantised ones included."""
-        return tuple(sum(self.entries[key].count for key in keys) for keys in self.keys)
+        """Weights of each sub-block."""
+        return tuple(sum(self._parameters(key) for key in keys) for keys in self.keys)
 
     @functools.cached_property
     def sub_block_bytes(self) -> tuple[int, ...]:
@@ -75,7 +92,11 @@ class Layout:
     @functools.cached_property
     def total(self) -> int:
         """Weights of the encoder, dense."""
-        return sum(entry.count for entry in self.entries.values())
+        return sum(self._parameters(key) for key in self.entries)
+
+    def _parameters(self, key: str) -> int:
+        entry = self.entries[key]  # a weight of bytes without a type holds two in each (4 bits)
+        return entry.count * (2 if entry.dtype == "U8" else 1) if key.endswith(PARAMETERS) else 0
 
     @functools.cached_property
     def total_bytes(self) -> int:
@@ -86,10 +107,21 @@ class Layout:
         """Removed parameters over all encoder parameters."""
         return sum(self.parameter_counts[i] for i in skipped) / self.total
 
-    def place(self, key: str) -> int | None:
-        """The sub-block that a tensor of this name goes away with, also one that the file lacks (a scale, say)."""
-        family = next(f for f in families.FAMILIES if f.NAME == self.family)
-        found = family.FILE_KEY.fullmatch(key)
+    @property
+    def used(self) -> Set[str]:
+        """Names of all tensors of the file that its encoder or its tokenizer is made of."""
+        return self.entries.keys() | self.extras
+
+    def name(self, key: str) -> str:
+        """The name that ComfyUI's encoder has for a tensor of this file."""
+        own = key.removeprefix(self.prefix)
+        return ALIAS[1] + own.removeprefix(ALIAS[0]) if own.startswith(ALIAS[0]) else own
+
+    def place(self, name: str) -> int | None:
+        """The sub-block that a tensor goes away with, by its name in ComfyUI's encoder; also one that the file lacks (a
+        scale, say)."""
+        family = families.by_name(self.family)
+        found = family.FILE_KEY.fullmatch(name)
         if found is None or int(found["block"]) >= self.blocks or _stays(family, found, self.entries):
             return None
         return 2 * int(found["block"]) + (found["feed_forward"] is not None)
@@ -98,13 +130,19 @@ class Layout:
         """Names of the tensors that go away with these sub-blocks."""
         return {key for index in skipped for key in self.keys[index]}
 
+    def extended(self, blocks: int) -> "Layout":
+        """This encoder as the one of so many blocks that it was before others cut off its last ones."""
+        missing = max(0, blocks - self.blocks)
+        return dataclasses.replace(self, blocks=self.blocks + missing, keys=self.keys + ((),) * (2 * missing))
+
 
 @dataclass(frozen=True)
 class Record:
     """What a pruned file says of itself. encoder: name in the plan; skipped: length of the level's prefix; unread:
     further sub-blocks left out because no conditioning reads them; source: `{"name", "sha256"}` of the dense file;
-    data_sha256: over the tensors' bytes in file order; dropped: name -> (dtype, shape) of what was left out;
-    header_sha256: over what the header says (see `_header_sha256`), None in files of before."""
+    data_sha256: over the tensors' bytes in file order; dropped: name -> (dtype, shape) of what was left out; blocks: of
+    the encoder before others shortened the dense file, 0 where they did not; header_sha256: over what the header
+    says (see `_header_sha256`), None in files of before."""
 
     encoder: str
     plan: EncoderPlan | None
@@ -113,6 +151,7 @@ class Record:
     source: Mapping[str, str]
     data_sha256: str
     dropped: Mapping[str, Entry]
+    blocks: int = 0
     header_sha256: str | None = None
 
 
@@ -186,9 +225,12 @@ class Checkpoint:
                 raise ValueError("unread is no list of different numbers")
             digest = raw.get("header_sha256")
             source = {key: str(raw["source"][key])[:200] for key in ("name", "sha256")}
+            blocks = int(raw.get("blocks", 0))
+            if not 0 <= blocks <= MAX_BLOCKS:
+                raise ValueError(f"an encoder of {blocks} blocks")
             return Record(
                 str(raw["encoder"]), plan, int(raw["skipped"]), unread, source, str(raw["data_sha256"]), dropped,
-                None if digest is None else str(digest),
+                blocks, None if digest is None else str(digest),
             )  # fmt: skip
         except (PlanError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise self._damaged(first_line(error)) from None
@@ -263,13 +305,57 @@ class Checkpoint:
         return sha256_from(self._file)
 
     @functools.cached_property
+    def _layouts(self) -> list[Layout]:
+        return layouts_of(self.entries)
+
+    @functools.cached_property
     def known_layout(self) -> Layout | None:
         """The encoder in this file, None where it is none that Skrr knows."""
-        return layout_of(self.entries)
+        found = self._layouts
+        return found[0].extended(self.record.blocks if self.record else 0) if len(found) == 1 else None
+
+    @functools.cached_property
+    def problem(self) -> str | None:
+        """What makes this file something else than one whole encoder, and what to do, in a line; None where it is one,
+        or of an architecture that Skrr does not know."""
+        shard, found = SHARD.search(self.path.name), self._layouts
+        if shard and int(shard[2]) > 1:
+            what = (
+                f"part {int(shard[1])} of {int(shard[2])} of an encoder in several files, which ComfyUI does not load:"
+                " get the encoder as one file"
+            )
+        elif self._is_checkpoint:
+            what = "a whole checkpoint: load it with Load Checkpoint and put Load Skrr Plan behind it"
+        elif len(found) > 1:
+            names = ", ".join(f"{layout.family} under {layout.prefix or 'no prefix'}" for layout in found)
+            what = f"holds {len(found)} text encoders ({names}): get each as a file of its own"
+        elif not found and (self.record or any(_matches(family, self.entries) for family in families.FAMILIES)):
+            what = "parts of this text encoder are missing; get the file again"
+        else:
+            return None
+        return f"{self.path.name}: {what}"
+
+    @property
+    def _is_checkpoint(self) -> bool:
+        """Whether this is a whole checkpoint, but for one that holds what ComfyUI puts behind LTX's text encoder."""
+        return self._is_whole and (bool(self._layouts) or not any(key.startswith(BEHIND[0]) for key in self.entries))
+
+    @functools.cached_property
+    def _is_whole(self) -> bool:
+        return any(key.startswith(CHECKPOINT) for key in self.entries)
+
+    @property
+    def used(self) -> Set[str]:
+        """Names of the tensors that ComfyUI makes a text encoder of: all, where Skrr does not know the architecture."""
+        if self.known_layout is not None:
+            return self.known_layout.used
+        return {key for key in self.entries if key.startswith(BEHIND)} if self._is_whole else self.entries.keys()
 
     @property
     def layout(self) -> Layout:
         """The encoder in this file. Raises CheckpointError where there is none that Skrr knows."""
+        if self.problem is not None:
+            raise CheckpointError(self.problem)
         if self.known_layout is not None:
             return self.known_layout
         names = ", ".join(f.NAME for f in families.FAMILIES)
@@ -279,30 +365,60 @@ class Checkpoint:
 
 
 def layout_of(entries: Mapping[str, Entry]) -> Layout | None:
-    """See tensors as the encoder of a family that the engine knows, or None."""
-    return next((found for family in families.FAMILIES if (found := _layout(family, entries))), None)
+    """See tensors as the one encoder of a family that the engine knows, or None."""
+    found = layouts_of(entries)
+    return found[0] if len(found) == 1 else None
 
 
-def _layout(family, entries: Mapping[str, Entry]) -> Layout | None:
-    """See the tensors as one family's encoder, or None."""
-    matches = {key: found for key in entries if (found := family.FILE_KEY.fullmatch(key))}
+def layouts_of(entries: Mapping[str, Entry]) -> list[Layout]:
+    """All encoders among these tensors that are whole and of a family that the engine knows."""
+    found: dict[str, Layout] = {}
+    for family in families.FAMILIES:
+        for prefix, matches in _matches(family, entries).items():
+            layout = None if prefix in found else _layout(family, prefix, matches, entries)
+            if layout is not None:
+                found[prefix] = layout
+    return list(found.values())
+
+
+def _matches(family, entries: Collection[str]) -> dict[str, dict[str, re.Match]]:
+    """The tensors of blocks that a family may have, by what stands before their names; blocks that hold anything that
+    the family's do not are another architecture's."""
+    found: dict[str, dict[str, re.Match]] = {}
+    for key in entries:
+        if match := family.FILE_KEY.fullmatch(key):
+            found.setdefault(match["prefix"], {})[key] = match
+    return {prefix: own for prefix, own in found.items() if not any(match["other"] for match in own.values())}
+
+
+def _layout(family, prefix: str, matches: Mapping[str, re.Match], entries: Mapping[str, Entry]) -> Layout | None:
+    """See the tensors under a prefix as one family's encoder, or None."""
     ends = "." + family.FILE_WIDTH
     norms = [found for key, found in matches.items() if key.endswith(ends) and found["block"] == "0"]
     if len(norms) != 1 or len(entries[norms[0].string].shape) != 1:
         return None
-    prefix = norms[0]["prefix"]
-    blocks = 1 + max(int(m["block"]) for m in matches.values() if m["prefix"] == prefix)
+    blocks = 1 + max(int(m["block"]) for m in matches.values())
     if blocks > len(matches):
         return None
     keys: list[list[str]] = [[] for _ in range(2 * blocks)]
     for key, found in matches.items():
-        block = int(found["block"])
-        if found["prefix"] == prefix and not _stays(family, found, matches):
-            keys[2 * block + (found["feed_forward"] is not None)].append(key)
+        if not _stays(family, found, matches):
+            keys[2 * int(found["block"]) + (found["feed_forward"] is not None)].append(key)
     if not all(keys):
         return None
-    own = {key: entry for key, entry in entries.items() if key.startswith(prefix)}
-    return Layout(family.NAME, blocks, entries[norms[0].string].shape[0], tuple(map(tuple, keys)), own)
+    names = {key: key.removeprefix(prefix) for key in entries if key.startswith(prefix)}
+    own = {
+        key: entries[key]
+        for key, name in names.items()
+        if "." in name and not family.FILE_UNUSED.fullmatch(name) and not _again(name, names.values())
+    }
+    extras = frozenset(key for key in entries if "." not in names.get(key, key))
+    return Layout(family.NAME, blocks, entries[norms[0].string].shape[0], tuple(map(tuple, keys)), own, prefix, extras)
+
+
+def _again(name: str, names: Collection[str]) -> bool:
+    """Whether a tensor is the embedding once more, as T5 files often hold it."""
+    return name == "encoder.embed_tokens.weight" and "shared.weight" in names
 
 
 def _stays(family, found: re.Match, keys: Collection[str]) -> bool:
@@ -318,16 +434,19 @@ def write_pruned(
     skipped: int = 0,
     unread: Collection[int] = (),
     standins: Mapping[int, StandIn] | None = None,
+    blocks: int = 0,
+    spare: Collection[str] = (),
 ) -> int:
     """Write a copy of an encoder's file without what a plan's level skips; returns the bytes written.
 
     name: the plan's entry for this encoder; skipped: the level; unread: further sub-blocks to leave out; standins: the
-    level's, to be written along. Streamed, one tensor in memory at a time; written whole or not at all. Raises
-    CheckpointError, PlanError, OSError.
+    level's, to be written along; blocks: of the whole encoder, where others have shortened the file; spare: names of
+    tensors that this encoder does not use. Streamed, one tensor in memory at a time; written whole or not at all.
+    Raises CheckpointError, PlanError, OSError.
     """
     if source.record is not None:
         raise CheckpointError(f"{source.path.name} is pruned already: start from {source.record.source['name']}")
-    layout, gone = source.layout, set(unread)
+    layout, gone = source.layout.extended(blocks), set(unread)
     if plan is not None:
         entry = plan.encoder(name)
         entry.check(layout.family, layout.blocks, layout.width, name)
@@ -350,6 +469,7 @@ def write_pruned(
         "unread": sorted(int(i) for i in unread if i in gone),
         "source": {"name": source.path.name, "sha256": source.sha256()},
         "data_sha256": "0" * 64,
+        **({"blocks": layout.blocks} if layout.blocks > source.layout.blocks else {}),
         "header_sha256": "0" * 64,
         "dropped": {key: [layout.entries[key].dtype, layout.entries[key].shape] for key in sorted(left_out)},
     }
@@ -357,7 +477,8 @@ def write_pruned(
     if plan is not None:
         metadata[PLAN] = plan.to_json()
     # As safetensors' own writer has it, so that every tensor starts at a multiple of its element size.
-    entries = {**source.entries, **{key: Entry(NAMES[t.dtype], tuple(t.shape)) for key, t in extra.items()}}
+    entries = {key: source.entries[key] for key in layout.used - set(spare)}
+    entries |= {key: Entry(NAMES[t.dtype], tuple(t.shape)) for key, t in extra.items()}
     kept = sorted(entries.keys() - left_out, key=lambda k: (-entries[k].itemsize, k))
     listed = {key: entries[key] for key in kept}
     with replacing(out) as file:

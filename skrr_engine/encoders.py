@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import families
+from .checkpoint import SHARD
 from .discrepancy import Batch
 from .errors import first_line
 from .projection import dequantised
@@ -75,6 +76,9 @@ def load(
     source = Path(path)
     if not source.exists():
         raise EncoderError(f"{path}: no such file or folder; give a transformers folder or a .safetensors file")
+    shard = SHARD.search(source.name)
+    if source.is_file() and shard and int(shard[2]) > 1:
+        raise EncoderError(f"{path}: part {int(shard[1])} of {int(shard[2])} of an encoder: give its whole folder")
     folder = source if source.is_dir() else source.parent
     files = Files(sorted(source.glob("*.safetensors")) if source.is_dir() else [source]) if memory is not None else None
     if files is not None and files.elements() * dtype.itemsize > memory:
@@ -93,7 +97,7 @@ def streamed(source: Path, files: Files, dtype: torch.dtype, device: str, memory
     if source.is_dir():
         module = blank(source)
     else:
-        prefix, shapes = stripped({key: tuple(shape) for key, (_, _, _, shape) in files.tensors.items()})
+        prefix, shapes = stripped({key: tuple(shape) for key, (_, _, _, shape) in files.tensors.items()}, source)
         module = (t5 if "encoder.final_layer_norm.weight" in shapes else clip)(transformers, shapes, source)
     module = module.eval().requires_grad_(False)
     row = families.find(module)
@@ -198,7 +202,8 @@ def from_file(path: Path, dtype: torch.dtype) -> nn.Module:
     transformers = import_transformers()
     try:
         with safe_open(str(path), framework="pt") as file:
-            prefix, shapes = stripped({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            prefix, shapes = stripped(found, path)
             make = t5 if "encoder.final_layer_norm.weight" in shapes else clip
             module = make(transformers, shapes, path)
             names = set(file.keys())
@@ -219,13 +224,15 @@ def from_file(path: Path, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def stripped(shapes: dict[str, tuple[int, ...]]) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """Shapes without what stands before the architecture's own names, and that prefix."""
-    for anchor in ("encoder.final_layer_norm.weight", "text_model.final_layer_norm.weight"):
-        prefix = next((key.removesuffix(anchor) for key in shapes if key.endswith(anchor)), None)
-        if prefix is not None:
-            return prefix, {key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)}
-    return "", shapes
+def stripped(shapes: dict[str, tuple[int, ...]], path: Path) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """Shapes without what stands before the architecture's own names, and that prefix. Raises EncoderError where there
+    are several encoders."""
+    anchors = ("encoder.final_layer_norm.weight", "text_model.final_layer_norm.weight")
+    found = [key.removesuffix(anchor) for key in shapes for anchor in anchors if f".{key}".endswith(f".{anchor}")]
+    if len(found) > 1:
+        raise EncoderError(f"{path}: holds {len(found)} text encoders: give a file of one, or a transformers folder")
+    prefix = found[0] if found else ""
+    return prefix, {key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)}
 
 
 def block_count(shapes, before: str) -> int:

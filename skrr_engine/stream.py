@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import layout_of
+from .header import Entry
 from .row import EncoderError, Row
 
 DTYPES = {
@@ -40,8 +42,10 @@ class Files:
                 raise EncoderError(f"{path}: can't be read as safetensors; get the file again") from None
 
     def elements(self) -> int:
-        """Of all tensors together."""
-        return sum(torch.Size(shape).numel() for _, _, _, shape in self.tensors.values())
+        """Of all tensors that the encoder uses, together."""
+        layout = layout_of({key: Entry("U8", tuple(shape)) for key, (_, _, _, shape) in self.tensors.items()})
+        used = layout.entries if layout else self.tensors
+        return sum(torch.Size(self.tensors[key][3]).numel() for key in used)
 
     def read(self, key: str) -> torch.Tensor:
         """A tensor on the CPU, in pages of its own, which go back to the system with it."""

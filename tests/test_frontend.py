@@ -16,7 +16,7 @@ REPO = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((REPO / "example_workflows").glob("*.json"))
 IN_WORKFLOWS = ["SkrrLoadPlan", "SkrrMemoryReport", "SkrrPrune", "SkrrEditPlan", "SkrrCompare", "SkrrSaveEncoder"]
 IN_WORKFLOWS += ["SkrrDualCLIPLoader", "SkrrTripleCLIPLoader"]
-LOADERS = ["SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader"]
+LOADERS = ["SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader", "SkrrQuadrupleCLIPLoader"]
 PAGES = [*REPO.glob("*.md"), *(REPO / "docs").glob("*.md"), *(REPO / "web" / "docs").glob("*.md")]
 NODES = [*dict.fromkeys([*IN_WORKFLOWS, *LOADERS]), "SkrrTrimUnread"]
 
@@ -59,6 +59,7 @@ def test_nodes_are_in_the_menu(page):
         "SkrrCLIPLoader": ("Load CLIP (Skrr)", "Skrr"),
         "SkrrDualCLIPLoader": ("Load CLIP (Skrr, two files)", "Skrr"),
         "SkrrTripleCLIPLoader": ("Load CLIP (Skrr, three files)", "Skrr"),
+        "SkrrQuadrupleCLIPLoader": ("Load CLIP (Skrr, four files)", "Skrr"),
         "SkrrSaveEncoder": ("Save Skrr Encoder", "Skrr"),
         "SkrrTrimUnread": ("Trim Unread Layers", "Skrr"),
     }
@@ -147,10 +148,10 @@ def test_workflows_are_offered_as_templates(server):
 
 def loader(page, node: str) -> None:
     """A loader with files and a plan chosen."""
-    names = ["t5xxl_fp16", "clip_l", "clip_g"]
+    names = ["t5xxl_fp16", "clip_l", "clip_g", "llama_3.1_8b_instruct_fp8_scaled"]
     keys = ["clip_name"] if node == "SkrrCLIPLoader" else [f"clip_name{n + 1}" for n in range(FILES[node])]
     files = {key: f"{name}.safetensors" for key, name in zip(keys, names, strict=False)}
-    kinds = {"SkrrTripleCLIPLoader": {}}.get(node, {"type": "sd3"})
+    kinds = {"SkrrTripleCLIPLoader": {}, "SkrrQuadrupleCLIPLoader": {}}.get(node, {"type": "sd3"})
     build(page, [(1, node, (0, 0), {**files, **kinds, "plan": "sd3 (shipped)", "sparsity": 0.42})])
     wait_for_map(page, 1)
     picture(page, node, [1], folder=HELP_IMAGES)
@@ -171,7 +172,7 @@ def alone(page, node: str) -> None:
     picture(page, node, [1], folder=HELP_IMAGES)
 
 
-FILES = {"SkrrCLIPLoader": 1, "SkrrDualCLIPLoader": 2, "SkrrTripleCLIPLoader": 3}
+FILES = {"SkrrCLIPLoader": 1, "SkrrDualCLIPLoader": 2, "SkrrTripleCLIPLoader": 3, "SkrrQuadrupleCLIPLoader": 4}
 PICTURED = {**dict.fromkeys(LOADERS, loader), "SkrrTrimUnread": trimmed, "SkrrSaveEncoder": alone}
 """Nodes whose pictures are made here; other tests make the others."""
 

@@ -84,7 +84,7 @@ def test_loads_pruned_and_derives(comfy, host, loader, monkeypatch):
     import nodes
 
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "CLIPLoaderGGUF", loader)
-    assert "t5.gguf" in host("nodes.host.features").encoder_files()
+    assert "t5.gguf" in host("nodes.host.features").encoder_files()[0]
     pruned = host("nodes.host.loader").load(["t5.gguf"], "mochi", choice(host, plan_for()))
     dense = loader().load_clip("t5.gguf", "mochi")[0]
     before = encode(dense)
@@ -97,6 +97,9 @@ def test_loads_pruned_and_derives(comfy, host, loader, monkeypatch):
     row = encoders.views(dense)["t5xxl"].row
     assert pruned.patcher.model_size() < dense.patcher.model_size()
     assert row.parameter_counts[1] == 3 * max(FFN, 32) * test_files.WIDTH + test_files.WIDTH, "not the logical shapes"
+    shape = encoders.views(dense)["t5xxl"].shape
+    left = encoders.size(derived.cond_stage_model.t5xxl.transformer)
+    assert shape.total_bytes - shape.bytes_of(ORDER) == left, "not the bytes that the weights take"
     gone = {key for i in ORDER for key in row.sub_blocks[i].tensors()}
     assert not gone & pruned.cond_stage_model.t5xxl.transformer.state_dict().keys()
     memory = host("nodes.host.memory").encoders(pruned)[0]
@@ -104,3 +107,43 @@ def test_loads_pruned_and_derives(comfy, host, loader, monkeypatch):
     saving = host("nodes.host.saving")
     with pytest.raises(host("skrr_engine.errors").SkrrError, match="can't be saved from memory"):
         saving.save(derived, encoders.choose(derived), encoders.pruning(derived)["t5xxl"], "gguf")
+
+
+def test_device(comfy, host, loader, monkeypatch):
+    import nodes
+
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "CLIPLoaderGGUF", loader)
+    elsewhere = torch.device("meta")
+    monkeypatch.setattr(comfy.model_management, "text_encoder_device", lambda: elsewhere)
+    load = host("nodes.host.loader").load
+    left = load(["t5.gguf"], "mochi", choice(host, None), trim=False)
+    assert left.patcher.load_device == elsewhere
+    clip = load(["t5.gguf"], "mochi", choice(host, plan_for()), device="cpu", trim=False)
+    assert clip.patcher.load_device == clip.patcher.offload_device == torch.device("cpu")
+    assert encode(clip).isfinite().all()
+
+
+class Newer:
+    """A node of the same name without that method."""
+
+    @classmethod
+    def execute(cls, clip_name, type):
+        raise AssertionError
+
+
+class Other:
+    """One whose method wants something else."""
+
+    def load_clip(self, clip_path, dtype):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("node", [Newer, Other])
+def test_foreign_node_of_the_same_name(host, loader, monkeypatch, node):
+    import nodes
+
+    monkeypatch.setattr(node, "RELATIVE_PYTHON_MODULE", "custom_nodes.gguf-other", raising=False)
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "CLIPLoaderGGUF", node)
+    with pytest.raises(host("skrr_engine.errors").SkrrError, match="gguf-other has a node under the name") as found:
+        host("nodes.host.loader").load(["t5.gguf"], "mochi", choice(host, plan_for()))
+    assert "\n" not in str(found.value)

@@ -41,10 +41,25 @@ class Shape:
         return cls(row.family, row.blocks, row.width, row.total, row.parameter_counts, per_sub_block, size(module))
 
     @classmethod
-    def of_file(cls, layout: Layout) -> "Shape":
-        """Of an encoder in a file."""
-        numbers = layout.total, layout.parameter_counts, layout.sub_block_bytes, layout.total_bytes
-        return cls(layout.family, layout.blocks, layout.width, *numbers)
+    def of_file(cls, row: Row, module: nn.Module, layout: Layout) -> "Shape":
+        """Of an encoder whose sub-blocks are yet to be read from a file: as its modules hold them where they have room
+        for them, as the file does where they have none (quantised weights), and none where the file lacks them."""
+        counts, sizes, total, total_bytes = [], [], row.total, size(module)
+        layers = dict(module.named_modules())
+
+        def weights(key: str) -> int:  # a quantised layer's own count, however the file packs them
+            path, _, kind = layout.name(key).rpartition(".")
+            layer = layers.get(path)
+            return layer.in_features * layer.out_features if kind == "weight" and hasattr(layer, "in_features") else 0
+
+        for sub_block, keys in zip(row.sub_blocks, layout.extended(row.blocks).keys, strict=True):
+            held = sub_block.tensors()
+            count, nbytes = sub_block.parameter_count(), sum(tensor.nbytes for tensor in held.values())
+            coming = [key for key in keys if layout.name(key) not in held]
+            counts.append((count if keys else 0) + sum(map(weights, coming)))
+            sizes.append((nbytes if keys else 0) + sum(layout.entries[key].nbytes for key in coming))
+            total, total_bytes = total - count + counts[-1], total_bytes - nbytes + sizes[-1]
+        return cls(row.family, row.blocks, row.width, total, tuple(counts), tuple(sizes), total_bytes)
 
     def sparsity(self, skipped: Iterable[int]) -> float:
         """Removed parameters over all encoder parameters."""

@@ -18,12 +18,21 @@ def loader_types(node: str) -> list[str]:
     return list(entry[0]) if isinstance(entry[0], list | tuple) else list(entry[1].get("options", []))
 
 
-def encoder_files() -> list[str]:
-    """All text-encoder files: ComfyUI's, and `.gguf` ones where ComfyUI-GGUF is installed."""
+def encoder_files(files: int = 1) -> list[list[str]]:
+    """What a loader of so many files offers for each: all text-encoder files, ComfyUI's and, where ComfyUI-GGUF is
+    installed, `.gguf` ones. LTX-2's second file is a checkpoint; these stand behind the others."""
     known = set(folder_paths.get_filename_list("text_encoders"))
     if "clip_gguf" in folder_paths.folder_names_and_paths:
         known |= set(folder_paths.get_filename_list("clip_gguf"))
-    return sorted(known)
+    offered = [sorted(known) for _ in range(files)]
+    if files == 2 and ltx_files_in_checkpoints():
+        offered[1] += [name for name in folder_paths.get_filename_list("checkpoints") if name not in known]
+    return offered
+
+
+def ltx_files_in_checkpoints() -> bool:
+    """Whether this ComfyUI takes part of LTX-2's text encoder from a checkpoint."""
+    return "LTXAVTextEncoderLoader" in nodes.NODE_CLASS_MAPPINGS
 
 
 def spellings(name: str) -> list[str]:
@@ -38,10 +47,9 @@ def listed(name: str, names: Collection[str]) -> str | None:
 
 def encoder_path(name: str) -> str | None:
     """The file of a name that `encoder_files` lists."""
-    found = folder_paths.get_full_path("text_encoders", name)
-    if found is None and "clip_gguf" in folder_paths.folder_names_and_paths:
-        found = folder_paths.get_full_path("clip_gguf", name)
-    return found
+    folders = ["text_encoders", "clip_gguf", *(["checkpoints"] if ltx_files_in_checkpoints() else [])]
+    known = [folder for folder in folders if folder in folder_paths.folder_names_and_paths]
+    return next((path for folder in known if (path := folder_paths.get_full_path(folder, name))), None)
 
 
 def encoder_state(names: Iterable[str | None]) -> str:
@@ -54,6 +62,11 @@ def gguf_loader(files: int):
     """ComfyUI-GGUF's loader node for so many files, or None where that pack is not installed."""
     prefix = {1: "", 2: "Dual", 3: "Triple", 4: "Quadruple"}[files]
     return nodes.NODE_CLASS_MAPPINGS.get(f"{prefix}CLIPLoaderGGUF")
+
+
+def pack_of(node: type) -> str:
+    """The folder of the pack that a node's class comes from."""
+    return getattr(node, "RELATIVE_PYTHON_MODULE", node.__module__).removeprefix("custom_nodes.")
 
 
 def mapped_state_dict(path: str) -> dict | None:

@@ -8,10 +8,11 @@ kept ones are copied from the file.
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import comfy.sd
@@ -21,7 +22,6 @@ import torch
 from ...skrr_engine.budget import out_of_memory
 from ...skrr_engine.checkpoint import Checkpoint, CheckpointError
 from ...skrr_engine.errors import first_line
-from ...skrr_engine.families import FAMILIES
 from ...skrr_engine.row import EncoderError, describe
 from ...skrr_engine.trace import Tracer
 from . import features
@@ -59,14 +59,16 @@ class Sheltered(dict):
 
 @dataclass(frozen=True)
 class EncoderFile:
-    """One file to load from. tensors: all of them, also those that a pruned file has left out, but for small ones only
-    their dtypes and shapes (mapped from the file where ComfyUI maps); places: name -> sub-block, for those of
-    sub-blocks; origin: name -> name in the file, for those that are yet to be read."""
+    """One file to load from, its tensors by the names that ComfyUI's encoder has for them. tensors: all that it uses,
+    also those that a pruned file has left out, but for small ones only their dtypes and shapes (mapped from the file
+    where ComfyUI maps); places: name -> sub-block, for those of sub-blocks; origin: name -> name in the file, for those
+    that are yet to be read; absent: names of those that a pruned file has left out."""
 
     checkpoint: Checkpoint
     tensors: Mapping[str, torch.Tensor]
     places: Mapping[str, int]
     origin: Mapping[str, str]
+    absent: Set[str]
 
     @classmethod
     def open(cls, path: str) -> "EncoderFile":
@@ -77,19 +79,28 @@ class EncoderFile:
                 " own loader and put Load Skrr Plan behind it"
             )
         checkpoint = Checkpoint(path)
-        mapped = features.mapped_state_dict(path)
+        if checkpoint.problem is not None:
+            raise CheckpointError(checkpoint.problem)
+        layout, mapped = checkpoint.known_layout, features.mapped_state_dict(path)
         checkpoint.check_unchanged()  # what is mapped is what was opened
-        kept = {key: entry for key, entry in checkpoint.entries.items() if entry.kept}
-        stored = mapped or {k: checkpoint.tensor(k) if e.nbytes <= SMALL else e.stand_in() for k, e in kept.items()}
-        names = {} if mapped else {id(tensor): key for key, tensor in stored.items() if kept[key].nbytes > SMALL}
+        used, stored, absent, keys = checkpoint.used, {}, {}, {}
+        for key, entry in checkpoint.entries.items():
+            name = layout.name(key) if layout else key
+            if key not in used:
+                continue
+            if not entry.kept:
+                absent[name] = entry.stand_in()
+            elif mapped:
+                stored[name] = mapped[key]
+            elif entry.nbytes <= SMALL:
+                stored[name] = checkpoint.tensor(key)
+            else:
+                stored[name] = entry.stand_in()
+                keys[id(stored[name])] = key
         tensors = features.converted_quants(dict(stored), checkpoint.metadata)
-        origin = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
-        stand_ins = {key: entry.stand_in() for key, entry in checkpoint.entries.items() if not entry.kept}
-        layout = checkpoint.known_layout
-        if layout is None and (checkpoint.record or any(f.FILE_KEY.fullmatch(k) for f in FAMILIES for k in tensors)):
-            raise CheckpointError(f"{checkpoint.path.name}: parts of this text encoder are missing; get the file again")
-        places = {key: place for key in tensors if (place := layout.place(key)) is not None} if layout else {}
-        return cls(checkpoint, {**tensors, **stand_ins}, places, origin)
+        origin = {name: keys[id(tensor)] for name, tensor in tensors.items() if id(tensor) in keys}
+        places = {name: place for name in tensors if (place := layout.place(name)) is not None} if layout else {}
+        return cls(checkpoint, {**tensors, **absent}, places, origin, absent.keys())
 
     def fetch(self, key: str):
         """A tensor with its bytes."""
@@ -113,7 +124,7 @@ class EncoderFile:
     @property
     def lacks(self) -> set[int]:
         """The sub-blocks that a pruned file has left out."""
-        places = (self.checkpoint.layout.place(k) for k, e in self.checkpoint.entries.items() if not e.kept)
+        places = (self.checkpoint.layout.place(name) for name in self.absent)
         return {place for place in places if place is not None}
 
     def _start(self, key: str) -> int:
@@ -122,8 +133,7 @@ class EncoderFile:
 
     def _hides(self, key: str) -> bool:
         place, tensor = self.places.get(key), self.tensors[key]
-        left_out = key in self.checkpoint.entries and not self.checkpoint.entries[key].kept
-        return left_out or (place is not None and torch.is_tensor(tensor) and tensor.nbytes > SMALL)
+        return key in self.absent or (place is not None and torch.is_tensor(tensor) and tensor.nbytes > SMALL)
 
     def kept(self, removed) -> dict[int, list[str]]:
         """Sub-block -> names of its tensors, for those that stay; both in the order of the file."""
@@ -149,18 +159,18 @@ def load(
     """
     paths = [path_of(name) for name in names]
     if any(path.lower().endswith(".gguf") for path in paths):
-        clip, files, states = load_gguf(names, type_name), [], []
+        clip, files, states = load_gguf(names, type_name, device), [], []
     else:
         files = [EncoderFile.open(path) for path in paths]
         states = [file.hollow() for file in files]
         clip = load_hollow(files, states, type_name, device, disable_dynamic)
     known = views(clip)
-    homes = {id(file): home_of(file, known) for file in files}
+    homes = {id(file): home_of(file, known, clip) for file in files}
+    known |= {home.name: home for home in homes.values() if home}
     lines = []
     for file, state in zip(files, states, strict=True):
         if home := homes[id(file)]:
             lines += check_given(clip, file, home, state.keys(), type_name)
-    del states  # ComfyUI has them now
     pruned = {home.name: recorded(file) for file in files if (home := homes[id(file)]) and file.checkpoint.record}
     own = {name for name, entry in pruned.items() if entry.plan is not None}
     lines += [f"{os.path.basename(pruned[name].file.path)}: pruned already, its own plan stays" for name in own]
@@ -179,8 +189,7 @@ def load(
     for file in files:
         if home := homes[id(file)]:
             now = pruned.get(home.name, Pruned())
-            shape = Shape.of_file(file.checkpoint.layout)
-            pruned[home.name] = dataclasses.replace(now, shape=shape, file=file.checkpoint.stamp)
+            pruned[home.name] = dataclasses.replace(now, shape=home.shape, file=file.checkpoint.stamp)
     if trim:
         for view in known.values():
             pruned[view.name] = trimmed(clip, view, pruned.get(view.name, Pruned()))
@@ -192,9 +201,9 @@ def load(
         if home := homes[id(file)]:
             pruned[home.name] = without_lacking(clip, file, home, pruned[home.name], trim, type_name)
     prune_owned(clip, pruned)
-    for file in files:
+    for file, state in zip(files, states, strict=True):
         if home := homes[id(file)]:
-            fill(clip, file, home, pruned[home.name].removed)
+            fill(clip, file, home, pruned[home.name].removed, state)
         file.checkpoint.check_unchanged()
     features.set_reload(clip.patcher, reload, (tuple(names), type_name, chosen, device, trim))
     say("\n".join(lines) or "loaded as it is", node_id)
@@ -268,10 +277,11 @@ def check_given(clip, file: EncoderFile, home: View, given: Collection[str], typ
     name = file.checkpoint.path.name
     inside = tuple(f"{path}." for s in home.row.sub_blocks for path in s.parts)
     state = clip.cond_stage_model.get_submodule(home.path).transformer.state_dict(keep_vars=True)
+    place = file.checkpoint.layout.extended(home.shape.blocks).place
     absent = {
         key: tensor.data
         for key, tensor in state.items()
-        if key not in given and file.checkpoint.layout.place(key) is None and not key.endswith(SCALES)
+        if key not in given and place(key) is None and not key.endswith(SCALES)
         and tensor.is_floating_point() and tensor.numel()
     }  # fmt: skip
     if not absent:
@@ -322,11 +332,17 @@ def without_lacking(clip, file: EncoderFile, home: View, pruned: Pruned, trim: b
     """What is left out of an encoder, and besides what its file lacks and this type does not read either. What the file
     calls unread was so for the type that it was saved for. Raises CheckpointError where it is read now."""
     by_plan = dataclasses.replace(pruned, unread=()).removed
-    lacks = file.lacks - by_plan.keys()
+    cut = {i for i, keys in enumerate(file.checkpoint.layout.extended(home.shape.blocks).keys) if not keys}
+    lacks = (file.lacks | cut) - by_plan.keys()
     unread = pruned.unread if trim else ()
     if lacks and not trim:
         unread = tuple(i for i in trimmed(clip, home, pruned).unread if i in lacks)
     read = sorted(lacks - set(unread))
+    if cut & set(read):
+        raise CheckpointError(
+            f"{file.checkpoint.path.name}: holds {home.shape.blocks - len(cut) // 2} of the {home.shape.blocks} blocks"
+            f" of {home.name}, but type {type_name} reads more of them: get the whole file"
+        )
     if read:
         record = file.checkpoint.record
         more = f" and {len(read) - 1} more" if len(read) > 1 else ""
@@ -337,36 +353,39 @@ def without_lacking(clip, file: EncoderFile, home: View, pruned: Pruned, trim: b
     return dataclasses.replace(pruned, unread=unread)
 
 
-def home_of(file: EncoderFile, known: Mapping[str, View]) -> View | None:
-    """Which of the CLIP's encoders a file is, by its shape; None where Skrr knows neither."""
+def home_of(file: EncoderFile, known: Mapping[str, View], clip) -> View | None:
+    """Which of a hollow CLIP's encoders a file is, by its shape, with the bytes that it will have; None where Skrr
+    knows neither. A file may lack an encoder's last blocks (see `without_lacking`). Raises CheckpointError."""
     layout = file.checkpoint.known_layout
     if layout is None:
         return None
-    shape = (layout.family, layout.blocks, layout.width)
-    found = [v for v in known.values() if (v.shape.family, v.shape.blocks, v.shape.width) == shape]
-    if not found:
+    alike = [v for v in known.values() if (v.shape.family, v.shape.width) == (layout.family, layout.width)]
+    found = min((v for v in alike if v.shape.blocks >= layout.blocks), key=lambda v: v.shape.blocks, default=None)
+    if found is None:
         shapes = [(v.name, v.shape) for v in known.values()]
         wanted = ", ".join(f"{name} ({s.family}, {s.blocks} blocks, {s.width} wide)" for name, s in shapes)
         raise CheckpointError(
             f"{file.checkpoint.path.name}: holds {layout.family}, {layout.blocks} blocks, {layout.width} wide, but the"
             f" chosen type makes {wanted} of it: choose the type that this file is for"
         )
-    return found[0]
+    module = clip.cond_stage_model.get_submodule(found.path).transformer
+    return dataclasses.replace(found, shape=Shape.of_file(found.row, module, layout))
 
 
-def fill(clip, file: EncoderFile, home: View, removed) -> None:
+def fill(clip, file: EncoderFile, home: View, removed, state: Mapping[str, torch.Tensor]) -> None:
     """Put a file's kept sub-blocks into the pruned CLIP. Raises CheckpointError where one is missing or misshapen.
 
     Each is read and copied on its own, so that no more than one is held twice; where ComfyUI maps files, all are handed
-    over at once, with what the hollow CLIP has already (a tensor that is not handed over would be taken as missing).
+    over at once, with what the hollow CLIP has already, its `state` (a tensor that is not handed over would be taken as
+    missing).
     """
     name = file.checkpoint.path.name
     missing: set[str] = set()
     where = ""
     try:
         if not file.origin:
-            dropped = {key for key, place in file.places.items() if place in removed}
-            absent, _ = clip.load_sd(file.sheltered(key for key in file.tensors if key not in dropped))
+            coming = {key: file.fetch(key) for keys in file.kept(removed).values() for key in keys}
+            absent, _ = clip.load_sd(Sheltered({**state, **coming}, file.tensors))
             kept = [s for i, s in enumerate(home.row.sub_blocks) if i not in removed]
             missing |= {key for key in absent for s in kept if key.startswith(tuple(f"{path}." for path in s.parts))}
             missing |= {key for s in kept for path, part in s.parts.items() for key in weightless(path, part)}
@@ -396,8 +415,8 @@ def weightless(path: str, part: torch.nn.Module) -> set[str]:
 def scaleless(file: EncoderFile, removed) -> set[str]:
     """Names of the scales that a file's quantised weights lack, in the sub-blocks that stay. A layer of ComfyUI's
     takes 1 for a scale that it is not given."""
-    names, found = file.checkpoint.entries.keys(), set()
-    marked = "scaled_fp8" in names
+    names, found = file.tensors.keys(), set()
+    marked = any(key.endswith("scaled_fp8") for key in file.checkpoint.entries)
     for key, place in file.places.items():
         layer, _, last = key.rpartition(".")
         if place in removed or last != "weight":
@@ -411,7 +430,7 @@ def scaleless(file: EncoderFile, removed) -> set[str]:
     return found
 
 
-def load_gguf(names: Sequence[str], type_name: str):
+def load_gguf(names: Sequence[str], type_name: str, device: str):
     """A CLIP made by ComfyUI-GGUF's loader for us alone. Raises CheckpointError where that pack is not installed."""
     loader = features.gguf_loader(len(names))
     if loader is None:
@@ -420,7 +439,18 @@ def load_gguf(names: Sequence[str], type_name: str):
             " ComfyUI again"
         )
     keys = ["clip_name"] if len(names) == 1 else [f"clip_name{i + 1}" for i in range(len(names))]
-    return loader().load_clip(**dict(zip(keys, names, strict=True)), type=type_name)[0]
+    arguments = {**dict(zip(keys, names, strict=True)), "type": type_name}
+    try:
+        inspect.signature(loader.load_clip).bind(loader, **arguments)
+    except (AttributeError, TypeError):
+        raise CheckpointError(
+            f"{names[0]}: .gguf files need the pack ComfyUI-GGUF by city96, but {features.pack_of(loader)} has a node"
+            " under the name of its loader: take that pack out, or load the file with its node"
+        ) from None
+    clip = loader().load_clip(**arguments)[0]
+    if device == "cpu":
+        clip.patcher.load_device = clip.patcher.offload_device = torch.device("cpu")
+    return clip
 
 
 @contextlib.contextmanager

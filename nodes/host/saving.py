@@ -22,6 +22,8 @@ from . import library
 from .encoders import Pruned, View, dense_model
 
 FOLDER = "text_encoders"
+HEAD = "lm_head"
+"""The head of a language model that writes text: most text encoders are made without."""
 
 
 class InMemory:
@@ -37,7 +39,7 @@ class InMemory:
         backup = clip.patcher.backup
         state = transformer.state_dict()
         patched = {k: backup[view.prefix + k].weight for k in state if view.prefix + k in backup}
-        self._tensors = {**state, **patched, **tokenizer_tensors(clip, view)}
+        self._tensors = {**named_as_in_files({**state, **patched}), **tokenizer_tensors(clip, view)}
         odd = [k for k, t in self._tensors.items() if type(t) is not torch.Tensor or t.dtype not in NAMES]
         if odd:
             raise CheckpointError(
@@ -65,6 +67,13 @@ class InMemory:
             for chunk in tensor_bytes(self.tensor(key)):
                 digest.update(chunk)
         return digest.hexdigest()
+
+
+def named_as_in_files(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A module's tensors under the names by which ComfyUI tells its encoder in a file: those of Qwen3-VL with 4B and 8B
+    parameters differ from the module's own."""
+    known = "visual.deepstack_merger_list.0.norm.weight" in state and "model.layers.49.mlp.up_proj.weight" not in state
+    return {f"model.{k}" if known and k.startswith("visual.") else k: t for k, t in state.items()}
 
 
 def tokenizer_tensors(clip, view: View) -> dict[str, torch.Tensor]:
@@ -99,10 +108,20 @@ def save(clip, view: View, pruned: Pruned, name: str) -> tuple[str, int]:
             Plan(encoders={view.name: pruned.plan}, provenance=Provenance(source="saved")),
             pruned.level.skipped,
         )
+    spare = spare_head(clip, source.layout)
     with unnamed(folder / f"{stem}.safetensors") as whole:
-        written = write_pruned(source, whole, view.name, plan, skipped, pruned.unread, pruned.standins)
+        written = write_pruned(
+            source, whole, view.name, plan, skipped, pruned.unread, pruned.standins, view.shape.blocks, spare
+        )
         for out in library.free_paths(FOLDER, folder, stem, ".safetensors"):
             with contextlib.suppress(FileExistsError):  # another process was quicker
                 claim(whole, out)
                 break
     return out.name, written
+
+
+def spare_head(clip, layout: Layout) -> set[str]:
+    """Names of an encoder file's tensors that are its writing head's, where the CLIP has none."""
+    if any(HEAD in path.split(".") for path, _ in dense_model(clip).named_modules()):
+        return set()
+    return {key for key in layout.entries if HEAD in key.split(".")}

@@ -6,7 +6,8 @@ from ..row import EncoderError, Row, parameter_count
 from . import clip, gemma, llama, t5
 
 FAMILIES = (t5, clip, gemma, llama)
-"""Each is a module with NAME, NORM (what kind its norms are: repair.NORMS),
+"""Each is a module with NAME, NORM (what kind its norms are: repair.NORMS), FILE_KEY, FILE_WIDTH and FILE_UNUSED (names
+in files: of a block's tensors, of one as wide as the encoder, and what follows a prefix but no text encoder uses),
 `find_blocks(encoder) -> (path, ModuleList) | None`, `width(block)` and
 `sub_blocks(blocks, path)`, which
 yields attention and feed-forward of each block in turn."""

@@ -10,9 +10,10 @@ NAME = "clip"
 NORM = "layer"
 FILE_KEY = re.compile(
     r"(?P<prefix>(?:.*\.)?)text_model\.encoder\.layers\.(?P<block>\d+)\."
-    r"(?:(?P<attention>self_attn|layer_norm1)|(?P<feed_forward>mlp|layer_norm2))\.(?P<rest>.+)"
+    r"(?:(?:(?P<attention>self_attn|layer_norm1)|(?P<feed_forward>mlp|layer_norm2))\.(?P<rest>.+)|(?P<other>.+))"
 )
 FILE_WIDTH = "layer_norm1.weight"
+FILE_UNUSED = re.compile(r"(?:vision_model|visual_projection)\..+")
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:

@@ -9,10 +9,12 @@ from .residual import module_at, pairs
 NAME = "gemma"
 NORM = "rms"
 FILE_KEY = re.compile(
-    r"(?P<prefix>(?:.*\.)?)model\.layers\.(?P<block>\d+)\.(?:(?P<attention>self_attn|input_layernorm|post_attention_layernorm)"
-    r"|(?P<feed_forward>mlp|pre_feedforward_layernorm|post_feedforward_layernorm))\.(?P<rest>.+)"
+    r"(?P<prefix>(?:.*\.)?)model\.(?:language_model\.)?layers\.(?P<block>\d+)\.(?:"
+    r"(?:(?P<attention>self_attn|input_layernorm|post_attention_layernorm)"
+    r"|(?P<feed_forward>mlp|pre_feedforward_layernorm|post_feedforward_layernorm))\.(?P<rest>.+)|(?P<other>.+))"
 )
 FILE_WIDTH = "pre_feedforward_layernorm.weight"
+FILE_UNUSED = re.compile(r"(?:model\.)?vision_tower\..+")
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:

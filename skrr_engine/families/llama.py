@@ -9,10 +9,12 @@ from .residual import module_at, pairs
 NAME = "llama"
 NORM = "rms"
 FILE_KEY = re.compile(
-    r"(?P<prefix>(?:.*\.)?)model\.layers\.(?P<block>\d+)\."
+    r"(?P<prefix>(?:.*\.)?)model\.(?:language_model\.)?layers\.(?P<block>\d+)\.(?:"
     r"(?:(?P<attention>self_attn|input_layernorm)|(?P<feed_forward>mlp|post_attention_layernorm))\.(?P<rest>.+)"
+    r"|(?P<other>.+))"
 )
 FILE_WIDTH = "input_layernorm.weight"
+FILE_UNUSED = re.compile(r"(?:model\.)?vision_tower\..+")
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:

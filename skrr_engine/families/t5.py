@@ -16,9 +16,11 @@ from .residual import from_transformers, module_at
 NAME = "t5"
 NORM = "rms"
 FILE_KEY = re.compile(
-    r"(?P<prefix>(?:.*\.)?)encoder\.block\.(?P<block>\d+)\.layer\.(?:(?P<attention>0)|(?P<feed_forward>1))\.(?P<rest>.+)"
+    r"(?P<prefix>(?:.*\.)?)encoder\.block\.(?P<block>\d+)\.(?:"
+    r"layer\.(?:(?P<attention>0)|(?P<feed_forward>1))\.(?P<rest>.+)|(?P<other>.+))"
 )
 FILE_WIDTH = "layer.0.layer_norm.weight"
+FILE_UNUSED = re.compile(r"(?:decoder|lm_head)\..+")
 BIAS = "SelfAttention.relative_attention_bias."
 
 

@@ -6,7 +6,9 @@ import { PlanMap } from "./map.js";
 
 const MAP = "skrr_map";
 const PLAN = "skrr_plan";
-export const CHOOSING = ["SkrrLoadPlan", "SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader"];
+export const CHOOSING = [
+  "SkrrLoadPlan", "SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader", "SkrrQuadrupleCLIPLoader",
+];
 const WITH_MAP = [...CHOOSING, "SkrrPrune", "SkrrTrimUnread", "SkrrMemoryReport"];
 const CHOICE = "skrr_choice";
 const AFTER_A_RUN = "Run the workflow to see what is left of the text encoders.";
