@@ -325,7 +325,7 @@ class Meter:
     def _forget_repairs(self, candidates: Sequence[Assignment]) -> None:
         """Let go of the states of stand-ins that none of these candidates has: a fit is never made twice."""
         repairs = {a for candidate in candidates for a in candidate.values() if isinstance(a, StandIn)}
-        self._states.drop(lambda place: not place.prefix.repairs <= repairs)
+        self._states.drop(lambda place: not place.repairs <= repairs)
         self._prefixes = {}
 
     @property

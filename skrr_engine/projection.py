@@ -23,14 +23,15 @@ class ProjectionError(SkrrError):
 @dataclass(frozen=True)
 class Layout:
     """One kind of projection. denoiser: whose; name: the module; stages: `("linear", key)`, `("rms", key, epsilon)` or
-    `("gelu",)` in turn, a leading "?" marking a stage that may be missing."""
+    `("gelu",)` in turn, a leading "?" marking a stage that may be missing; marks: other tensors of such a denoiser."""
 
     denoiser: str
     name: str
     stages: tuple[tuple, ...]
+    marks: tuple[str, ...] = ()
 
     def required(self) -> list[str]:
-        return [f"{s[1]}.weight" for s in self.stages if len(s) > 1 and not s[0].startswith("?")]
+        return [*self.marks, *(f"{s[1]}.weight" for s in self.stages if len(s) > 1 and not s[0].startswith("?"))]
 
 
 LAYOUTS = (
@@ -40,6 +41,7 @@ LAYOUTS = (
         (("linear", "y_embedder.y_proj.fc1"), ("gelu",), ("linear", "y_embedder.y_proj.fc2")),
     ),
     Layout("sd3", "context_embedder", (("linear", "context_embedder"),)),
+    Layout("chroma", "txt_in", (("linear", "txt_in"),), ("distilled_guidance_layer.norms.0.scale",)),
     Layout("flux", "txt_in", (("?rms", "txt_norm", 1e-6), ("linear", "txt_in"))),
     Layout("wan", "text_embedding", (("linear", "text_embedding.0"), ("gelu",), ("linear", "text_embedding.2"))),
     Layout("lumina2", "cap_embedder", (("rms", "cap_embedder.0", 1e-5), ("linear", "cap_embedder.1"))),

@@ -62,6 +62,35 @@ MAX_RANKED = 64
 """Prompts that a search with stand-ins ranks candidates on; all others are fitted on."""
 
 
+LEAST_METER = 2**20
+"""Bytes with which a meter still works, computing again what it can't hold."""
+
+MATRICES = 15
+"""How many `[width, width]` float64 matrices a fit holds at once: four Gram matrices, and what solving takes."""
+
+
+def fit_bytes(width: int) -> int:
+    """Bytes that a fit takes for its matrices, beside its meter's: 2 GB where the encoder is 4096 wide."""
+    return MATRICES * 8 * width * width
+
+
+def meter_bytes(memory: int, width: int) -> int:
+    """Bytes for each of a search's two meters, where it may take so many beside the encoder. Raises SearchError where
+    they do not hold a fit."""
+    share = (memory - fit_bytes(width)) // 2
+    if share < LEAST_METER:
+        raise SearchError(
+            f"fitting stand-ins of an encoder {width} wide takes {least_bytes(width) / 1e9:.2g} GB beside it, and"
+            f" {memory / 1e9:.2g} GB may be used: free memory, or search without stand-ins"
+        )
+    return share
+
+
+def least_bytes(width: int) -> int:
+    """Bytes that a search with stand-ins takes at least, beside the encoder."""
+    return fit_bytes(width) + 2 * LEAST_METER
+
+
 def halved(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Prompts to fit on, and others to rank candidates on: every 8th, at most MAX_RANKED. Raises SearchError."""
     if len(set(prompts)) < 16:
@@ -105,8 +134,11 @@ class Gram:
         self.zr += double(weighted.T @ r)
         self.rr += float((double(r).square() * double(weights)).sum())
 
-    def __add__(self, other: Gram) -> Gram:
-        return Gram(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def join(self, other: Gram) -> None:
+        """Add another's tokens to these, in place."""
+        self.weight, self.rr = self.weight + other.weight, self.rr + other.rr
+        for own, more in ((self.z, other.z), (self.r, other.r), (self.zz, other.zz), (self.zr, other.zr)):
+            own += more
 
     def error(self, fit: Fit) -> float:
         """Weighted sum of squared errors of a fit on these tokens."""
@@ -328,9 +360,12 @@ def fit(
 def fit_here(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> Trial:
     """The stand-in for the place where the streams are; see `grams`."""
     kept, held, harm = grams(streams, norm, fitting, trying)
-    chosen = best(kept, held, fitting)
+    ridge = best_ridge(kept, held, fitting)
+    kept.join(held)
+    del held  # of a wide encoder these matrices are large: see `fit_bytes`
+    chosen = solve(kept, fitting.rank, ridge)
     fitted = stand_in(chosen, norm).to(streams.meter.null_trace().x.device)
-    return Trial(fitted, (kept + held).error(chosen) - harm)
+    return Trial(fitted, kept.error(chosen) - harm)
 
 
 @dataclass(frozen=True)
@@ -374,9 +409,8 @@ def grams(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> tuple[
     return kept, held, harm + scale * error
 
 
-def best(kept: Gram, held: Gram, fitting: Fitting) -> Fit:
-    """The fit on all tokens, with the ridge that is best on those held out."""
-    ridge = fitting.ridges[0]
+def best_ridge(kept: Gram, held: Gram, fitting: Fitting) -> float:
+    """The ridge that is best on the tokens held out."""
     if held.weight and len(fitting.ridges) > 1:
-        ridge = min(fitting.ridges, key=lambda r: held.error(solve(kept, fitting.rank, r)))
-    return solve(kept + held, fitting.rank, ridge)
+        return min(fitting.ridges, key=lambda r: held.error(solve(kept, fitting.rank, r)))
+    return fitting.ridges[0]

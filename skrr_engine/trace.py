@@ -337,6 +337,11 @@ class Place(NamedTuple):
     index: int
     prefix: Prefix
 
+    @property
+    def repairs(self) -> frozenset[StandIn]:
+        """The stand-ins that made its state."""
+        return self.prefix.repairs
+
 
 class Shelf:
     """States of one trace kept between walks. store: where; tag: the trace's name there; few: walks of at most so many

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -158,6 +159,22 @@ def test_errors_are_one_line(arguments, message, encoder, tokenizer, tmp_path, c
     assert code == 1 and error.splitlines()[-1].startswith("skrr: ") and message in error
     assert "Traceback" not in error and len([line for line in error.splitlines() if "bare" not in line]) == 1
     assert not (tmp_path / "x.json").exists()
+
+
+def test_the_memory_that_stand_ins_take_is_counted(encoder, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    search = ["search", "--encoder", str(encoder), "--out", str(out), "--count", "16", "--sparsity", "0.02", "--quiet"]
+    search += ["--no-reuse", "--standins", "1", "--memory"]
+    assert main([*search, "0.004"]) == 1 and not out.exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    least = re.search(r"--standins: fitting them takes .* give --memory ([0-9.]+) \(GB\) or more", line)[1]
+    assert main([*search, least]) == 0 and out.exists()
+
+
+@pytest.mark.parametrize("pad", ["-1", "99999"])
+def test_padding_out_of_range(encoder, tmp_path, capsys, pad):
+    assert main(["search", "--encoder", str(encoder), "--out", str(tmp_path / "plan.json"), "--pad", pad]) == 1
+    assert capsys.readouterr().err.startswith(f"skrr: --pad {pad}: give a number of tokens from 0 to")
 
 
 def test_ctrl_c(encoder, tmp_path):

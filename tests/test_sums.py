@@ -1,4 +1,8 @@
-"""Sums on devices without float64 are those of the CPU."""
+"""Sums on devices without float64 are those of the CPU, and a fit's sums take the memory that is set aside for them."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import no_float64
 import pytest
@@ -12,6 +16,8 @@ from skrr_engine.rewire import assignment
 from skrr_engine.standin import Fitting
 from skrr_engine.sums import double, place
 from skrr_engine.trace import Tracer
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 def batch(ids: list[list[int]]) -> Batch:
@@ -57,3 +63,31 @@ def test_a_device_without_float64_finds_what_the_cpu_finds(name):
 def test_sums_stay_where_float64_is():
     t = torch.rand(3)
     assert place(t.device) == t.device and double(t).equal(t.double())
+
+
+PEAK = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from skrr_engine.standin import Fitting, Gram, best_ridge, fit_bytes, solve
+def fit(width):
+    kept, held = (Gram.of(width, torch.device("cpu")) for _ in range(2))
+    for gram in (kept, held):
+        z, r = torch.rand(2, 64, width)
+        gram.add(z, r, torch.ones(64))
+    ridge = best_ridge(kept, held, Fitting())
+    kept.join(held)
+    del held
+    kept.error(solve(kept, 16, ridge))
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+fit(64)
+before = peak()
+fit(1024)
+print((peak() - before) / fit_bytes(1024))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems count other units")
+def test_a_fit_takes_what_is_reckoned_with():
+    said = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=REPO)
+    assert 0.5 < float(said.stdout) < 1.05
