@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .errors import SkrrError
+from .errors import SkrrError, printable
 from .plan import Plan, Provenance, is_name
 from .prompts import broad as broad_prompts
 from .prompts import from_file as read_prompts
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (SkrrError, OSError) as error:
-        print(f"skrr: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"skrr: {printable(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
         return 1
 
 

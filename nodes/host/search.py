@@ -72,7 +72,7 @@ def find_plan(
     meter = meter_on(prompts, settings.delta > 0)
     state = library.state(key)
     try:
-        beam = state.load(len(row))
+        beam = state.load(meter.readable())
     except StateError:
         beam = []  # damaged: the next step writes over it
     if beam:
