@@ -340,7 +340,7 @@ CASES = {
 
 @pytest.mark.parametrize("kind", CASES)
 def test_mutated_files(kind, bench):
-    for number in range(COUNT // 8 or 1):
+    for number in range(COUNT // 7 or 1):
         draw = random.Random(f"{SEED} {kind} {number}")
         try:
             CASES[kind](bench, draw)
@@ -368,9 +368,12 @@ class Canvas:
         self.home.mkdir(parents=True, exist_ok=True)
         (self.home / "hostile.json").write_text(PLAN.to_json())
         (self.home / "broken.json").write_bytes(b"\xff{")
+        self.own = set(self.home.iterdir())
+        self.plan = host("skrr_engine.plan").Plan.from_json(PLAN.to_json())
         self.load, self.edit = host("nodes.load_plan").SkrrLoadPlan, host("nodes.edit_plan").SkrrEditPlan
         for node in (self.load, self.edit):
             node.hidden = type("Hidden", (), {"unique_id": None, "extra_pnginfo": None})
+        self.library = host("nodes.host.library")
         self.answer, self.error = host("nodes.host.routes").answer, host("skrr_engine.errors").SkrrError
         self.folders = [Path(folder_paths.models_dir), Path(folder_paths.get_user_directory())]
         self.before = self.state()
@@ -418,13 +421,17 @@ def workflow_case(canvas: Canvas, draw: random.Random):
     assert canvas.answer(changed({"plan": name, "plan_json": "", "sparsity": 0.2}, draw)) is not None
     canvas.attempt(lambda: canvas.load.execute(canvas.clip, name, sparsity, size, text))
     canvas.attempt(lambda: canvas.edit.execute(canvas.clip, text))
+    canvas.attempt(lambda: canvas.library.save(canvas.plan, draw.choice((name, text[:50])), COMPANION))
+    for path in canvas.home.iterdir():  # what is written stands here; anything elsewhere shows below
+        if path not in canvas.own:
+            path.unlink()
 
 
 @torch.inference_mode()
 def test_mutated_workflow_values(pack, builders):
     canvas = Canvas(pack, builders)
     weights = canvas.weights()
-    for number in range(COUNT // 6 or 1):
+    for number in range(COUNT // 7 or 1):
         try:
             workflow_case(canvas, random.Random(f"{SEED} workflow {number}"))
             assert canvas.state() == canvas.before
