@@ -138,3 +138,13 @@ def test_the_same_prompts_have_the_same_hash(folder, pack, builders, comfyui_roo
     found = Plan.read(folder / "plan.json").provenance
     assert (found.prompts_sha256, found.prompts) == (own.provenance.prompts_sha256, own.provenance.prompts)
     assert json.loads((folder / "plan.json").read_text())["provenance"]["prompts"] == 17
+
+
+def test_a_prompt_is_tokenised_once(pack, builders):
+    host = lambda name: comfy_runtime.pack_module(pack, name)  # noqa: E731
+    clip = builders.hunyuan_video()
+    conditioning = host("nodes.host.conditioning").Conditioning(clip, host("nodes.host.encoders").choose(clip, "llama"))
+    asked, tokenize = [], clip.tokenize
+    clip.tokenize = lambda text, *args, **kwargs: (asked.append(text), tokenize(text, *args, **kwargs))[1]
+    batches = conditioning.batches(TEXT.splitlines())
+    assert asked == TEXT.splitlines() and sum(batch.prompts for batch in batches) == 3
