@@ -441,3 +441,22 @@ def test_mutated_workflow_values(pack, builders):
     assert canvas.weights() == weights
     (canvas.home / "hostile.json").unlink()
     (canvas.home / "broken.json").unlink()
+
+
+@torch.inference_mode()
+def test_a_state_that_removes_what_nothing_reads(pack, builders, monkeypatch):
+    """HunyuanVideo reads its Llama before its end: a search's state can't name what stands behind."""
+    host = lambda name: comfy_runtime.pack_module(pack, name)  # noqa: E731
+    library, view_of = host("nodes.host.library"), host("nodes.host.encoders").choose
+    clip, made = builders.hunyuan_video(), library.state
+
+    def state(key: str):
+        found = made(key)
+        found.path.write_text(json.dumps({"key": key, "beam": [{"order": [9], "discrepancy": 0.1}]}))
+        return found
+
+    monkeypatch.setattr(library, "state", state)
+    settings = host("skrr_engine.search").Settings(0.01, reuse=False)
+    find_plan = host("nodes.host.search").find_plan
+    plan = find_plan(clip, None, view_of(clip, "llama"), settings, ["a red cube", "a dog"], "odd_state", None)
+    assert max(plan.encoder("llama").order) < 8
