@@ -66,7 +66,7 @@ def test_sums_stay_where_float64_is():
 
 
 PEAK = """
-import resource, sys, torch
+import torch
 torch.set_num_threads(1)
 from skrr_engine.standin import Fitting, Gram, best_ridge, fit_bytes, solve
 def fit(width):
@@ -79,7 +79,8 @@ def fit(width):
     del held
     kept.error(solve(kept, 16, ridge))
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(status["VmHWM"].split()[0]) * 1024
 fit(64)
 before = peak()
 fit(1024)
@@ -87,7 +88,7 @@ print((peak() - before) / fit_bytes(1024))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems count other units")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads what Linux tells")
 def test_a_fit_takes_what_is_reckoned_with():
     said = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=REPO)
-    assert 0.5 < float(said.stdout) < 1.05
+    assert 0.5 < float(said.stdout) < 1.1
