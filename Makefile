@@ -5,11 +5,15 @@ PY := .venv/bin/python
 STAMPS := .venv/.stamps
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test demo shapes-table lint env chromium clean
+.PHONY: test fuzz demo shapes-table lint env chromium clean
 
 test: env chromium
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q
+
+# Inputs from others, mutated at length; FUZZ_SEED=n: other mutations.
+fuzz: env
+	SKRR_FUZZ=$(or $(SKRR_FUZZ),10000) $(PY) -m pytest -q tests/test_hostile.py
 
 demo: env
 	$(PY) benchmarks/demo.py

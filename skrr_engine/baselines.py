@@ -18,6 +18,7 @@ from .discrepancy import COSINE, Criterion, Meter
 from .plan import EncoderPlan, Level
 from .rewire import assignment
 from .row import Row
+from .sums import double
 
 ANGLE_OF_OUTPUT = Criterion(COSINE.errors, COSINE.elementwise, null=0.0)
 """FinerCut's criterion, for a Meter without a projection."""
@@ -42,7 +43,7 @@ def block_influence(meter: Meter) -> list[float]:
             before = x
             for index in (2 * block, 2 * block + 1):
                 x = row.sub_blocks[index].apply(x, trace.calls[index])
-            sums[block] += torch.cosine_similarity(before.double(), x.double(), dim=-1).sum().cpu()
+            sums[block] += torch.cosine_similarity(double(before), double(x), dim=-1).sum().cpu()
     influence = (1 - sums / tokens).unsqueeze(1).numpy()
     return meter.team.shared(range(row.blocks), lambda own: influence[list(own)])[:, 0].tolist()
 

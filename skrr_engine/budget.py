@@ -17,15 +17,9 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.9)
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        import psutil
+    import psutil
 
-        available = psutil.virtual_memory().available
-    return min(available, free_in_container()) // 4
+    return min(psutil.virtual_memory().available, free_in_container()) // 4
 
 
 def free_in_container() -> int:

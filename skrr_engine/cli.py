@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .errors import SkrrError
+from .errors import SkrrError, printable
 from .plan import Plan, Provenance, is_name
 from .prompts import broad as broad_prompts
 from .prompts import from_file as read_prompts
@@ -26,7 +26,7 @@ from .show import describe_plan, duration
 
 if TYPE_CHECKING:
     from .discrepancy import Meter
-    from .encoders import Encoder
+    from .encoders import Encoder, Padding
     from .projection import TextProjection
     from .team import Team
 
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (SkrrError, OSError) as error:
-        print(f"skrr: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"skrr: {printable(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
         return 1
 
 
@@ -89,6 +89,13 @@ def parser() -> argparse.ArgumentParser:
         "--count", type=int, metavar="N", help="how many to generate (default 128; with --standins 512)"
     )
     encoder.add_argument("--projection", metavar="FILE", help="the denoiser's .safetensors, for its text projection")
+    encoder.add_argument(
+        "--pad",
+        type=int,
+        metavar="N",
+        help="pad prompts to N tokens, where the denoiser reads padding (default: as ComfyUI does for the --projection"
+        " given: FLUX's T5 256, SD3's 77, Wan's 512; CLIP always 77)",
+    )
     encoder.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     encoder.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     encoder.add_argument(
@@ -273,7 +280,7 @@ def inputs_sha256(bench: "Bench") -> str:
     from .state import sampled
 
     ids = [list(bench.encoder.tokenize(prompt)) for prompt in ["", *bench.prompts]]
-    digest = hashlib.sha256(json.dumps(ids).encode())
+    digest = hashlib.sha256(json.dumps([ids, repr(bench.padding)]).encode())
     if bench.projection is not None:
         digest.update(bench.projection.name.encode())
         sampled(digest, bench.projection.tensors)
@@ -421,14 +428,15 @@ def run_verify(options) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the commands work on. tokens: in a batch, at most; meter: prompts -> a meter on them; race: in the order of
-    a race."""
+    """What the commands work on. tokens: in a batch, at most; padding: of prompts; meter: prompts -> a meter on them;
+    race: in the order of a race."""
 
     encoder: "Encoder"
     prompts: list[str]
     projection: "TextProjection | None"
     team: "Team"
     tokens: int
+    padding: "Padding"
     meter: "Callable[..., Meter]"
 
 
@@ -438,8 +446,9 @@ def prepare(options, broad: bool = False) -> Bench:
 
     from .budget import batch_tokens, free_memory
     from .discrepancy import Meter
-    from .encoders import load
+    from .encoders import MAX_PADDING, gigabytes, load, padding
     from .projection import from_file
+    from .standin import fit_bytes, least_bytes
     from .team import join
     from .trace import Tracer
 
@@ -447,6 +456,8 @@ def prepare(options, broad: bool = False) -> Bench:
         raise UsageError(f"--memory {options.memory}: give gigabytes, like 4")
     if options.count is not None and options.count < 1:
         raise UsageError(f"--count {options.count}: give at least 1")
+    if options.pad is not None and not 0 <= options.pad <= MAX_PADDING:
+        raise UsageError(f"--pad {options.pad}: give a number of tokens from 0 to {MAX_PADDING}, like 77")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no such device here; use --device cpu")
     team = join(options.device)
@@ -466,15 +477,26 @@ def prepare(options, broad: bool = False) -> Bench:
         )
     torch.set_grad_enabled(False)
     tracer = Tracer(encoder.module, encoder.row)
-    share = memory // (4 if broad else 2) // team.sharing  # stand-ins take two meters
+    share = memory // shares
+    if broad:
+        beside = memory // team.sharing - (budget or 0)  # weights without a budget lie beside all of the memory
+        least = least_bytes(encoder.row.width)
+        if beside < least:
+            raise UsageError(
+                f"--standins: fitting them takes {least / 1e9:.2g} GB beside the weights: give --memory"
+                f" {gigabytes(shares * least)} (GB) or more"
+            )
+        share = min(share, beside - fit_bytes(encoder.row.width)) // 2  # for two meters
     tokens = batch_tokens(memory, encoder.row.width, options.device)
 
+    padded = padding(encoder.row.family, projection and projection.denoiser, options.pad)
+
     def meter(chosen: Sequence[str], race: bool = False) -> Meter:
-        batches = encoder.batches(chosen, tokens, race)
-        null = encoder.batch([encoder.tokenize("")])
+        batches = encoder.batches(chosen, tokens, race, padded)
+        (null,) = encoder.batches([""], padding=padded)
         return Meter(encoder.module, tracer, batches, null, projection, memory=share, team=team)
 
-    return Bench(encoder, prompts, projection, team, tokens, meter)
+    return Bench(encoder, prompts, projection, team, tokens, padded, meter)
 
 
 def parsed_levels(text: str) -> tuple[float, ...]:

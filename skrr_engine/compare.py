@@ -90,7 +90,7 @@ def mean_squared_error(pairs: Sequence[tuple[Reading, Reading]]) -> float:
 def difference(prompt: str, dense: Reading, pruned: Reading) -> PromptDifference:
     """Of a prompt's tokens."""
     (d, mask), (p, _) = dense[0], pruned[0]
-    d, p = d.double().flatten(0, 1).cpu(), p.double().flatten(0, 1).cpu()
+    d, p = d.cpu().double().flatten(0, 1), p.cpu().double().flatten(0, 1)
     if mask is not None:
         read = mask.flatten().bool().cpu()
         d, p = d[read], p[read]

@@ -1,7 +1,7 @@
 """How far a pruned encoder's conditioning is from the dense one's: `D = MSE(f_c) + MSE(f_0)`, `f = proj(E(.))`.
 
 Paper, algorithm 1. The MSE covers exactly the tokens that the denoiser reads; where it reads several tensors of one
-encoder (hidden states and a pooled vector), each has its own mean and the means add up. Sums are float64.
+encoder (hidden states and a pooled vector), each has its own mean and the means add up. Sums are float64 (see sums.py).
 """
 
 import functools
@@ -18,8 +18,9 @@ from .race import Board, rank
 from .repair import StandIn
 from .rewire import Assignment
 from .row import EncoderError
+from .sums import double
 from .team import Team
-from .trace import Reading, Run, Shelf, Trace, Tracer, agree, forwards
+from .trace import Prefix, Reading, Run, Shelf, Trace, Tracer, agree, forwards
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """The denoiser's own text projection, `[batch, tokens, width] -> [batch, tokens, features]` (see projection.py)."""
@@ -73,7 +74,7 @@ def squared_errors(dense: Reading, pruned: Reading) -> list[torch.Tensor]:
     """Sum of squared errors over the read tokens, one float64 vector `[batch]` per tensor of the readings."""
     sums = []
     for (d, mask), (p, _) in zip(dense, pruned, strict=True):
-        error = (p.float() - d.to(p.device)).double().square_()
+        error = double(p.float() - d.to(p.device)).square_()
         sums.append(read_only(error, mask).sum(dim=(1, 2)).cpu())
     return sums
 
@@ -100,7 +101,7 @@ def angles(dense: Reading, pruned: Reading) -> list[torch.Tensor]:
     """Sum of `1 - cosine` over the read tokens, one float64 vector `[batch]` per tensor of the readings."""
     sums = []
     for (d, mask), (p, _) in zip(dense, pruned, strict=True):
-        angle = (1 - torch.cosine_similarity(p.double(), d.to(p.device).double(), dim=-1)).clamp_(min=0)
+        angle = (1 - torch.cosine_similarity(double(p), double(d.to(p.device)), dim=-1)).clamp_(min=0)
         sums.append(read_only(angle, mask).sum(dim=1).cpu())
     return sums
 
@@ -122,7 +123,7 @@ COSINE = Criterion(angles, elementwise=False)
 def token_norm(reading: Reading) -> float:
     """Mean L2 norm of the read tokens of the first tensor of a reading."""
     t, mask = reading[0]
-    norms = read_only(t.double().norm(dim=-1), mask)
+    norms = read_only(double(t).norm(dim=-1), mask)
     return float(norms.sum() / tokens_read(t, mask).sum().clamp(min=1))
 
 
@@ -179,6 +180,7 @@ class Meter:
         self._states.capacity = max(0, self.memory * 5 // 8 - dense - self._traces.used)
         self._landmarks: frozenset[int] = frozenset()
         self._places: set[int] = set()
+        self._prefixes: dict[int, list[Prefix]] = {}
         self._guarded(0, self._check)
 
     def _elements(self, batch: int) -> np.ndarray:
@@ -324,6 +326,7 @@ class Meter:
         """Let go of the states of stand-ins that none of these candidates has: a fit is never made twice."""
         repairs = {a for candidate in candidates for a in candidate.values() if isinstance(a, StandIn)}
         self._states.drop(lambda place: not place.repairs <= repairs)
+        self._prefixes = {}
 
     @property
     def spent(self) -> float:
@@ -368,7 +371,7 @@ class Meter:
         trace = self._trace(batch, piece)
         step.tokens = trace.x.shape[:2].numel()
         dense = self._dense_features(batch, piece, step)
-        shelf = Shelf(self._states, (batch, piece), few, self._landmarks, self._places, stack)
+        shelf = Shelf(self._states, (batch, piece), few, self._landmarks, self._places, stack, self._prefixes)
         together = self._stack if stack else 0
         # A forward takes about 16 times its stream; the walk holds each state twice where it passes a sub-block, and
         # up to as many streams again may wait.

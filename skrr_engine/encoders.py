@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import families
@@ -17,35 +18,68 @@ from .checkpoint import SHARD
 from .discrepancy import Batch
 from .errors import first_line
 from .projection import dequantised
+from .prompts import segments
 from .race import grouped
 from .row import EncoderError, Row
 from .stream import Files, Stream, weight_bytes
 from .trace import Reading
 
 MAX_TOKENS = 256
+CLIP_TOKENS = 77
+MAX_PADDING = 1024
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What follows a prompt's tokens. tokens: a prompt has so many at least; masked: whether attention does not see the
+    others, and the denoiser reads zeros there."""
+
+    tokens: int = 0
+    masked: bool = False
+
+
+PADDED = {"flux": Padding(256), "sd3": Padding(77), "wan": Padding(512, masked=True)}
+"""Denoiser (see projection.LAYOUTS) -> how ComfyUI pads its T5's prompts. The others' are not padded."""
+
+
+def padding(family: str, denoiser: str | None, least: int | None = None) -> Padding:
+    """How the prompts of an encoder of this family are padded for a denoiser, which is None where it is not known.
+    least: a number of tokens to pad to instead."""
+    if family == "clip":
+        return Padding(CLIP_TOKENS if least is None else min(least, CLIP_TOKENS))
+    if least is not None:
+        return Padding(least)
+    return PADDED.get(denoiser, Padding()) if family == "t5" else Padding()
 
 
 @dataclass(frozen=True)
 class Encoder:
     """A loaded encoder. name: the one that ComfyUI has for it where there is one (`t5xxl`, `clip_l`), else the
     family's; tokenize: prompt -> token ids, at least one; bring: has a sub-block's weights in memory, where they are
-    streamed from files."""
+    streamed from files; pad: the token that prompts are padded with."""
 
     name: str
     module: nn.Module
     row: Row
     tokenize: Callable[[str], list[int]]
     bring: Callable[[int], None] = lambda index: None
+    pad: int = 0
 
-    def batches(self, prompts: Sequence[str], tokens: int = 512, race: bool = False) -> list[Batch]:
-        """Prompts grouped by length, so that no padding is computed; at most about `tokens` tokens in a batch. race: in
-        the order of a race (see race.grouped)."""
+    def batches(
+        self, prompts: Sequence[str], tokens: int = 512, race: bool = False, padding: Padding | None = None
+    ) -> list[Batch]:
+        """Prompts grouped by length, so that no padding is computed but what the denoiser reads; at most about `tokens`
+        tokens in a batch. race: in the order of a race (see race.grouped)."""
+        padding = padding or Padding()
         ids = [self.tokenize(prompt) for prompt in prompts]
+        if not padding.masked:
+            ids = [own + [self.pad] * (padding.tokens - len(own)) for own in ids]
         groups = grouped([len(own) for own in ids], lambda length: tokens // length, race)
-        return [self.batch([ids[i] for i in group]) for group in groups]
+        return [self.batch([ids[i] for i in group], padding.tokens if padding.masked else 0) for group in groups]
 
-    def batch(self, ids: list[list[int]]) -> Batch:
-        """Token ids of equal length as a batch; the conditioning is the last hidden state after the final norm."""
+    def batch(self, ids: list[list[int]], read: int = 0) -> Batch:
+        """Token ids of equal length as a batch; the conditioning is the last hidden state after the final norm, and
+        zeros behind it where it is shorter than `read` tokens."""
         device = next(self.module.parameters()).device
         options = {"use_cache": False} if self.row.family in ("llama", "gemma") else {}
 
@@ -53,10 +87,11 @@ class Encoder:
             given = torch.tensor(ids * times, device=device)
             # With a mask that hides nothing, transformers does not spend more on making one than on reading a state.
             out = module(input_ids=given, attention_mask=torch.ones_like(given), **options)
-            return [(out.last_hidden_state, None)]
+            zeros = max(0, read - given.shape[1])
+            return [(F.pad(out.last_hidden_state, (0, 0, 0, zeros)) if zeros else out.last_hidden_state, None)]
 
         middle = len(ids) // 2
-        return Batch(run, len(ids), lambda: (self.batch(ids[:middle]), self.batch(ids[middle:])))
+        return Batch(run, len(ids), lambda: (self.batch(ids[:middle], read), self.batch(ids[middle:], read)))
 
 
 def load(
@@ -87,7 +122,8 @@ def load(
         module = from_folder(source, dtype) if source.is_dir() else from_file(source, dtype)
         module = module.eval().requires_grad_(False).to(device)
         row, bring = families.find(module), Encoder.bring
-    return Encoder(usual_name(row), module, row, tokenizer_of(Path(tokenizer) if tokenizer else folder, row), bring)
+    tokenize = tokenizer_of(Path(tokenizer) if tokenizer else folder, row)
+    return Encoder(usual_name(row), module, row, tokenize, bring, pad_of(row, tokenize))
 
 
 def streamed(source: Path, files: Files, dtype: torch.dtype, device: str, memory: int, shares: int = 2):
@@ -137,6 +173,11 @@ def gigabytes(size: int) -> str:
     decimals = max(2, 10 - math.floor(math.log10(size)))
     unit = 10 ** (9 - decimals)
     return f"{-(-size // unit) * unit / 1e9:.{decimals}f}"
+
+
+def pad_of(row: Row, tokenize: Callable[[str], list[int]]) -> int:
+    """The token that ComfyUI pads prompts with: for CLIP-L (of CLIPs it alone is 768 wide) the end's, for others 0."""
+    return tokenize("")[-1] if row.family == "clip" and row.width == 768 else 0
 
 
 def usual_name(row: Row) -> str:
@@ -297,7 +338,8 @@ def uninitialised(transformers, model_class, config) -> nn.Module:
 
 
 def tokenizer_of(folder: Path, row: Row) -> Callable[[str], list[int]]:
-    """The tokenizer in a folder as prompt -> ids: with its special tokens, cut at 256 (at what CLIP's positions allow).
+    """The tokenizer in a folder as prompt -> ids: with its special tokens, cut at 256 (at what CLIP's positions allow),
+    T5's and CLIP's without the weights that artists write, as ComfyUI has them.
 
     Where the empty prompt gives no token, it is the BOS token (else EOS, else PAD).
     """
@@ -308,13 +350,20 @@ def tokenizer_of(folder: Path, row: Row) -> Callable[[str], list[int]]:
         raise EncoderError(
             f"{folder}: no tokenizer that transformers can load ({first_line(error)}); name its folder with --tokenizer"
         ) from None
-    limit = min(MAX_TOKENS, 77 if row.family == "clip" else MAX_TOKENS)
+    limit = min(MAX_TOKENS, CLIP_TOKENS if row.family == "clip" else MAX_TOKENS)
     null = next(
         (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None), None
     )
 
+    around = tokenizer("")["input_ids"] if row.family in ("t5", "clip") else []
+
     def tokenize(prompt: str) -> list[int]:
-        ids = tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
+        if around:  # as ComfyUI does it: weights are no text
+            parts = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in segments(prompt))
+            ids = [token for part in parts for token in part][: limit - len(around)]
+            ids = [*around[:-1], *ids, around[-1]]
+        else:
+            ids = tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
         if not ids and null is None:
             raise EncoderError(f"{folder}: its tokenizer has no BOS, EOS or PAD token to stand for the empty prompt")
         return ids or [null]

@@ -12,13 +12,20 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
-from .errors import SkrrError
+from .errors import SkrrError, printable
 from .files import replacing
 
 MAX_BYTES = 65_536
@@ -49,11 +56,7 @@ class PlanError(SkrrError):
 
     def __init__(self, problem: str, path: tuple[str | int, ...] = (), source: str = ""):
         self.problem, self.path, self.source = problem, path, source
-        super().__init__(_one_line(": ".join(part for part in (source, _path_text(path), problem) if part)))
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+        super().__init__(printable(": ".join(part for part in (source, _path_text(path), problem) if part)))
 
 
 def _quoted(text: str) -> str:
@@ -133,8 +136,9 @@ _Text = Annotated[str, Field(strict=True, min_length=1, max_length=200, pattern=
 _Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 _Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 _Rank = Annotated[int, Field(strict=True, ge=1, le=MAX_RANK)]
-_Ranks = Annotated[dict[_SubBlock, _Rank], BeforeValidator(_integer_keys)]
-_Reuse = Annotated[dict[_SubBlock, _SubBlock], BeforeValidator(_integer_keys)]
+_Sorted = PlainSerializer(lambda places: dict(sorted(places.items())))
+_Ranks = Annotated[dict[_SubBlock, _Rank], BeforeValidator(_integer_keys), _Sorted]
+_Reuse = Annotated[dict[_SubBlock, _SubBlock], BeforeValidator(_integer_keys), _Sorted]
 _Extensions = Annotated[
     dict[Annotated[str, Field(strict=True)], Any], Field(json_schema_extra={"additionalProperties": True})
 ]
@@ -344,13 +348,16 @@ class Plan(_Part):
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "the plan") -> Plan:
-        """Reads and checks a plan. `source` names where the text comes from in messages. Raises PlanError."""
+        """Reads and checks a plan of at most 64 KiB, also as `to_json` gives it. `source` names where the text comes
+        from in messages. Raises PlanError."""
         try:
             data = _parse(text)
             for field in ("format", "version"):
                 if field not in data:
                     raise PlanError(f"missing, expected {cls.model_fields[field].description}; {_REMEDY}", (field,))
-            return cls(**data)
+            plan = cls(**data)
+            plan.to_json()  # refuses what could not be written again: some texts are longer in Skrr's form
+            return plan
         except PlanError as error:
             raise PlanError(error.problem, error.path, source) from None
 
@@ -378,7 +385,7 @@ class Plan(_Part):
     def to_json(self) -> str:
         """The plan as text: ASCII, one level a line, equal plans giving equal texts. Raises PlanError above 64 KiB."""
         try:
-            text = "".join(_plan_lines(self))
+            text = _plan_text(self)
             _parse(text)
         except PlanError:
             raise
@@ -471,37 +478,24 @@ def _check_values(value: Any, path: tuple[str | int, ...]) -> None:
         _check_values(child, (*path, key))
 
 
+def _plan_text(plan: Plan) -> str:
+    """A plan's fields as its parts dump them, laid out for people: a line for a level, the encoders by their names."""
+    data = plan.model_dump(exclude_defaults=True)
+    encoders = ",\n".join(f"    {_dumped(name)}: {_encoder_text(e)}" for name, e in sorted(data["encoders"].items()))
+    return (
+        f'{{\n  "format": {_dumped(plan.format)},\n  "version": {_dumped(plan.version)},\n'
+        f'  "encoders": {{\n{encoders}\n  }},\n  "provenance": {_dumped(data["provenance"])}\n}}\n'
+    )
+
+
+def _encoder_text(data: dict[str, Any]) -> str:
+    levels = ",\n".join(f"        {_dumped(level)}" for level in data["levels"])
+    texts = {name: _dumped(value) for name, value in data.items()} | {"levels": f"[\n{levels}\n      ]"}
+    return "{\n" + ",\n".join(f'      "{name}": {text}' for name, text in texts.items()) + "\n    }"
+
+
 def _dumped(value: Any) -> str:
     return json.dumps(value, allow_nan=False)
-
-
-def _plan_lines(plan: Plan) -> Iterator[str]:
-    yield f'{{\n  "format": {_dumped(plan.format)},\n  "version": {plan.version},\n  "encoders": {{\n'
-    yield ",\n".join(f"    {_dumped(name)}: {_encoder_text(plan.encoders[name])}" for name in sorted(plan.encoders))
-    yield f'\n  }},\n  "provenance": {_dumped(plan.provenance.model_dump(exclude_none=True))}\n}}\n'
-
-
-def _encoder_text(encoder: EncoderPlan) -> str:
-    plain = ("family", "blocks", "width", "order")
-    fields = [f'      "{field}": {_dumped(getattr(encoder, field))}' for field in plain]
-    levels = ",\n".join(f"        {_dumped(_level_object(level))}" for level in encoder.levels)
-    fields.append(f'      "levels": [\n{levels}\n      ]')
-    if encoder.extensions:
-        fields.append(f'      "extensions": {_dumped(encoder.extensions)}')
-    return "{\n" + ",\n".join(fields) + "\n    }"
-
-
-def _level_object(level: Level) -> dict[str, Any]:
-    data: dict[str, Any] = {"skipped": level.skipped, "reuse": dict(sorted(level.reuse.items()))}
-    data["sparsity"] = level.sparsity
-    if level.standins is not None:
-        ranks = {str(place): rank for place, rank in sorted(level.standins.ranks.items())}
-        data["standins"] = {"sha256": level.standins.sha256, "ranks": ranks}
-    if level.discrepancy is not None:
-        data["discrepancy"] = level.discrepancy
-    if level.extensions:
-        data["extensions"] = level.extensions
-    return data
 
 
 def json_schema() -> dict[str, Any]:

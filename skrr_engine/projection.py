@@ -3,12 +3,12 @@
 One row of `LAYOUTS` per kind: which tensors it has, and what is done with them in turn.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from .errors import SkrrError, first_line
 
@@ -23,14 +23,15 @@ class ProjectionError(SkrrError):
 @dataclass(frozen=True)
 class Layout:
     """One kind of projection. denoiser: whose; name: the module; stages: `("linear", key)`, `("rms", key, epsilon)` or
-    `("gelu",)` in turn, a leading "?" marking a stage that may be missing."""
+    `("gelu",)` in turn, a leading "?" marking a stage that may be missing; marks: other tensors of such a denoiser."""
 
     denoiser: str
     name: str
     stages: tuple[tuple, ...]
+    marks: tuple[str, ...] = ()
 
     def required(self) -> list[str]:
-        return [f"{s[1]}.weight" for s in self.stages if len(s) > 1 and not s[0].startswith("?")]
+        return [*self.marks, *(f"{s[1]}.weight" for s in self.stages if len(s) > 1 and not s[0].startswith("?"))]
 
 
 LAYOUTS = (
@@ -40,47 +41,38 @@ LAYOUTS = (
         (("linear", "y_embedder.y_proj.fc1"), ("gelu",), ("linear", "y_embedder.y_proj.fc2")),
     ),
     Layout("sd3", "context_embedder", (("linear", "context_embedder"),)),
+    Layout("chroma", "txt_in", (("linear", "txt_in"),), ("distilled_guidance_layer.norms.0.scale",)),
     Layout("flux", "txt_in", (("?rms", "txt_norm", 1e-6), ("linear", "txt_in"))),
     Layout("wan", "text_embedding", (("linear", "text_embedding.0"), ("gelu",), ("linear", "text_embedding.2"))),
     Layout("lumina2", "cap_embedder", (("rms", "cap_embedder.0", 1e-5), ("linear", "cap_embedder.1"))),
 )
 
 
-class TextProjection:
-    """`[batch, tokens, width] -> [batch, tokens, features]` in float32. denoiser, name: for a plan's provenance;
-    width: that it takes."""
+class TextProjection(nn.Sequential):
+    """`[batch, tokens, width] -> [batch, tokens, features]` in float32: a denoiser's own layers. layout: which; layers:
+    by the names that they have there, "" for those without weights. denoiser, name: for a plan's provenance; width:
+    that it takes."""
 
-    def __init__(self, layout: Layout, tensors: dict[str, torch.Tensor]):
-        self.denoiser, self.name, self.tensors = layout.denoiser, layout.name, tensors
-        self.stages = [(s[0].lstrip("?"), *s[1:]) for s in layout.stages if len(s) < 2 or f"{s[1]}.weight" in tensors]
-        self.width = tensors[f"{self.stages[0][1]}.weight"].shape[-1]
+    def __init__(self, layout: Layout, layers: Sequence[tuple[str, nn.Module]]):
+        super().__init__(*(layer for _, layer in layers))
+        self.requires_grad_(False)
+        self.layout, self.layers, self.denoiser, self.name = layout, tuple(layers), layout.denoiser, layout.name
+        self.width = next(layer.weight.shape[-1] for name, layer in layers if name)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights by the denoiser's names."""
+        return {f"{name}.{key}": t for name, layer in self.layers for key, t in layer.state_dict().items()}
 
     def columns(self, start: int, width: int) -> "TextProjection":
         """For an encoder whose embeddings fill only some columns of what a single linear layer takes (SD3's CLIP)."""
-        if len(self.stages) != 1:
+        if len(self.layers) != 1:
             return self
-        key = f"{self.stages[0][1]}.weight"
-        part = object.__new__(TextProjection)
-        part.__dict__.update(self.__dict__)
-        part.tensors = {**self.tensors, key: self.tensors[key][:, start : start + width]}
-        part.width = width
-        return part
+        ((name, layer),) = self.layers
+        return TextProjection(self.layout, [(name, linear(layer.weight[:, start : start + width], layer.bias))])
 
-    def to(self, device) -> "TextProjection":
-        """Move the tensors; returns itself."""
-        self.tensors = {key: t.to(device) for key, t in self.tensors.items()}
-        return self
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.float()
-        for kind, *arguments in self.stages:
-            if kind == "gelu":
-                x = F.gelu(x, approximate="tanh")
-            elif kind == "linear":
-                x = F.linear(x, self.tensors[f"{arguments[0]}.weight"], self.tensors.get(f"{arguments[0]}.bias"))
-            else:
-                x = F.rms_norm(x, (x.shape[-1],), self.tensors[f"{arguments[0]}.weight"], arguments[1])
-        return x
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float())
 
 
 def find(keys: Iterable[str]) -> tuple[Layout, str] | None:
@@ -94,15 +86,48 @@ def find(keys: Iterable[str]) -> tuple[Layout, str] | None:
 
 
 def build(layout: Layout, fetch: Callable[[str], torch.Tensor | None]) -> TextProjection:
-    """Rebuild a projection. fetch: tensor of a name below the denoiser, as floating point, or None."""
-    keys = [f"{s[1]}.{part}" for s in layout.stages if len(s) > 1 for part in ("weight", "bias")]
-    found = {key: fetch(key) for key in keys}
-    tensors = {key: t.detach().float() for key, t in found.items() if t is not None}
-    for stage in layout.stages:
-        key = f"{stage[1]}.weight" if stage[0] == "linear" else None
-        if key and tensors[key].ndim != 2:
-            raise ProjectionError(f"{key} has shape {list(tensors[key].shape)}, not that of a linear layer")
-    return TextProjection(layout, tensors)
+    """Rebuild a projection. fetch: tensor of a name below the denoiser, as floating point, or None. Raises
+    ProjectionError where tensors do not fit together."""
+    layers: list[tuple[str, nn.Module]] = []
+    width = None  # of what comes out of the layers so far
+    for kind, *rest in layout.stages:
+        if kind == "gelu":
+            layers.append(("", nn.GELU(approximate="tanh")))
+            continue
+        name, *epsilon = rest
+        weight, bias = (t if t is None else t.detach().float() for t in map(fetch, (f"{name}.weight", f"{name}.bias")))
+        if weight is None:  # one that may be missing
+            continue
+        shape = list(weight.shape)
+        if len(shape) != (2 if kind == "linear" else 1) or 0 in shape or shape[-1] != (width or shape[-1]):
+            takes = "" if width is None else f" that takes {width} channels"
+            raise ProjectionError(
+                f"{name}.weight has shape {shape}, not that of a {KINDS[kind]} layer{takes}: get the denoiser again"
+            )
+        if kind == "linear" and bias is not None and list(bias.shape) != shape[:1]:
+            raise ProjectionError(
+                f"{name}.bias has shape {list(bias.shape)}, but {name}.weight {shape}: get the denoiser again"
+            )
+        layers.append((name, linear(weight, bias) if kind == "linear" else rms(weight, *epsilon)))
+        width = shape[0]
+    return TextProjection(layout, layers)
+
+
+KINDS = {"linear": "linear", "rms": "norm", "?rms": "norm"}
+
+
+def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear layer of these."""
+    layer = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
+    layer.load_state_dict({"weight": weight, **({} if bias is None else {"bias": bias})}, assign=True)
+    return layer
+
+
+def rms(weight: torch.Tensor, epsilon: float) -> nn.RMSNorm:
+    """A root-mean-square norm with this weight."""
+    layer = nn.RMSNorm(len(weight), eps=epsilon, device="meta")
+    layer.load_state_dict({"weight": weight}, assign=True)
+    return layer
 
 
 def from_file(path: str | Path) -> TextProjection:
@@ -141,4 +166,14 @@ def dequantised(key: str, get: Callable[[str], torch.Tensor], names, where: str)
         )
     base = key.removesuffix(".weight")
     scale = next((s for s in (f"{base}.scale_weight", f"{base}.weight_scale") if key != base and s in names), None)
-    return tensor.float() * get(scale).float() if scale else tensor.float()
+    if scale is None:
+        return tensor.float()
+    factor = get(scale).float()
+    try:
+        scaled = tensor.float() * factor
+        fits = scaled.shape == tensor.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ProjectionError(f"{where}: {scale} does not fit {key}'s shape {list(tensor.shape)}; get the file again")
+    return scaled

@@ -21,6 +21,8 @@ MAX_LENGTH = 250
 MAX_PROMPTS = 100_000
 MAX_LINE = 10_000
 MAX_FILE_BYTES = 64 * 2**20
+MAX_IN_VAIN = 20_000
+"""Prompts drawn in a row without a new one among them, after which there is none left."""
 
 T = TypeVar("T")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -359,15 +361,8 @@ def generate(count: int = 1000, seed: int = 0) -> list[str]:
     A longer list starts with the shorter one: `generate(10) == generate(1000)[:10]`. Raises PromptError where count is
     not from 0 to 100,000.
     """
-    if not 0 <= count <= MAX_PROMPTS:
-        raise PromptError(f"count: expected 0 to {MAX_PROMPTS} prompts, found {count}; ask for fewer")
     draw = _Draw(seed)
-    prompts: dict[str, None] = {}
-    while len(prompts) < count:
-        prompt = _prompt(draw)
-        if MIN_LENGTH <= len(prompt) <= MAX_LENGTH:
-            prompts[prompt] = None
-    return list(prompts)
+    return _different(lambda: _prompt(draw), count, lambda prompt: MIN_LENGTH <= len(prompt) <= MAX_LENGTH)
 
 
 def _short(draw: _Draw) -> str:
@@ -422,22 +417,72 @@ def broad(count: int = 1000, seed: int = 0) -> list[str]:
 
     The same for a seed everywhere; a longer list starts with the shorter one. Raises PromptError as `generate` does.
     """
-    return _different(tuple(draw for draw, share in KINDS.values() for _ in range(share)), count, seed)
+    draw, kinds = _Draw(seed), tuple(kind for kind, share in KINDS.values() for _ in range(share))
+    return _different(lambda: draw.one(kinds)(draw), count)
 
 
 def of_kind(kind: str, count: int, seed: int = 0) -> list[str]:
-    """`count` different prompts of one of KINDS; otherwise as `broad`."""
-    return _different((KINDS[kind][0],), count, seed)
+    """`count` different prompts of one of KINDS; otherwise as `broad`. Raises PromptError where there are fewer."""
+    draw, kinds = _Draw(seed), (KINDS[kind][0],)
+    return _different(lambda: draw.one(kinds)(draw), count)
 
 
-def _different(kinds: Sequence[Callable[[_Draw], str]], count: int, seed: int) -> list[str]:
+def _different(make: Callable[[], str], count: int, fits: Callable[[str], bool] = lambda prompt: True) -> list[str]:
+    """So many different ones of what `make` gives and `fits` lets through, in the order in which they come first."""
     if not 0 <= count <= MAX_PROMPTS:
         raise PromptError(f"count: expected 0 to {MAX_PROMPTS} prompts, found {count}; ask for fewer")
-    draw = _Draw(seed)
     prompts: dict[str, None] = {}
+    in_vain = 0
     while len(prompts) < count:
-        prompts[draw.one(kinds)(draw)] = None
+        prompt = make()
+        in_vain = in_vain + 1 if prompt in prompts or not fits(prompt) else 0
+        if in_vain > MAX_IN_VAIN:
+            raise PromptError(f"count: there are only {len(prompts)} different prompts of this kind; ask for fewer")
+        if not in_vain:
+            prompts[prompt] = None
     return list(prompts)
+
+
+def segments(prompt: str) -> list[str]:
+    """A prompt in the parts that ComfyUI tokenises one by one: what is in parentheses apart from what is not, without
+    its weight, as in `a (red:1.2) cube`; escaped parentheses are text."""
+    found, left = [], [(prompt.replace("\\)", "\0\1").replace("\\(", "\0\2"), True)]
+    while left:
+        text, group = left.pop()
+        if not group:
+            found.append(text.replace("\0\1", ")").replace("\0\2", "("))
+            continue
+        for part in reversed(_split(text)):
+            group = len(part) > 1 and part[0] == "(" and part[-1] == ")"
+            left.append((_unweighted(part[1:-1]) if group else part, group))
+    return found
+
+
+def _split(text: str) -> list[str]:
+    """A text cut before and behind its outermost pairs of parentheses."""
+    parts, start, depth = [], 0, 0
+    for place, letter in enumerate(text):
+        if letter == "(":
+            if depth == 0:
+                parts.append(text[start:place])
+                start = place
+            depth += 1
+        elif letter == ")":
+            depth -= 1
+            if depth == 0:
+                parts.append(text[start : place + 1])
+                start = place + 1
+    return [part for part in (*parts, text[start:]) if part]
+
+
+def _unweighted(text: str) -> str:
+    """What stands in parentheses, without `:1.2` at its end."""
+    before, _, weight = text.rpartition(":")
+    try:
+        float(weight)
+    except ValueError:
+        return text
+    return before or text
 
 
 def from_text(text: str) -> list[str]:

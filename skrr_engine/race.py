@@ -15,7 +15,6 @@ are right but for rounding (streams are stacked): what is no further apart than 
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from statistics import NormalDist
 
 import numpy as np
 
@@ -216,16 +215,12 @@ def grouped(kinds: Sequence, size: Callable[[object], int], race: bool = False) 
             yield from (group[i : i + step] for i in range(0, len(group), step))
 
 
+LEAST_SHARE = 1e-100
+"""Below this scipy's quantile of few degrees of freedom is wrong, down to its sign."""
+
+
 def t_margin(share: float, freedom: int) -> float:
-    """What Student's t passes in such a share of the cases, by its expansion around the normal's quantile; infinite
-    below 3 degrees of freedom."""
-    if freedom < 3:
-        return math.inf
-    z = -NormalDist().inv_cdf(max(share, 1e-300))
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return sum(term / freedom**i for i, term in enumerate(terms))
+    """What Student's t passes in such a share of the cases."""
+    from scipy.special import stdtrit  # here: importing it takes longer than the whole pack may
+
+    return -float(stdtrit(freedom, max(share, LEAST_SHARE)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from .errors import printable
 from .plan import EncoderPlan, Level, Plan
 
 COLUMNS = 24
@@ -25,13 +26,15 @@ def describe_plan(plan: Plan) -> str:
         ("prompts", came.prompts),
         ("beam", came.beam),
     )
-    lines = [f"plan from {came.source}" + "".join(f", {k} {v}" for k, v in facts if v is not None)]
+    lines = [printable(f"plan from {came.source}" + "".join(f", {k} {v}" for k, v in facts if v is not None))]
     for name, entry in plan.encoders.items():
         order = ",".join(map(str, entry.order))
         lines.append(f"{name}: {entry.family}, {entry.blocks} blocks, {entry.width} wide; order {order}")
         how = entry.extensions.get("search")
         if isinstance(how, dict) and how.get("mode") == "racing":
-            lines.append(f"  found by racing, delta {how.get('delta')}: near-equal candidates may have been mistaken")
+            delta = how.get("delta")  # an extension: nobody has checked it
+            risk = f", delta {delta:g}" if isinstance(delta, float) else ""
+            lines.append(f"  found by racing{risk}: near-equal candidates may have been mistaken")
         lines += [describe_level(level) for level in entry.levels]
         lines += ["", *plan_map(entry, entry.levels[-1])]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ is largest are kept.
 
 Every token counts by the inverse mean square of its dense stream: what reads the stream normalises each token, so
 errors matter relative to its size (some tokens are a thousand times larger than others). Nothing but Gram matrices is
-kept of the tokens: a few `[width, width]` ones, summed in float64.
+kept of the tokens: a few `[width, width]` ones, summed in float64 (see sums.py).
 
 The idea is that of ReplaceMe (arXiv 2505.02819) and of reduced-rank regression (Izenman 1975); the tests and
 benchmarks/standins.py tell what it does here.
@@ -30,6 +30,7 @@ from .plan import MAX_RANK
 from .repair import NORMS, StandIn
 from .rewire import Action
 from .skip import SearchError
+from .sums import double, place
 from .trace import Trace
 
 DTYPE = torch.float16
@@ -61,6 +62,35 @@ MAX_RANKED = 64
 """Prompts that a search with stand-ins ranks candidates on; all others are fitted on."""
 
 
+LEAST_METER = 2**20
+"""Bytes with which a meter still works, computing again what it can't hold."""
+
+MATRICES = 15
+"""How many `[width, width]` float64 matrices a fit holds at once: four Gram matrices, and what solving takes."""
+
+
+def fit_bytes(width: int) -> int:
+    """Bytes that a fit takes for its matrices, beside its meter's: 2 GB where the encoder is 4096 wide."""
+    return MATRICES * 8 * width * width
+
+
+def meter_bytes(memory: int, width: int) -> int:
+    """Bytes for each of a search's two meters, where it may take so many beside the encoder. Raises SearchError where
+    they do not hold a fit."""
+    share = (memory - fit_bytes(width)) // 2
+    if share < LEAST_METER:
+        raise SearchError(
+            f"fitting stand-ins of an encoder {width} wide takes {least_bytes(width) / 1e9:.2g} GB beside it, and"
+            f" {memory / 1e9:.2g} GB may be used: free memory, or search without stand-ins"
+        )
+    return share
+
+
+def least_bytes(width: int) -> int:
+    """Bytes that a search with stand-ins takes at least, beside the encoder."""
+    return fit_bytes(width) + 2 * LEAST_METER
+
+
 def halved(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Prompts to fit on, and others to rank candidates on: every 8th, at most MAX_RANKED. Raises SearchError."""
     if len(set(prompts)) < 16:
@@ -84,25 +114,31 @@ class Gram:
     @classmethod
     def of(cls, width: int, device) -> Gram:
         """Of no tokens."""
-        vector, matrix = (torch.zeros(*s, dtype=torch.float64, device=device) for s in ((width,), (width, width)))
+        vector, matrix = (
+            torch.zeros(*s, dtype=torch.float64, device=place(device)) for s in ((width,), (width, width))
+        )
         return cls(0.0, vector, vector.clone(), matrix, matrix.clone(), 0.0)
 
     def add(self, z: torch.Tensor, r: torch.Tensor, weights: torch.Tensor) -> None:
         """Some more tokens; weights `[tokens]`."""
         if not len(z):
             return
-        z, r, weights = z.float(), r.float(), weights.float().unsqueeze(1)
+        z, r = z.float(), r.float()
+        weights = weights.to(z).unsqueeze(1)
         weighted = z * weights
         # Products of one batch in float32, sums of batches in float64: the ridge is far above what that loses.
-        self.weight += float(weights.double().sum())
-        self.z += weighted.double().sum(dim=0)
-        self.r += (r * weights).double().sum(dim=0)
-        self.zz += (weighted.T @ z).double()
-        self.zr += (weighted.T @ r).double()
-        self.rr += float((r.double().square() * weights).sum())
+        self.weight += float(double(weights).sum())
+        self.z += double(weighted).sum(dim=0)
+        self.r += double(r * weights).sum(dim=0)
+        self.zz += double(weighted.T @ z)
+        self.zr += double(weighted.T @ r)
+        self.rr += float((double(r).square() * double(weights)).sum())
 
-    def __add__(self, other: Gram) -> Gram:
-        return Gram(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def join(self, other: Gram) -> None:
+        """Add another's tokens to these, in place."""
+        self.weight, self.rr = self.weight + other.weight, self.rr + other.rr
+        for own, more in ((self.z, other.z), (self.r, other.r), (self.zz, other.zz), (self.zr, other.zr)):
+            own += more
 
     def error(self, fit: Fit) -> float:
         """Weighted sum of squared errors of a fit on these tokens."""
@@ -212,7 +248,7 @@ class Streams:
     def weights(self, number: int, trace: Trace, behind: torch.Tensor) -> torch.Tensor:
         """Of a batch's tokens, `[batch, tokens]`: the inverse mean square of the dense stream, zero where nobody
         reads."""
-        size = behind.double().square().mean(dim=-1)
+        size = double(behind).square().mean(dim=-1)
         weights = 1 / size.clamp(min=1e-3 * float(size.median()) + 1e-12)
         mask = self.mask(number, trace)
         return weights if mask is None else weights * mask.to(weights)
@@ -324,8 +360,12 @@ def fit(
 def fit_here(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> Trial:
     """The stand-in for the place where the streams are; see `grams`."""
     kept, held, harm = grams(streams, norm, fitting, trying)
-    chosen = best(kept, held, fitting)
-    return Trial(stand_in(chosen, norm), (kept + held).error(chosen) - harm)
+    ridge = best_ridge(kept, held, fitting)
+    kept.join(held)
+    del held  # of a wide encoder these matrices are large: see `fit_bytes`
+    chosen = solve(kept, fitting.rank, ridge)
+    fitted = stand_in(chosen, norm).to(streams.meter.null_trace().x.device)
+    return Trial(fitted, kept.error(chosen) - harm)
 
 
 @dataclass(frozen=True)
@@ -351,7 +391,7 @@ def grams(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> tuple[
         z, r = NORMS[norm](pair.pruned.float()), behind.float() - pair.pruned.float()
         error = 0.0
         if trying and pair.kept is not behind:
-            off = pair.kept.double() - behind.double()
+            off = double(pair.kept) - double(behind)
             error = float((off.square().sum(dim=-1) * weights).sum())
         if number == 0:
             null = z.reshape(-1, width), r.reshape(-1, width), weights.flatten(), error
@@ -369,9 +409,8 @@ def grams(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> tuple[
     return kept, held, harm + scale * error
 
 
-def best(kept: Gram, held: Gram, fitting: Fitting) -> Fit:
-    """The fit on all tokens, with the ridge that is best on those held out."""
-    ridge = fitting.ridges[0]
+def best_ridge(kept: Gram, held: Gram, fitting: Fitting) -> float:
+    """The ridge that is best on the tokens held out."""
     if held.weight and len(fitting.ridges) > 1:
-        ridge = min(fitting.ridges, key=lambda r: held.error(solve(kept, fitting.rank, r)))
-    return solve(kept + held, fitting.rank, ridge)
+        return min(fitting.ridges, key=lambda r: held.error(solve(kept, fitting.rank, r)))
+    return fitting.ridges[0]

@@ -6,8 +6,10 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import SkrrError
 from .files import replacing
@@ -19,6 +21,28 @@ class StateError(SkrrError):
     """A state that can't be gone on with; one line that says why and what to do."""
 
 
+D = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Entry(BaseModel):
+    """A list of a saved beam."""
+
+    model_config = ConfigDict(strict=True)
+
+    order: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    discrepancy: D
+    trail: tuple[D, ...] = ()
+
+
+class Saved(BaseModel):
+    """What a state's file holds: untrusted, so each number is checked."""
+
+    model_config = ConfigDict(strict=True)
+
+    key: str
+    beam: Annotated[tuple[Entry, ...], Field(min_length=1)]
+
+
 class State:
     """One search's state. path: its file, which need not exist yet; key: of the search (see `fingerprint`)."""
 
@@ -28,21 +52,19 @@ class State:
     def load(self, length: int) -> list[SkipList]:
         """The saved beam over `length` sub-blocks; empty where there is no file. Raises StateError."""
         try:
-            saved = json.loads(self.path.read_text())
-            beam = [skip_list(entry) for entry in saved["beam"]]
-            whole = all(len(set(p.order)) == len(p.order) and set(p.order) <= set(range(length)) for p in beam)
-            if not beam or not whole:
+            saved = Saved.model_validate_json(self.path.read_bytes())
+            if any(len({*p.order}) < len(p.order) or max(p.order) >= length for p in saved.beam):
                 raise ValueError
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        except (OSError, ValueError):
             raise StateError(f"{self.path}: no state of a search; remove it or name another file") from None
-        if saved.get("key") != self.key:
+        if saved.key != self.key:
             raise StateError(
                 f"{self.path}: belongs to a search with another encoder, other prompts or settings; remove it or name"
                 " another file"
             )
-        return beam
+        return [SkipList(p.order, p.discrepancy, p.trail if len(p.trail) == len(p.order) else ()) for p in saved.beam]
 
     def save(self, beam: Sequence[SkipList]) -> None:
         """Replace the file by one with this beam; a crash at any moment leaves the old or the new one.
@@ -55,12 +77,6 @@ class State:
         """The search has ended: its plan is written."""
         with contextlib.suppress(OSError):  # one that can't go does not spoil the plan
             self.path.unlink()
-
-
-def skip_list(entry: dict) -> SkipList:
-    """A saved entry of a beam. Raises ValueError, TypeError, KeyError."""
-    order, trail = tuple(map(int, entry["order"])), tuple(map(float, entry.get("trail", ())))
-    return SkipList(order, float(entry["discrepancy"]), trail if len(trail) == len(order) else ())
 
 
 def fingerprint(row: Row, *facts, bring: Callable[[int], None] = lambda index: None) -> str:

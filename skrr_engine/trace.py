@@ -8,7 +8,8 @@ the encoder's own code (final norm, layer choice, pooling, masking).
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from .budget import Store, out_of_memory
 from .repair import StandIn
 from .rewire import Action, Assignment, fork, replace
 from .row import Call, Placeholder, Row
+from .sums import double
 
 Reading = list[tuple[torch.Tensor, torch.Tensor | None]]
 """What a denoiser reads of an encoder: tensors `[batch, tokens, width]`, each with the mask `[batch, tokens]` of the
@@ -258,7 +260,7 @@ def agree(found: Sequence[torch.Tensor] | None, expected: Sequence[torch.Tensor]
     """Whether these are the same tensors, but for rounding (of half precision, too)."""
     if found is None or [t.shape for t in found] != [t.shape for t in expected]:
         return False
-    pairs = [(f.double().nan_to_num(), e.double().nan_to_num()) for f, e in zip(found, expected, strict=True)]
+    pairs = [(double(f).nan_to_num(), double(e).nan_to_num()) for f, e in zip(found, expected, strict=True)]
     return all(float((f - e).norm()) <= 0.02 * float(e.norm()) for f, e in pairs)
 
 
@@ -294,25 +296,51 @@ STRIDE = 4
 """Every how many sub-blocks a walk leaves the states that later ones are sure to start from."""
 
 
-def before(candidate: Assignment, index: int) -> tuple[tuple[int, Action], ...]:
-    """What a candidate removes before a sub-block: candidates alike in this share their state there."""
-    return tuple(sorted(((i, action) for i, action in candidate.items() if i < index), key=lambda entry: entry[0]))
+class Prefix:
+    """What candidates remove before a sub-block: those that remove the same share their state there. Equal ones are
+    one object (see `of`), so that nothing but its address is hashed where it is looked for. repairs: its stand-ins."""
+
+    _known: ClassVar[WeakValueDictionary] = WeakValueDictionary()
+
+    def __init__(self, parent: "Prefix | None" = None, action: Action = None):
+        repairs = frozenset() if parent is None else parent.repairs
+        self.parent, self.repairs = parent, repairs | {action} if isinstance(action, StandIn) else repairs
+
+    def of(self, index: int, action: Action) -> "Prefix":
+        """The one that also does `action` at `index`, behind all that this one removes."""
+        key = self, index, action
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = Prefix(self, action)
+        return found
 
 
-@dataclass(frozen=True)
-class Place:
+NOTHING = Prefix()
+
+
+def prefixes(candidate: Assignment, length: int) -> list[Prefix]:
+    """What a candidate removes before each of `length` sub-blocks."""
+    found, prefix = [], NOTHING
+    for index in range(length):
+        found.append(prefix)
+        if index in candidate:
+            prefix = prefix.of(index, candidate[index])
+    return found
+
+
+class Place(NamedTuple):
     """Where a `Shelf` holds a state: of which trace, whether of a stacked walk, in front of which sub-block, and what
     is removed before."""
 
     tag: object
     stacked: bool
     index: int
-    prefix: tuple[tuple[int, Action], ...]
+    prefix: Prefix
 
     @property
-    def repairs(self) -> set[StandIn]:
+    def repairs(self) -> frozenset[StandIn]:
         """The stand-ins that made its state."""
-        return {action for _, action in self.prefix if isinstance(action, StandIn)}
+        return self.prefix.repairs
 
 
 class Shelf:
@@ -321,28 +349,37 @@ class Shelf:
     of a landmark; landmarks: sub-blocks that are likely to be removed next: what a candidate with j < i removed leaves
     in front of i is where the one with both removed starts; places: where anything may lie, kept by the caller from
     walk to walk; stacked: whether the walk stacks streams. What such a walk left is only for its like: all others stay
-    exact to the last bit."""
+    exact to the last bit. prefixes: of each candidate, by its id, for callers that walk the same ones over many
+    traces."""
 
     def __init__(
-        self, store: Store, tag, few: int, landmarks: Collection[int], places: set[int], stacked: bool = False
-    ):
+        self, store: Store, tag, few: int, landmarks: Collection[int], places: set[int], stacked: bool = False,
+        prefixes: dict[int, list[Prefix]] | None = None,
+    ):  # fmt: skip
         self.store, self.tag, self.few, self.landmarks, self.places = store, tag, few, landmarks, places
         self.stacked = stacked
+        self._prefixes = {} if prefixes is None else prefixes
+
+    def _of(self, candidate: Assignment, length: int) -> list[Prefix]:
+        known = self._prefixes.get(id(candidate), ())
+        if len(known) < length:
+            known = self._prefixes[id(candidate)] = prefixes(candidate, length)
+        return known
 
     def latest(self, candidate: Assignment, length: int) -> Place | None:
         """The last place at which this candidate's state is held; None where none is."""
-        for index in sorted(self.places, reverse=True):
-            prefix = before(candidate, index)
+        before = self._of(candidate, length)
+        for index in sorted((index for index in self.places if index < length), reverse=True):
             for stacked in (False, True)[: 1 + self.stacked]:
-                place = Place(self.tag, stacked, index, prefix)
-                if index < length and place in self.store:
-                    return place
+                place = self.tag, stacked, index, before[index]
+                if place in self.store:
+                    return Place(*place)
         return None
 
     def leave(self, index: int, stream: Stream, candidates: Sequence[Assignment]) -> None:
         """Called with each stream in front of each sub-block: holds its state if it is likely to be of use."""
         sure = index % STRIDE == 0 and (len(stream.members) > 1 or len(candidates) <= self.few)
         if index and (sure or index in self.landmarks):
-            place = Place(self.tag, self.stacked, index, before(candidates[stream.members[0]], index))
-            self.store.put(place, (stream.x, stream.taps))
+            prefix = self._of(candidates[stream.members[0]], index + 1)[index]
+            self.store.put(Place(self.tag, self.stacked, index, prefix), (stream.x, stream.taps))
             self.places.add(index)

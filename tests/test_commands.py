@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -244,6 +245,22 @@ def test_outputs_beside_inputs(mine, capsys):
             searching = ["search", *READS["search"][:4], "--out", out, "--sparsity", "0.1", "--beam", "1", "--quiet"]
             assert main(searching) == 0
         assert main(["encode", *READS["encode"], "--sparsity", "0.35", "--out", "found.safetensors"]) == 0
+
+
+def test_the_memory_that_stand_ins_take_is_counted(encoder, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    search = ["search", "--encoder", str(encoder), "--out", str(out), "--count", "16", "--sparsity", "0.02", "--quiet"]
+    search += ["--no-reuse", "--standins", "1", "--memory"]
+    assert main([*search, "0.004"]) == 1 and not out.exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    least = re.search(r"--standins: fitting them takes .* give --memory ([0-9.]+) \(GB\) or more", line)[1]
+    assert main([*search, least]) == 0 and out.exists()
+
+
+@pytest.mark.parametrize("pad", ["-1", "99999"])
+def test_padding_out_of_range(encoder, tmp_path, capsys, pad):
+    assert main(["search", "--encoder", str(encoder), "--out", str(tmp_path / "plan.json"), "--pad", pad]) == 1
+    assert capsys.readouterr().err.startswith(f"skrr: --pad {pad}: give a number of tokens from 0 to")
 
 
 def test_ctrl_c(encoder, tmp_path):

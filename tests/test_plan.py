@@ -19,6 +19,7 @@ from benchmarks import paper_plans
 from skrr_engine import plan as plans
 from skrr_engine.files import replacing
 from skrr_engine.plan import EncoderPlan, Level, Plan, PlanError, Provenance
+from skrr_engine.show import describe_plan
 
 REPO = Path(__file__).resolve().parents[1]
 SCHEMA_FILE = REPO / "docs" / "plan.schema.json"
@@ -450,6 +451,29 @@ def test_plans_survive_their_text(plan):
     assert Plan.from_json(text).to_json() == text
     assert text.isascii() and text.endswith("}\n") and len(text) <= plans.MAX_BYTES
     jsonschema.validate(json.loads(text), plans.json_schema())
+
+
+@pytest.mark.parametrize("filling", ["ä" * 20_000, [0] * 30_000], ids=["escapes", "spaces"])
+def test_what_is_read_can_be_written_again(filling):
+    """Skrr's own form is longer than some texts: of letters that JSON escapes, of lists without spaces."""
+    data = sample()
+    data["encoders"]["t5xxl"]["extensions"] = {"x": filling}
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    assert len(text.encode()) < plans.MAX_BYTES
+    with pytest.raises(PlanError, match="at most 65536 bytes") as caught:
+        Plan.from_json(text)
+    checked(caught.value)
+
+
+def test_a_plan_in_words_moves_no_cursor_and_turns_no_text():
+    data = sample()
+    for field in ("source", "projection", "denoiser"):
+        data["provenance"][field] = "a\u202e\u2066\u200b b"
+    for delta in ("\x1b[2J\n\u202e", 10**400, [0.5], 0.05):
+        data["encoders"]["t5xxl"]["extensions"] = {"search": {"mode": "racing", "delta": delta}}
+        text = describe_plan(Plan.from_json(json.dumps(data)))
+        assert text.replace("\n", "").isprintable() and r"a\u202e\u2066\u200b b" in text
+        assert ("found by racing, delta 0.05" if delta == 0.05 else "found by racing:") in text
 
 
 @settings(max_examples=100, deadline=None)

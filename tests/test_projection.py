@@ -86,3 +86,32 @@ def test_errors(tmp_path):
         with pytest.raises(ProjectionError, match=message) as found:
             from_file(tmp_path / f"{name}.safetensors")
         assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "kind, key, shape, message",
+    [
+        ("sd3", "context_embedder.weight", (), "not that of a linear layer"),
+        ("sd3", "context_embedder.weight", (0, WIDTH), "not that of a linear layer"),
+        ("sd3", "context_embedder.bias", (FEATURES - 1,), "context_embedder.bias has shape"),
+        ("sd3", "context_embedder.bias", (), "context_embedder.bias has shape"),
+        ("sd3", "context_embedder.scale_weight", (3, 7), "does not fit context_embedder.weight's shape"),
+        ("sd3", "context_embedder.scale_weight", (2, FEATURES, WIDTH), "does not fit context_embedder.weight's shape"),
+        ("wan", "text_embedding.2.weight", (FEATURES, FEATURES + 1), f"that takes {FEATURES} channels"),
+        ("lumina2", "cap_embedder.0.weight", (), "not that of a norm layer"),
+        ("lumina2", "cap_embedder.0.weight", (WIDTH + 1,), f"that takes {WIDTH + 1} channels"),
+    ],
+)
+def test_tensors_that_do_not_fit_together(tmp_path, kind, key, shape, message):
+    tensors, _ = own(kind)
+    save_file({**tensors, key: torch.ones(shape)}, tmp_path / "denoiser.safetensors")
+    with pytest.raises(ProjectionError, match=message) as found:
+        from_file(tmp_path / "denoiser.safetensors")
+    assert "\n" not in str(found.value)
+
+
+def test_its_tensors_bear_the_denoisers_names(tmp_path):
+    tensors, _ = own("wan")
+    save_file(tensors, tmp_path / "denoiser.safetensors")
+    found = from_file(tmp_path / "denoiser.safetensors").tensors
+    assert found.keys() == tensors.keys() and all(found[key].equal(tensors[key]) for key in tensors)

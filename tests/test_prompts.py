@@ -203,3 +203,12 @@ def test_from_file_names_what_cannot_be_read(tmp_path, name):
 def test_sha256_separates_prompts():
     assert prompts.sha256(["ab", "c"]) != prompts.sha256(["a", "bc"])
     assert prompts.sha256(["猫"]) == hashlib.sha256("猫".encode()).hexdigest()
+
+
+def test_a_kind_of_which_there_are_not_so_many():
+    pictured = (len({*subjects}) * len({*places}) * len({*styles}) for subjects, places, styles in prompts.LANGUAGES)
+    there_are = sum(pictured)
+    assert len(prompts.of_kind("other languages", there_are)) == there_are
+    with pytest.raises(prompts.PromptError, match=f"only {there_are} different prompts") as caught:
+        prompts.of_kind("other languages", there_are + 1)
+    one_line(caught.value)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from skrr_engine.race import FIRST_LOOK, Board, grouped, rank, t_margin
 
@@ -111,12 +112,11 @@ def test_equals_are_not_raced_against_each_other():
     assert len({*found}) == 1 and found[0] < math.inf
 
 
-@pytest.mark.parametrize(
-    "p, freedom, expected", [(0.99, 7, 2.998), (0.999, 7, 4.785), (0.999, 20, 3.552), (0.95, 100, 1.660)]
-)
-def test_t_margin(p, freedom, expected):
-    assert t_margin(1 - p, freedom) == pytest.approx(expected, rel=0.02)
-    assert t_margin(1 - p, 2) == math.inf
+@pytest.mark.parametrize("freedom", [3, 7, 20, 100])
+@pytest.mark.parametrize("share", [0.05, 1e-3, 1e-6, 1e-90])
+def test_t_margin(share, freedom):
+    assert stats.t.sf(t_margin(share, freedom), freedom) == pytest.approx(share, rel=1e-6)
+    assert 10 < t_margin(5e-324, freedom) < math.inf
 
 
 @pytest.mark.parametrize("delta", [1e-16, 5e-324])

@@ -1,5 +1,9 @@
 """The engine's walk equals the encoder's own forward, dense and pruned, on every family; rewiring leaves no trace."""
 
+import gc
+import itertools
+import weakref
+
 import pytest
 import reference
 import small
@@ -7,9 +11,10 @@ import torch
 
 from skrr_engine import families
 from skrr_engine.budget import Store
+from skrr_engine.repair import StandIn
 from skrr_engine.rewire import assignment, fork, rewire, undo
 from skrr_engine.row import Call, EncoderError
-from skrr_engine.trace import Shelf, Trace, Tracer, forwards
+from skrr_engine.trace import Shelf, Trace, Tracer, forwards, prefixes
 
 REMOVALS = [
     {},
@@ -162,6 +167,23 @@ def test_stacked_streams_wait_and_start_late_as_others_do(limit):
     exact = Shelf(store, "trace", 99, {3, 6}, places)
     for i, reading in tracer.walk(trace, CANDIDATES, limit, shelf=exact):
         assert torch.equal(reading[0][0], alone[i][0][0]), "an exact walk took a stacked one's states"
+
+
+def test_prefixes_are_one_object_where_candidates_remove_the_same_before():
+    torch.manual_seed(0)
+    standin = StandIn("rms", torch.zeros(1, 2), torch.zeros(2, 1), torch.zeros(2))
+    actions = [None, 2, 4, standin]
+    drawn = [{int(i): actions[i % 4] for i in torch.randperm(8)[:4]} for _ in range(30)]
+    found = [prefixes(candidate, 8) for candidate in drawn]
+    for (one, a), (two, b) in itertools.product(zip(drawn, found, strict=True), repeat=2):
+        for index in range(8):
+            before = [{i: action for i, action in c.items() if i < index} for c in (one, two)]
+            assert (a[index] is b[index]) == (before[0] == before[1])
+            assert a[index].repairs == {action for action in before[0].values() if action is standin}
+    standin = weakref.ref(standin)
+    del actions, drawn, found, one, two, a, b, before
+    gc.collect()
+    assert standin() is None, "stand-ins that no state holds any more must go"
 
 
 def test_a_small_error_beside_a_large_stream_is_seen():

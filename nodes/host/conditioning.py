@@ -28,6 +28,13 @@ def copied(output: tuple) -> tuple:
     return tuple(dict(part) if isinstance(part, dict) else part for part in output)
 
 
+def own_lists(tokens):
+    """Tokens in dictionaries and lists of their own, which a wrapper may change."""
+    if isinstance(tokens, dict):
+        return {key: own_lists(part) for key, part in tokens.items()}
+    return [own_lists(part) for part in tokens] if isinstance(tokens, list) else tokens
+
+
 class Conditioning:
     """One encoder of a CLIP, ready to be run on prompts.
 
@@ -55,6 +62,7 @@ class Conditioning:
         self.encoder = self.wrapper.get_submodule(view.path)
         self._hollow = self._hollowed(all_views.values())
         self._children = {v.name: self._hollow.get_submodule(v.path) for v in all_views.values()}
+        self._tokenized: tuple[str | None, object] = None, None
         self._outputs = self._record_empty_prompt()
         self.hidden, self.pooled, self.mask = self._used()
         if not (self.hidden or self.pooled):
@@ -88,7 +96,9 @@ class Conditioning:
         return outputs
 
     def _encode(self, prompt: str) -> tuple:
-        return self._hollow.encode_token_weights(self.clip.tokenize(prompt))
+        if prompt != self._tokenized[0]:  # it is asked of one prompt several times in a row
+            self._tokenized = prompt, self.clip.tokenize(prompt)
+        return self._hollow.encode_token_weights(own_lists(self._tokenized[1]))
 
     def _play(self, prompt: str, name: str, act: Callable) -> tuple:
         """Run the wrapper with every encoder's output played back, but `act(tokens)` for the encoder `name`."""

@@ -14,7 +14,7 @@ from ...skrr_engine.discrepancy import Meter
 from ...skrr_engine.errors import SkrrError
 from ...skrr_engine.plan import EncoderPlan, Plan, Provenance
 from ...skrr_engine.prompts import sha256 as prompts_sha256
-from ...skrr_engine.standin import Fitting, halved
+from ...skrr_engine.standin import Fitting, halved, meter_bytes
 from ...skrr_engine.state import StateError
 from ...skrr_engine.trace import Tracer
 from . import library
@@ -43,6 +43,7 @@ def find_plan(
 ) -> Plan:
     """The plan for these inputs: the saved one where they were searched before, else a new one, saved as `name`.
     fitting: of linear stand-ins; None for the paper's plan."""
+    given = prompts
     fitted_on, prompts = (None, prompts) if fitting is None else halved(prompts)
     library.file_name(name)  # refuse a bad name now rather than after the search, and a folder that can't be written
     library.folder_to_write(library.FOLDER)
@@ -64,7 +65,7 @@ def find_plan(
     tracer = Tracer(conditioning.encoder, row, TRANSFORMER)
     device = clip.patcher.load_device
     memory = free_memory(device) if device.type == "cpu" else comfy.model_management.get_free_memory(device) * 9 // 10
-    null, share = conditioning.null(), int(memory) // (1 if fitting is None else 2)
+    null, share = conditioning.null(), int(memory) if fitting is None else meter_bytes(int(memory), row.width)
 
     def meter_on(texts: Sequence[str], race: bool = False) -> Meter:
         batches = conditioning.batches(texts, batch_tokens(share, row.width, device), race)
@@ -73,7 +74,7 @@ def find_plan(
     meter = meter_on(prompts, settings.delta > 0)
     state = library.state(key)
     try:
-        beam = state.load(len(row))
+        beam = state.load(meter.readable())
     except StateError:
         beam = []  # damaged: the next step writes over it
     if beam:
@@ -82,8 +83,8 @@ def find_plan(
         source="search",
         projection=projection and projection.name,
         denoiser=projection and projection.denoiser,
-        prompts=len(prompts) + len(fitted_on or ()),
-        prompts_sha256=prompts_sha256([*prompts, *(fitted_on or ())]),
+        prompts=len(given),
+        prompts_sha256=prompts_sha256(given),
         beam=settings.beam if fitting is None else 1,
         created_with=f"skrr {__version__}",
     )
