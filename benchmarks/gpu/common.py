@@ -97,6 +97,10 @@ class Card:
     def name(self) -> str:
         return self.torch.cuda.get_device_name() if self.cuda else "rehearsal"
 
+    def targets(self, *found: dict) -> list[dict]:
+        """Targets, which a rehearsal has none of."""
+        return list(found) if self.cuda else []
+
     @property
     def total(self) -> int:
         """Bytes of its memory."""
@@ -201,7 +205,6 @@ class Card:
 def scratch(size: int) -> Path:
     """A folder with room for so many bytes, in RAM where that is possible."""
     import shutil
-
     import tempfile
 
     for place in ("/dev/shm", tempfile.gettempdir()):

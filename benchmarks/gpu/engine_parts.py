@@ -117,9 +117,8 @@ def rates(work: Work) -> None:
     """What the card does at best: everything else is held against it."""
     card, n = work.card, 8192 if work.card.cuda else 256
     a = torch.empty((1 << 32) if card.cuda else 1 << 20, dtype=torch.uint8, device=card.device).random_()
-    b = torch.empty_like(a)
-    copied = 2 * a.nbytes / card.seconds(lambda: b.copy_(a), 5)
-    del a, b
+    copied = 2 * a.nbytes / card.seconds(functools.partial(torch.empty_like(a).copy_, a), 5)
+    del a
     found = {str(dtype).removeprefix("torch."): gemm_rate(card, n, n, n, dtype) / 1e12
              for dtype in (torch.float16, torch.bfloat16, torch.float32)}  # fmt: skip
     shape = {"fp16, the search's shape": own_rate(work) / 1e12, "fp32": own_rate(work, torch.float32) / 1e12}
@@ -170,7 +169,7 @@ def search_part(work: Work, mode: str) -> None:
     targets.append(target("peak beside the weights, of what it may take", (card.peak() - base) / memory, 1.0, True))
     if mode == "racing":
         targets.append(target("whole search, seconds", found["whole_s"], 600, at_most=True))
-    emit(what="search", name=mode, mode=mode, **found, targets=targets if card.cuda else [])
+    emit(what="search", name=mode, mode=mode, **found, targets=card.targets(*targets))
     if not found["ended"]:
         one_reuse(work, meter, settings)
 
@@ -248,7 +247,8 @@ def profile_part(work: Work) -> None:
     work.write("profile_python.txt", text.getvalue())
     idle = None if busy is None else max(0.0, 1 - busy / plain)
     emit(what="python", name="share of a step in which the card waits for Python", seconds=plain, busy_s=busy,
-         share=idle, targets=[target("share of time in Python", idle, 0.1, at_most=True)] if card.cuda else [])  # fmt: skip
+         share=idle,
+         targets=card.targets(target("share of time in Python", idle, 0.1, at_most=True)))  # fmt: skip
 
 
 class Reading(Files):
@@ -286,7 +286,7 @@ def streamed_part(work: Work, limited: bool) -> None:
              mode="streamed", **found, tflops=meter.flops() / found["seconds"] / 1e12, peak_gb=peak,
              memory_gb=memory / GB, read_gb=files.total / GB, reading_s=files.seconds, done_of_a_step=done,
              shrinks=meter.shrinks,
-             targets=[target("peak, GB", peak, memory / GB, at_most=True)] if card.cuda else [])  # fmt: skip
+             targets=card.targets(target("peak, GB", peak, memory / GB, at_most=True)))  # fmt: skip
 
 
 def standins_part(work: Work) -> None:
@@ -318,7 +318,8 @@ def standins_part(work: Work) -> None:
     emit(what="stand-ins", name=f"{len(order)} places, {work.sizes.fitted} prompts", seconds=seconds,
          whole_s=seconds if found else seconds / max(done[0], 1e-3), ended=bool(found), peak_gb=peak,
          memory_gb=memory / GB, shrinks=meter.shrinks, **d,
-         targets=[target("peak, of what it may take", peak * GB / memory, 1.0, at_most=True)] if card.cuda else [])  # fmt: skip
+         targets=card.targets(
+             target("peak, of what it may take", peak * GB / memory, 1.0, at_most=True)))  # fmt: skip
 
 
 def memory_part(work: Work) -> None:
@@ -351,8 +352,8 @@ def memory_part(work: Work) -> None:
     emit(what="out of memory", name="two fifths of what a search takes", shrinks_free=shrinks, shrinks=halved,
          same_plan=same, peak_gb=peak / GB, limited_peak_gb=peak_tight / GB, D=free["D"], D_limited=tight["D"],
          seconds=free["seconds"], limited_s=tight["seconds"], order=tight["order"],
-         targets=[target("halvings", halved, 1, at_most=False), target("same plan", float(same), 1, at_most=False)]
-         if card.cuda else [])  # fmt: skip
+         targets=card.targets(target("halvings", halved, 1, at_most=False),
+                              target("same plan", float(same), 1, at_most=False)))  # fmt: skip
 
 
 class Lone(int):

@@ -45,6 +45,7 @@ for wheel in .gpu/wheels/*.whl; do "$python" -m zipfile -e "$wheel" .gpu/kit/sit
 # Hundreds of MB of kernels for quantised layers, which no text encoder runs: comfy-kitchen has others in their place.
 find .gpu/kit/site -path '*comfy_kitchen/backends*' -name '*.so' -delete
 find .gpu/kit/site -name '*rocm*' -delete
+echo "$version" > .gpu/kit/python
 tar -C .gpu/kit -czf .gpu/kit.tar.gz .
 rm -rf .gpu/kit .gpu/wheels
 size=$(wc -c < .gpu/kit.tar.gz)
