@@ -1,11 +1,12 @@
 # make test   everything: environment, lint, tests        make demo   Skrr in ComfyUI, on a small trained model
+# make gpu    the proof on a GPU (docs/gpu.md), its rehearsal where there is none; COMFYUI=DIR: a later ComfyUI, too
 # make shapes-table   the paper's table on pictures: hours, resumable; QUICK=1: a cut of 15 minutes
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMPS := .venv/.stamps
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test fuzz demo shapes-table lint env chromium clean
+.PHONY: test fuzz demo shapes-table gpu lint env chromium clean
 
 test: env chromium
 	$(PY) -m ruff check .
@@ -20,6 +21,11 @@ demo: env
 
 shapes-table: env $(STAMPS)/lpips
 	$(PY) -m benchmarks.shapes.table $(if $(QUICK),--quick)
+
+gpu: env
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(PY) benchmarks/gpu/prove.py $(if $(COMFYUI),--newer $(COMFYUI)); $(PY) benchmarks/gpu/page.py; \
+	else $(PY) benchmarks/gpu/prove.py --rehearse $(if $(COMFYUI),--newer $(COMFYUI)); fi
 
 lint: env
 	$(PY) -m ruff check .

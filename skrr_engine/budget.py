@@ -34,12 +34,13 @@ def free_in_container() -> int:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that a device has run out of memory: CUDA has a class for it, MPS and the CPU's allocator
-    only a text."""
+    """Whether an error says that a device has run out of memory: CUDA has a class for it, its libraries, MPS and the
+    CPU's allocator only a text."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error).lower() if isinstance(error, RuntimeError) else ""
-    return any(saying in text for saying in ("out of memory", "can't allocate memory", "not enough memory"))
+    sayings = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")
+    return any(saying in text for saying in sayings)
 
 
 def batch_tokens(memory: int, width: int, device: torch.device | str = "cpu") -> int:

@@ -204,6 +204,16 @@ def import_transformers():
     return transformers
 
 
+def no_init_weights():
+    """transformers' context in which a model is made without filling it; its place differs between versions 4 and 5."""
+    transformers = import_transformers()
+    if hasattr(transformers.modeling_utils, "no_init_weights"):
+        return transformers.modeling_utils.no_init_weights()
+    from transformers import initialization
+
+    return initialization.no_init_weights()
+
+
 def from_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The text encoder of a transformers folder."""
     return of_folder(folder, lambda chosen, config: chosen.from_pretrained(folder, dtype=dtype, local_files_only=True))
@@ -213,8 +223,10 @@ def blank(folder: Path) -> nn.Module:
     """The same, its weights still to come."""
 
     def make(chosen, config) -> nn.Module:
-        with import_transformers().modeling_utils.no_init_weights():
-            return chosen.from_config(config) if hasattr(chosen, "from_config") else chosen(config)
+        with no_init_weights():
+            module = chosen.from_config(config) if hasattr(chosen, "from_config") else chosen(config)
+        module.tie_weights()
+        return module
 
     return of_folder(folder, make)
 
@@ -248,12 +260,15 @@ def from_file(path: Path, dtype: torch.dtype) -> nn.Module:
             make = t5 if "encoder.final_layer_norm.weight" in shapes else clip
             module = make(transformers, shapes, path)
             names = set(file.keys())
+            if "text_model.final_layer_norm.weight" in shapes and not hasattr(module, "text_model"):
+                prefix += "text_model."  # which transformers 5 leaves out
             state = {}
             for key in module.state_dict():
                 stored = prefix + ("shared.weight" if key == "encoder.embed_tokens.weight" else key)
                 if stored in names:
                     state[key] = dequantised(stored, file.get_tensor, names, str(path)).to(dtype)
         missing, _ = module.load_state_dict(state, strict=False, assign=True)
+        module.tie_weights()
     except (SafetensorError, OSError) as error:
         raise EncoderError(f"{path}: can't be read as safetensors ({first_line(error)}); get the file again") from None
     except RuntimeError as error:
@@ -333,8 +348,10 @@ def clip(transformers, shapes: dict[str, tuple[int, ...]], path: Path) -> nn.Mod
 
 def uninitialised(transformers, model_class, config) -> nn.Module:
     """A model whose weights are still to be assigned."""
-    with transformers.modeling_utils.no_init_weights():
-        return model_class(config)
+    with no_init_weights():
+        module = model_class(config)
+    module.tie_weights()  # transformers 5 leaves T5 with two embeddings
+    return module
 
 
 def tokenizer_of(folder: Path, row: Row) -> Callable[[str], list[int]]:

@@ -17,7 +17,7 @@ FILE_UNUSED = re.compile(r"(?:vision_model|visual_projection)\..+")
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    found = module_at(encoder, "text_model.encoder.layers")
+    found = module_at(encoder, "text_model.encoder.layers", "encoder.layers")  # transformers 5 has no text_model
     return found if found and hasattr(found[1][0], "layer_norm1") else None
 
 

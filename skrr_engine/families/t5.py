@@ -4,6 +4,7 @@ T5's block 0 owns the position bias of the whole encoder and hands it on; its pl
 per block, which goes with its attention.
 """
 
+import inspect
 import re
 from collections.abc import Collection
 
@@ -51,7 +52,8 @@ def clamped(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     if x.dtype != torch.float16 or not from_transformers(layer):
         return x
     largest = torch.finfo(x.dtype).max
-    return x.clamp(-largest, largest) if not x.isinf().any() else x.clamp(1000 - largest, largest - 1000)
+    limit = torch.where(x.isinf().any(), largest - 1000, largest)  # a tensor: asking for its value makes a GPU wait
+    return x.clamp(-limit, limit)
 
 
 class T5FeedForward(SubBlock):
@@ -105,6 +107,8 @@ class BiasKeeper(nn.Module):
         self.relative_attention_bias = attention.relative_attention_bias
         self.__dict__["source"] = type(attention)
         self.hf = from_transformers(attention)
+        # transformers 4 hands the mask on inside the bias; 5 adds it to the scores itself.
+        self.masks = self.hf and "layer_head_mask" in inspect.signature(self.source.forward).parameters
 
     def _relative_position_bucket(self, *args, **kwargs):
         return self.source._relative_position_bucket(*args, **kwargs)
@@ -115,7 +119,7 @@ class BiasKeeper(nn.Module):
         if not self.hf:
             return self.source.compute_bias(self, tokens, tokens, x.device, x.dtype)
         bias = self.source.compute_bias(self, tokens, tokens, device=x.device)
-        return bias if mask is None else bias + mask[:, :, :, :tokens]
+        return bias if mask is None or not self.masks else bias + mask[:, :, :, :tokens]
 
 
 class AttentionPlaceholder(Placeholder):
@@ -130,13 +134,18 @@ class AttentionPlaceholder(Placeholder):
     def forward(self, *args, **kwargs):
         x, call = Call.split(args, kwargs)
         if self.idle:
-            return x, None
+            return self.handed(x, None, call)
         call, bias = self.with_bias(x, call)
         if self.record is not None:
             self.record(x, call)
         if self.repair is not None:
-            return x + self.repair(x), bias
-        return x if self.reused is None else self.reused.apply(x, call), bias
+            return self.handed(x + self.repair(x), bias, call)
+        return self.handed(x if self.reused is None else self.reused.apply(x, call), bias, call)
+
+    @staticmethod
+    def handed(x: torch.Tensor, bias: torch.Tensor | None, call: Call) -> tuple:
+        """What the block takes apart: transformers' T5 is given the attention weights, too."""
+        return (x, bias, None) if "position_bias" in call.kwargs else (x, bias)
 
     def with_bias(self, x: torch.Tensor, call: Call) -> tuple[Call, torch.Tensor | None]:
         """The call with the kept bias filled in, and the bias that goes on to the next block."""

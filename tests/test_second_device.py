@@ -1,0 +1,74 @@
+"""The engine where encoders lie on a device that is not the CPU: nothing may be mixed."""
+
+import pytest
+import small
+import torch
+from second_device import NAME, SecondDevice
+
+from skrr_engine import families, standin
+from skrr_engine.discrepancy import COSINE, Criterion, Meter
+from skrr_engine.encoders import Encoder
+from skrr_engine.projection import LAYOUTS, build
+from skrr_engine.rewire import assignment
+from skrr_engine.search import Settings, search
+from skrr_engine.trace import Tracer
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def tensor(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def everything(name: str, device: str) -> tuple:
+    """A search, exact and racing, with a projection, and stand-ins for what it removes."""
+    module = small.build(name, 4)
+    stack = SecondDevice() if device == NAME else None
+    if stack is not None:
+        stack.__enter__()
+        stack.take(module)
+    try:
+        encoder = Encoder("x", module, families.find(module), lambda prompt: [1])
+        weights = {
+            "fc1.weight": tensor(8, 32),
+            "fc2.weight": tensor(8, 8),
+            "fc1.bias": tensor(8),
+            "fc2.bias": tensor(8),
+        }
+        projection = build(LAYOUTS[0], lambda key: weights[key.removeprefix("y_embedder.y_proj.")]).to(device)
+        ids = [[3 + (7 * n + i * i) % 90 for i in range(8)] for n in range(9)]
+        found = []
+        for criterion, delta in ((Criterion(), 0.0), (COSINE, 0.05), (Criterion(), 0.05)):
+            meter = Meter(
+                module, Tracer(module, encoder.row), [encoder.batch(ids[i : i + 3]) for i in (0, 3, 6)],
+                encoder.batch([[1]]), projection, memory=1 << 26, criterion=criterion,
+            )  # fmt: skip
+            entry = search(meter, Settings(sparsity=0.15, beam=1, delta=delta))
+            found.append((entry.order, entry.levels[-1].reuse, round(entry.levels[-1].discrepancy, 3)))
+        fits, _ = standin.fit(meter, dict.fromkeys(entry.order), standin.Fitting(rank=4, held_out=3))
+        (repaired,) = meter.measure([assignment(entry.order, standins=fits)])
+        assert all(str(t.device) == device for fit in fits.values() for t in (fit.down, fit.up, fit.bias))
+        return (*found, round(repaired.total, 3), round(meter.null_norm(), 2))
+    finally:
+        if stack is not None:
+            stack.close()
+
+
+@pytest.mark.parametrize("name", ["t5", "clip", "llama"])
+def test_as_on_the_cpu(name):
+    assert everything(name, NAME) == everything(name, "cpu")
+
+
+def test_what_is_mixed_fails():
+    with SecondDevice() as device:
+        layer = device.take(torch.nn.Linear(3, 2))
+        there = torch.ones(4, 3, device=NAME)
+        assert str(layer(there).device) == NAME and layer(there).cpu().shape == (4, 2)
+        with pytest.raises(RuntimeError, match="one device"):
+            layer(torch.ones(4, 3))
+        with pytest.raises(RuntimeError, match="one device"):
+            there + torch.ones(4, 3)
