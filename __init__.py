@@ -8,7 +8,8 @@ async def comfy_entrypoint():
     from comfy_api.latest import ComfyExtension
 
     from .nodes import NODES
-    from .nodes.host import library, routes
+    from .nodes.host import server as routes
+    from .nodes.host.plans import folder as library
 
     library.register()
     routes.register()

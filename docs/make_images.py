@@ -35,8 +35,8 @@ def main() -> None:
 
 def pruned(pack, clip):
     """What Load Skrr Plan makes of a CLIP with the shipped plan."""
-    apply = comfy_runtime.pack_module(pack, "nodes.host.apply")
-    plans = comfy_runtime.pack_module(pack, "skrr_engine.plan")
+    apply = comfy_runtime.pack_module(pack, "nodes.host.clip.derive")
+    plans = comfy_runtime.pack_module(pack, "skrr_engine.plan.model")
     entry = plans.Plan.read(plans.shipped()[PLAN]).encoder("t5xxl")
     return apply.derive(clip, {"t5xxl": apply.Pruned(entry, entry.choose(SPARSITY))})
 

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from skrr_engine.plan import Plan, shipped  # noqa: E402
+from skrr_engine.plan.model import Plan, shipped  # noqa: E402
 
 PAGE = ROOT / "docs" / "artists.md"
 BEGIN, END = "<!-- made by docs/make_sizes.py -->\n", "<!-- end -->\n"

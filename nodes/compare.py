@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .host import features
+from .host import versions as features
 from .types import CATEGORY
 
 EXAMPLES = """a red cube on top of a blue sphere
@@ -53,11 +53,11 @@ class SkrrCompare(io.ComfyNode):
     def execute(cls, dense, pruned, prompts, model=None, images_dense=None, images_pruned=None) -> io.NodeOutput:
         from comfy_execution.graph_utils import ExecutionBlocker
 
-        from ..skrr_engine.compare import compare
-        from ..skrr_engine.prompts import from_text
-        from .comparison import as_text, grid, heat_map
-        from .host.encoding import projection, readings
-        from .host.progress import show
+        from ..skrr_engine.measure.compare import compare
+        from ..skrr_engine.measure.prompts import from_text
+        from .drawing.comparison import as_text, grid, heat_map
+        from .host.clip.readings import projection, readings
+        from .host.talk import show
 
         texts = from_text(prompts)
         before, after = readings(dense, [*texts, ""]), readings(pruned, [*texts, ""])

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .host import features
+from .host import versions as features
 from .types import CATEGORY, SkrrPlan
 
 
@@ -41,7 +41,8 @@ class SkrrEditPlan(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, edited="") -> bool | str:
-        from ..skrr_engine.plan import Plan, PlanError
+        from ..skrr_engine.plan.model import Plan
+        from ..skrr_engine.plan.text import PlanError
 
         try:
             # None: another node gives the text, which only the run can tell
@@ -53,10 +54,11 @@ class SkrrEditPlan(io.ComfyNode):
     def execute(cls, clip, edited="") -> io.NodeOutput:
         from comfy_execution.graph_utils import ExecutionBlocker
 
-        from ..skrr_engine.plan import Plan
-        from .host.apply import derive, replaced
-        from .host.encoders import pruning
-        from .plan_map import of_clip, plan_of, shown
+        from ..skrr_engine.plan.model import Plan
+        from .drawing.plan_map import of_clip, plan_of, shown
+        from .host.clip.derive import derive
+        from .host.clip.views import pruning
+        from .host.plans.match import replaced
 
         if edited.strip():
             out = derive(clip, replaced(clip, Plan.from_json(edited.strip(), "the edited plan")))

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from .host import choice, features
+from .host import versions as features
+from .host.plans import inputs as choice
 from .types import CATEGORY
 
 NO_PLAN = "none"
@@ -67,8 +68,8 @@ class LoadCLIP(io.ComfyNode):
     def execute(
         cls, plan, sparsity, type="sd3", size_gb=0.0, plan_json="", trim=True, device="default", **files
     ) -> io.NodeOutput:
-        from .host.loader import load, path_of
-        from .plan_map import shown
+        from .drawing.plan_map import shown
+        from .host.files.load import load, path_of
 
         known = features.encoder_files()
         names = [features.listed(files[key], known) or files[key] for key in cls.file_inputs()]

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from .host import choice, features
+from .host import versions as features
+from .host.plans import inputs as choice
 from .types import CATEGORY, SkrrPlan
 
 
@@ -42,10 +43,11 @@ class SkrrLoadPlan(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, plan, sparsity, size_gb=0.0, plan_json="") -> io.NodeOutput:
-        from .host.apply import derive, match
-        from .host.encoders import views
-        from .host.progress import say
-        from .plan_map import shown
+        from .drawing.plan_map import shown
+        from .host.clip.derive import derive
+        from .host.clip.views import views
+        from .host.plans.match import match
+        from .host.talk import say
 
         chosen = choice.read(plan, plan_json, sparsity, size_gb)
         pruned, lines = {}, []

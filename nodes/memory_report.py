@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .host import features
+from .host import versions as features
 from .types import CATEGORY
 
 
@@ -35,10 +35,10 @@ class SkrrMemoryReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, model=None, vae=None) -> io.NodeOutput:
-        from .host import memory
-        from .host.progress import show
-        from .plan_map import shown
-        from .report import as_image, as_text
+        from .drawing.plan_map import shown
+        from .drawing.report import as_image, as_text
+        from .host.clip import memory
+        from .host.talk import show
 
         encoders = memory.encoders(clip)
         others = {

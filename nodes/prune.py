@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .host import features
+from .host import versions as features
 from .types import CATEGORY, SkrrPlan, advanced
 
 PAPER, STANDINS = "paper", "linear stand-ins"
@@ -109,17 +109,17 @@ class SkrrPrune(io.ComfyNode):
         cls, clip, encoder, sparsity, beam, reuse, prompts, plan_name, model=None, own_prompts="", exact=False,
         quality=PAPER, rank=16,
     ) -> io.NodeOutput:  # fmt: skip
-        from ..skrr_engine.prompts import broad, from_text, generate
-        from ..skrr_engine.search import Settings
-        from ..skrr_engine.standin import Fitting
-        from ..skrr_engine.standin_file import of_level
-        from .host.apply import derive
-        from .host.encoders import Pruned, choose
-        from .host.library import folders
-        from .host.progress import say
+        from ..skrr_engine.files.companion import of_level
+        from ..skrr_engine.measure.prompts import broad, from_text, generate
+        from ..skrr_engine.search.settings import Settings
+        from ..skrr_engine.standins.fit import Fitting
+        from .drawing.plan_map import shown
+        from .host.clip.derive import derive
+        from .host.clip.trim import trimmed
+        from .host.clip.views import Pruned, choose
+        from .host.plans.folder import folders
         from .host.search import find_plan
-        from .host.trim import trimmed
-        from .plan_map import shown
+        from .host.talk import say
 
         fitting = Fitting(rank=rank) if quality == STANDINS else None
         texts = from_text(own_prompts) if own_prompts.strip() else (broad if fitting else generate)(prompts)

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .host import features
+from .host import versions as features
 from .types import CATEGORY
 
 
@@ -41,12 +41,12 @@ class SkrrSaveEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, encoder, file_name, trim=True) -> io.NodeOutput:
-        from ..skrr_engine.row import EncoderError
-        from .host.encoders import choose, pruning
-        from .host.progress import say
-        from .host.saving import save
-        from .host.trim import trimmed
-        from .report import human
+        from ..skrr_engine.encoder.row import EncoderError
+        from .drawing.report import human
+        from .host.clip.trim import trimmed
+        from .host.clip.views import choose, pruning
+        from .host.files.save import save
+        from .host.talk import say
 
         view = choose(clip, encoder.strip())
         pruned = pruning(clip).get(view.name)

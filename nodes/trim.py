@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .host import features
+from .host import versions as features
 from .types import CATEGORY
 
 
@@ -33,12 +33,12 @@ class SkrrTrimUnread(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip) -> io.NodeOutput:
-        from .host.apply import derive
-        from .host.encoders import views
-        from .host.progress import say
-        from .host.trim import trimmed
-        from .plan_map import shown
-        from .report import human
+        from .drawing.plan_map import shown
+        from .drawing.report import human
+        from .host.clip.derive import derive
+        from .host.clip.trim import trimmed
+        from .host.clip.views import views
+        from .host.talk import say
 
         whole = [view for view in views(clip).values() if view.whole is not None]
         pruned = {view.name: trimmed(clip, view) for view in whole}

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 
-from .cli import main
+from .cli.parser import main
 
 if __name__ == "__main__":
     code = main()

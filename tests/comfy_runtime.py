@@ -150,7 +150,7 @@ def load_pack(repo: Path) -> ModuleType:
 
 
 def pack_module(pack: ModuleType, name: str) -> ModuleType:
-    """A module of the loaded pack, such as `pack_module(pack, "nodes.host")` or `(pack, "skrr_engine.plan")`."""
+    """A module of the loaded pack, such as `pack_module(pack, "nodes.host")` or `(pack, "skrr_engine.plan.model")`."""
     return importlib.import_module(f"{pack.__name__}.{name}")
 
 

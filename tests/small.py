@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 import transformers as hf
 
-from skrr_engine import families
-from skrr_engine.discrepancy import Batch, Meter
-from skrr_engine.trace import Tracer
+from skrr_engine.encoder import families
+from skrr_engine.encoder.trace import Tracer
+from skrr_engine.measure.calibration import Batch
+from skrr_engine.measure.meter import Meter
 
 torch.set_num_threads(1)  # these are too small to share out
 

@@ -7,12 +7,15 @@ import pytest
 import small
 import torch
 
-from skrr_engine import baselines, families
-from skrr_engine.cli import main
-from skrr_engine.discrepancy import COSINE, Meter
-from skrr_engine.rewire import assignment, rewire, undo
-from skrr_engine.state import State
-from skrr_engine.trace import Tracer
+from skrr_engine.cli.parser import main
+from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import assignment
+from skrr_engine.encoder.rewire import rewire, undo
+from skrr_engine.encoder.trace import Tracer
+from skrr_engine.measure.discrepancy import COSINE
+from skrr_engine.measure.meter import Meter
+from skrr_engine.search import baselines
+from skrr_engine.search.resume import State
 
 IDS = small.prompts([6, 9, 9, 7], seed=5)
 

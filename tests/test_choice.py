@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from test_comfy import host  # noqa: F401 - a fixture
 from test_saving import of_pack, plan_of, shelf  # noqa: F401 - fixtures
 
-from skrr_engine.plan import EncoderPlan, Level, Plan, Provenance
+from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
 
 NODES = [
     "SkrrPrune", "SkrrLoadPlan", "SkrrEditPlan", "SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader",
@@ -122,11 +122,11 @@ def test_names_from_windows(execution, shelf, host, monkeypatch):  # noqa: F811
 
     node = host("nodes.load_clip").SkrrCLIPLoader
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=None, extra_pnginfo=None))
-    monkeypatch.setattr(host("nodes.host.loader"), "load", load)
+    monkeypatch.setattr(host("nodes.host.files.load"), "load", load)
     with pytest.raises(InterruptedError):
         node.execute(inputs["plan"], 0.4, clip_name=inputs["clip_name"])
     assert asked == [["sub/clip.safetensors"]]
-    answer = host("nodes.host.routes").answer({"plan": inputs["plan"], "plan_json": "", "sparsity": 1})
+    answer = host("nodes.host.server").answer({"plan": inputs["plan"], "plan_json": "", "sparsity": 1})
     assert answer["map"][0]["order"] == [0, 3]
     for field, says in (("clip_name", "there is no text encoder"), ("plan", "there is no plan")):
         prompt["node"]["inputs"] = {**inputs, field: "sub\\..\\..\\secret"}
@@ -139,13 +139,13 @@ def test_names_from_windows(execution, shelf, host, monkeypatch):  # noqa: F811
 
 def asked_of_all(host, plan: Plan, sparsity: float) -> set:  # noqa: F811
     """What the map before a run, a run and the command line answer: lengths of levels, or errors."""
-    from skrr_engine import cli
+    from skrr_engine.cli import commands as cli
 
     pack_plan = of_pack(host, plan)
-    shape = host("nodes.host.encoders").Shape("clip", 4, 64, 1000, (50,) * 8, (200,) * 8, 4000)
-    level = host("nodes.host.choice").Choice(pack_plan, sparsity, 0.0).level
+    shape = host("nodes.host.clip.views").Shape("clip", 4, 64, 1000, (50,) * 8, (200,) * 8, 4000)
+    level = host("nodes.host.plans.inputs").Choice(pack_plan, sparsity, 0.0).level
     error = (host("skrr_engine.errors").SkrrError, cli.SkrrError)
-    told = host("nodes.host.routes").answer({"plan": "", "plan_json": plan.to_json(), "sparsity": sparsity})
+    told = host("nodes.host.server").answer({"plan": "", "plan_json": plan.to_json(), "sparsity": sparsity})
     found = {told["error"] if "error" in told else len(told["map"][0]["order"])}
     for ask in (
         lambda: level("clip_l", shape, pack_plan.encoder("clip_l"))[0],
@@ -172,7 +172,7 @@ def test_one_answer_for_every_asker(host):  # noqa: F811
 
 def test_the_map_before_a_run_says_nothing_of_a_size(host):  # noqa: F811
     """Which level that comes to is told by the encoder's bytes."""
-    routes, text = host("nodes.host.routes"), plan_of(0, 3).to_json()
+    routes, text = host("nodes.host.server"), plan_of(0, 3).to_json()
     asked = {"plan": "", "plan_json": text, "sparsity": 0.0, "size_gb": 2.5}
     assert routes.answer(asked) == {"map": [], "plan": text}
     for wrong in ({"size_gb": "2"}, {"sparsity": float("nan")}, {"sparsity": 10**400}, {"size_gb": -(10**400)}):
@@ -183,7 +183,7 @@ def test_the_map_before_a_run_says_nothing_of_a_size(host):  # noqa: F811
 
 
 def test_only_its_own_stand_ins_make_a_node_run_again(shelf, host):  # noqa: F811
-    fingerprint, folder = host("nodes.host.choice").fingerprint, shelf["skrr_plans"]
+    fingerprint, folder = host("nodes.host.plans.inputs").fingerprint, shelf["skrr_plans"]
     folder.mkdir()
     text = plan_of(0, 3, standins=b"matrices").to_json()
     (folder / "mine.json").write_text(text)

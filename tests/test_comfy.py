@@ -29,7 +29,7 @@ def derive(host):
     """`derive(clip, {"t5xxl": removed})` through a real plan."""
 
     def make(clip, removed_by_name):
-        plan, apply, encoders = host("skrr_engine.plan"), host("nodes.host.apply"), host("nodes.host.encoders")
+        plan, apply, encoders = host("skrr_engine.plan.model"), host("nodes.host.clip.derive"), host("nodes.host.clip.views")
         pruned = {}
         for name, removed in removed_by_name.items():
             row = encoders.views(clip)[name].row
@@ -104,7 +104,7 @@ def test_derived_clip(builders, derive, kind, name, family, removed):
 def test_sizes_are_exact(comfy, builders, derive, host):
     clip = builders.flux()
     pruned = derive(clip, {"t5xxl": LEVELS[0]})
-    row = host("nodes.host.encoders").views(clip)["t5xxl"].row
+    row = host("nodes.host.clip.views").views(clip)["t5xxl"].row
     gone = sum(t.nbytes for i in LEVELS[0] for t in row.sub_blocks[i].tensors().values())
     assert pruned.patcher.model_size() == clip.patcher.model_size() - gone
     encode(pruned)
@@ -153,7 +153,7 @@ def test_pruning_twice(builders, derive, host):
     clip = builders.sdxl()
     one = derive(clip, {"clip_l": LEVELS[0]})
     both = derive(one, {"clip_g": LEVELS[1]})
-    assert set(host("nodes.host.encoders").pruning(both)) == {"clip_l", "clip_g"}
+    assert set(host("nodes.host.clip.views").pruning(both)) == {"clip_l", "clip_g"}
     again = derive(both, {"clip_l": LEVELS[1]})  # the newer plan replaces the older one
     direct = derive(clip, {"clip_l": LEVELS[1], "clip_g": LEVELS[1]})
     assert same(encode(again), encode(direct)) and again.patcher.model_size() == direct.patcher.model_size()
@@ -172,9 +172,9 @@ def test_clip_skip_on_a_derived_clip(builders, derive):
 
 def test_what_the_conditioning_reads(builders, host, smollm2_folder):
     conditioning, encoders, trace = (
-        host("nodes.host.conditioning"),
-        host("nodes.host.encoders"),
-        host("skrr_engine.trace"),
+        host("nodes.host.clip.prompts"),
+        host("nodes.host.clip.views"),
+        host("skrr_engine.encoder.trace"),
     )
 
     def reads(clip, name):
@@ -198,9 +198,9 @@ def test_what_the_conditioning_reads(builders, host, smollm2_folder):
 def test_streams_are_stacked(builders, host, kind, name):
     """A race passes all candidates' streams through ComfyUI's own sub-blocks together, prompts padded or not."""
     clip = builders.hunyuan_video() if kind == "llama" else getattr(builders, kind)()
-    view = host("nodes.host.encoders").choose(clip, name)
-    conditioning = host("nodes.host.conditioning").Conditioning(clip, view)
-    tracer = host("skrr_engine.trace").Tracer(conditioning.encoder, view.row, "transformer.")
+    view = host("nodes.host.clip.views").choose(clip, name)
+    conditioning = host("nodes.host.clip.prompts").Conditioning(clip, view)
+    tracer = host("skrr_engine.encoder.trace").Tracer(conditioning.encoder, view.row, "transformer.")
     candidates = [{}, *({i: None} for i in range(len(view.row))), {3: 1}, {2: 0, 1: None}]
     for prompts in (["a cat"], ["a cat", "a dog on a red carpet", "an old house"]):
         for batch in conditioning.batches(prompts):
@@ -220,10 +220,10 @@ def test_an_interruption_at_any_operation_ends_the_walk(builders, host, comfy, m
     take it for an answer."""
     management = comfy.model_management
     clip = builders.hunyuan_video() if kind == "llama" else getattr(builders, kind)()
-    view = host("nodes.host.encoders").choose(clip, name)
-    conditioning = host("nodes.host.conditioning").Conditioning(clip, view)
+    view = host("nodes.host.clip.views").choose(clip, name)
+    conditioning = host("nodes.host.clip.prompts").Conditioning(clip, view)
     candidates = [{}, *({i: None} for i in range(len(view.row)))]
-    tracer = host("skrr_engine.trace").Tracer(conditioning.encoder, view.row, "transformer.")
+    tracer = host("skrr_engine.encoder.trace").Tracer(conditioning.encoder, view.row, "transformer.")
     (batch,) = conditioning.batches(["a cat"])
     trace = tracer.trace(batch.run)
     asked, interrupt_at = 0, None
@@ -254,15 +254,15 @@ def test_an_interruption_at_any_operation_ends_the_walk(builders, host, comfy, m
 
 def test_numbers_of_strangers(host):
     """`extensions` of a plan are carried through unread: numbers there may be of any size."""
-    entry = host("skrr_engine.plan").EncoderPlan(
+    entry = host("skrr_engine.plan.model").EncoderPlan(
         family="t5", blocks=2, width=8, order=(0, 1, 2), extensions={"search": {"steps": [10**400, float("nan"), 2]}},
         levels=({"skipped": 3, "reuse": {}, "sparsity": 0.1},),
     )  # fmt: skip
-    assert host("nodes.plan_map").costs(entry, 3) == [None, None, 2]
+    assert host("nodes.drawing.plan_map").costs(entry, 3) == [None, None, 2]
 
 
 def test_a_blank_pasted_plan_is_none(host):
-    node, library = host("nodes.load_plan").SkrrLoadPlan, host("nodes.host.library")
+    node, library = host("nodes.load_plan").SkrrLoadPlan, host("nodes.host.plans.folder")
     name = library.names()[0]
     assert node.fingerprint_inputs(name, " \n") == node.fingerprint_inputs(name, "")
     assert node.validate_inputs("no such plan", " \n") is not True
@@ -274,15 +274,15 @@ def test_running_out_of_memory_is_not_a_bad_file(host, comfy, monkeypatch):
 
     monkeypatch.setattr(comfy.sd, "load_text_encoder_state_dicts", full)
     with pytest.raises(torch.OutOfMemoryError):
-        host("nodes.host.loader").load_hollow([], "sd3", "default", False)
+        host("nodes.host.files.load").load_hollow([], "sd3", "default", False)
 
 
 def test_template_tokens_are_not_read(builders, host):
     """HunyuanVideo reads a hidden state before the last one, without the system prompt around it."""
     clip = builders.hunyuan_video()
-    view = host("nodes.host.encoders").choose(clip, "llama")
-    conditioning = host("nodes.host.conditioning").Conditioning(clip, view)
-    tracer = host("skrr_engine.trace").Tracer(conditioning.encoder, view.row, "transformer.")
+    view = host("nodes.host.clip.views").choose(clip, "llama")
+    conditioning = host("nodes.host.clip.prompts").Conditioning(clip, view)
+    tracer = host("skrr_engine.encoder.trace").Tracer(conditioning.encoder, view.row, "transformer.")
     null = conditioning.null()
     trace = tracer.trace(null.run)
     assert tracer.find_boundaries(trace) == (4,) and (conditioning.hidden, conditioning.pooled) == (True, False)
@@ -297,8 +297,8 @@ def test_template_tokens_are_not_read(builders, host):
 
 def test_long_prompts_and_weights(builders, host):
     clip = builders.flux()
-    conditioning = host("nodes.host.conditioning").Conditioning(
-        clip, host("nodes.host.encoders").choose(clip, "clip_l")
+    conditioning = host("nodes.host.clip.prompts").Conditioning(
+        clip, host("nodes.host.clip.views").choose(clip, "clip_l")
     )
     assert [len(s) for s in conditioning.sections("cat " * 100)] == [77, 77]
     assert conditioning.sections("a (red:1.3) cat") == conditioning.sections("a red cat")
@@ -306,14 +306,14 @@ def test_long_prompts_and_weights(builders, host):
 
 
 def test_plan_goes_to_the_encoder_of_its_shape(builders, host):
-    plan, apply = host("skrr_engine.plan"), host("nodes.host.apply")
+    plan = host("skrr_engine.plan.model")
     clip = builders.flux()
     entry = {"blocks": 5, "width": 64, "order": (3,), "levels": (plan.Level(skipped=1, reuse={}, sparsity=0.1),)}
 
     def match(name, **changes):
         encoders = {name: plan.EncoderPlan(**{"family": "t5", **entry, **changes})}
-        return apply.match(
-            host("nodes.host.encoders").views(clip),
+        return host("nodes.host.plans.match").match(
+            host("nodes.host.clip.views").views(clip),
             plan.Plan(encoders=encoders, provenance=plan.Provenance(source="test")),
         )
 
@@ -368,12 +368,12 @@ def test_projection_of_a_model(comfy, builders, host, lora):
         delta = torch.randn(32, 64) * 0.1
         model.add_patches({"diffusion_model.txt_in.weight": (delta,)}, 0.5)
         wanted = wanted + 0.5 * x @ delta.T
-    view = host("nodes.host.encoders").choose(builders.flux(), "t5xxl")
-    projection = host("nodes.host.projection").from_model(model, view)
+    view = host("nodes.host.clip.views").choose(builders.flux(), "t5xxl")
+    projection = host("nodes.host.model").from_model(model, view)
     torch.testing.assert_close(projection(x), wanted, rtol=1e-5, atol=1e-5)
     assert (projection.denoiser, projection.name) == ("flux", "txt_in")
-    other = host("nodes.host.encoders").choose(builders.sdxl(), "clip_g")
-    assert host("nodes.host.projection").from_model(model, other)  # as wide: nothing tells them apart
+    other = host("nodes.host.clip.views").choose(builders.sdxl(), "clip_g")
+    assert host("nodes.host.model").from_model(model, other)  # as wide: nothing tells them apart
 
 
 def test_low_vram(comfy, builders, derive):

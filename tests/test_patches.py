@@ -80,7 +80,7 @@ PATCHES = [
 @pytest.fixture
 def prune(host):
     """`prune(clip)`: a plan on its T5, as Load Skrr Plan puts it on."""
-    plans, apply, encoders = host("skrr_engine.plan"), host("nodes.host.apply"), host("nodes.host.encoders")
+    plans, apply, encoders = host("skrr_engine.plan.model"), host("nodes.host.clip.derive"), host("nodes.host.clip.views")
     reuse = {i: j for i, j in REMOVED.items() if j is not None}
     level = plans.Level(skipped=len(REMOVED), sparsity=0.1, reuse=reuse)
     entry = plans.EncoderPlan(family="t5", blocks=5, width=64, order=tuple(REMOVED), levels=(level,))
@@ -142,7 +142,7 @@ def test_another_branch_has_patched_the_shared_clip(builders, prune, loaded):
 
 def test_what_is_read_is_asked_of_the_unpatched_tree(builders, prune, host):
     """Trimming and searching do not depend on what another branch has loaded."""
-    conditioning, encoders = host("nodes.host.conditioning"), host("nodes.host.encoders")
+    conditioning, encoders = host("nodes.host.clip.prompts"), host("nodes.host.clip.views")
     clip = builders.flux()
     view = encoders.choose(clip, "t5xxl")
     wanted = conditioning.Conditioning(clip, view).load()
@@ -159,8 +159,8 @@ def test_what_is_read_is_asked_of_the_unpatched_tree(builders, prune, host):
 def test_nothing_is_loaded_to_see_what_is_read(builders, host, comfy, monkeypatch):
     clip = builders.sdxl()
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *a, **k: pytest.fail("loads the CLIP"))
-    views = host("nodes.host.encoders").views(clip)
-    assert host("nodes.host.trim").unread(clip, views["clip_l"]) == (6, 7)
+    views = host("nodes.host.clip.views").views(clip)
+    assert host("nodes.host.clip.trim").unread(clip, views["clip_l"]) == (6, 7)
 
 
 def test_the_patchers_model_runs_pruned(builders, prune):
@@ -175,7 +175,7 @@ def test_the_patchers_model_runs_pruned(builders, prune):
 
 
 def test_no_way_leads_to_text_without_the_last_layers(builders, host):
-    trim, apply, encoders = host("nodes.host.trim"), host("nodes.host.apply"), host("nodes.host.encoders")
+    trim, apply, encoders = host("nodes.host.clip.trim"), host("nodes.host.clip.derive"), host("nodes.host.clip.views")
     error, clip = host("skrr_engine.errors").SkrrError, builders.sdxl()
     type(clip.cond_stage_model.clip_l).generate = lambda self, *args: "text"
     try:
@@ -192,8 +192,8 @@ def test_no_way_leads_to_text_without_the_last_layers(builders, host):
 
 
 def test_trim_and_a_plan_combine_in_either_order(builders, prune, host):
-    trim, apply, encoders = host("nodes.host.trim"), host("nodes.host.apply"), host("nodes.host.encoders")
-    plans, clip = host("skrr_engine.plan"), builders.sdxl()
+    trim, apply, encoders = host("nodes.host.clip.trim"), host("nodes.host.clip.derive"), host("nodes.host.clip.views")
+    plans, clip = host("skrr_engine.plan.model"), builders.sdxl()
     level = plans.Level(skipped=2, reuse={}, sparsity=0.01)
     entry = plans.EncoderPlan(family="clip", blocks=4, width=64, order=(0, 3), levels=(level,))
 

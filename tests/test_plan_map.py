@@ -24,7 +24,7 @@ from browser import (
     wait_for_map,
     workflow,
 )
-from skrr_engine.plan import Plan, shipped
+from skrr_engine.plan.model import Plan, shipped
 
 SHIPPED = "pixart-sigma"
 SPARSITY = 0.42

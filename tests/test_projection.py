@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from skrr_engine.projection import ProjectionError, from_file
+from skrr_engine.measure.projection import ProjectionError, from_file
 
 WIDTH, FEATURES = 24, 10
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skrr_engine import prompts
+from skrr_engine.measure import prompts
 
 REPO = Path(__file__).resolve().parents[1]
 GOLDEN = "d6a1296b936328d0a902fd3e095d64c48031abf7a8de9da32a61de4103402933"
@@ -35,13 +35,13 @@ def test_the_default_prompts_never_change(thousand):
 
 
 def test_another_process_makes_the_same_prompts():
-    code = "from skrr_engine import prompts; import sys; sys.stdout.write(prompts.sha256(prompts.generate(50, 7)))"
+    code = "from skrr_engine.measure import prompts; import sys; sys.stdout.write(prompts.sha256(prompts.generate(50, 7)))"
     out = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True).stdout
     assert out == prompts.sha256(prompts.generate(50, 7))
 
 
 def test_importing_needs_no_torch():
-    code = "import sys, skrr_engine.plan, skrr_engine.prompts; sys.exit('torch' in sys.modules)"
+    code = "import sys, skrr_engine.plan.model, skrr_engine.measure.prompts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
 
 

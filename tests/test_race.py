@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from skrr_engine.race import FIRST_LOOK, Board, grouped, rank, t_margin
+from skrr_engine.measure.calibration import FIRST_LOOK, grouped
+from skrr_engine.measure.elimination import Board, rank, t_margin
 
 CONTRIBUTION = st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0, 1.0000000000000002, 1e-16, 7.0])
 

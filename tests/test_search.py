@@ -7,9 +7,10 @@ import reference
 import small
 import torch
 
-from skrr_engine import reuse, skip
-from skrr_engine.plan import PlanError
-from skrr_engine.search import Settings, measure_level, search
+from skrr_engine.plan.text import PlanError
+from skrr_engine.search import reuse, skip
+from skrr_engine.search.run import measure_level, search
+from skrr_engine.search.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -64,13 +65,13 @@ def test_reuse_is_found_where_it_helps():
 
 
 def test_smollm2_first_removals(smollm2_folder):
-    from skrr_engine.encoders import load
+    from skrr_engine.files.folder import load
 
     encoder = load(smollm2_folder)
     prompts = ["a red cube", "two dogs under a table"]
     batches, null = encoder.batches(prompts), encoder.batch([encoder.tokenize("")])
-    from skrr_engine.discrepancy import Meter
-    from skrr_engine.trace import Tracer
+    from skrr_engine.encoder.trace import Tracer
+    from skrr_engine.measure.meter import Meter
 
     meter = Meter(encoder.module, Tracer(encoder.module, encoder.row), batches, null)
     plan = search(meter, Settings(0.012, (), 2))
@@ -178,7 +179,7 @@ def test_at_most_is_at_most():
 def test_the_time_left_is_about_right(delta, monkeypatch):
     """A forward takes a second here; from the middle to the last tenth, it is within a factor of three."""
     now, told = [0.0], []
-    monkeypatch.setattr("skrr_engine.search.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("skrr_engine.search.progress.time.monotonic", lambda: now[0])
 
     def report(progress):
         now[0] += 1

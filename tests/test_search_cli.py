@@ -13,10 +13,10 @@ import pytest
 import small
 import torch
 
-from skrr_engine import baselines
-from skrr_engine.cli import baseline
-from skrr_engine.search import Settings
-from skrr_engine.team import Team, TeamError, join
+from skrr_engine.cli.commands import baseline
+from skrr_engine.measure.processes import Team, TeamError, join
+from skrr_engine.search import baselines
+from skrr_engine.search.settings import Settings
 
 REPO = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red cube", "two blue cats on a mat", "an oil painting of a lighthouse at sea", "seven small cups", "rain"]

@@ -11,15 +11,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from skrr_engine import baselines, budget, families, skip, standin
-from skrr_engine.budget import Store, batch_tokens, free_memory, nbytes
-from skrr_engine.discrepancy import Batch, Meter
-from skrr_engine.rewire import assignment, rewire, undo
-from skrr_engine.row import EncoderError
-from skrr_engine.search import Settings, search
-from skrr_engine.skip import SearchError
-from skrr_engine.state import State, StateError, fingerprint
-from skrr_engine.trace import Tracer
+from skrr_engine import memory as budget
+from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import assignment
+from skrr_engine.encoder.rewire import rewire, undo
+from skrr_engine.encoder.row import EncoderError
+from skrr_engine.encoder.trace import Tracer
+from skrr_engine.errors import SearchError
+from skrr_engine.measure.calibration import Batch
+from skrr_engine.measure.meter import Meter
+from skrr_engine.memory import Store, batch_tokens, free_memory, nbytes
+from skrr_engine.search import baselines, skip
+from skrr_engine.search.resume import State, StateError, fingerprint
+from skrr_engine.search.run import search
+from skrr_engine.search.settings import Settings
+from skrr_engine.standins import fit as standin
 
 ACCEPTED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 FEW = settings(max_examples=6, deadline=None, suppress_health_check=ACCEPTED)

@@ -12,10 +12,10 @@ import small
 import torch
 from safetensors.torch import load_file, save_file
 
-from skrr_engine.cli import main
-from skrr_engine.encoders import gigabytes, load
-from skrr_engine.row import EncoderError
-from skrr_engine.stream import Files
+from skrr_engine.cli.parser import main
+from skrr_engine.encoder.row import EncoderError
+from skrr_engine.files.folder import gigabytes, load
+from skrr_engine.files.offload import Files
 
 REPO = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red cube", "two blue cats on a mat", "rain"]
@@ -63,7 +63,7 @@ def least(whole) -> int:
 @pytest.mark.parametrize("name", ["t5", "clip", "llama"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_a_large_vocabulary_counts(name, stored, tmp_path, monkeypatch):
-    from skrr_engine import encoders
+    from skrr_engine.files import folder as encoders
 
     module = small.build(name, 3)
     module.resize_token_embeddings(20_000)  # 2.56 MB in float32, a sub-block at most 25 KB
@@ -142,11 +142,11 @@ SEARCH = """
 import sys
 sys.path.insert(0, {repo!r})
 import torch
-from skrr_engine.encoders import import_transformers
+from skrr_engine.files.folder import import_transformers
 transformers = import_transformers()
 transformers.LlamaModel, transformers.PreTrainedTokenizerFast
 torch.set_num_threads(1)
-import skrr_engine.cli, skrr_engine.search, skrr_engine.team
+import skrr_engine.cli, skrr_engine.search.run, skrr_engine.measure.processes
 torch.randn(64, 64) @ torch.randn(64, 64)
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 def peak():

@@ -5,13 +5,16 @@ import small
 import torch
 from second_device import NAME, SecondDevice
 
-from skrr_engine import families, standin
-from skrr_engine.discrepancy import COSINE, Criterion, Meter
-from skrr_engine.encoders import Encoder
-from skrr_engine.projection import LAYOUTS, build
-from skrr_engine.rewire import assignment
-from skrr_engine.search import Settings, search
-from skrr_engine.trace import Tracer
+from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import assignment
+from skrr_engine.encoder.trace import Tracer
+from skrr_engine.files.folder import Encoder
+from skrr_engine.measure.discrepancy import COSINE, Criterion
+from skrr_engine.measure.meter import Meter
+from skrr_engine.measure.projection import LAYOUTS, build
+from skrr_engine.search.run import search
+from skrr_engine.search.settings import Settings
+from skrr_engine.standins import fit as standin
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import torch
 from scipy import ndimage
 
 from benchmarks.shapes import detector, install, scenes
-from skrr_engine.plan import Plan
-from skrr_engine.rewire import assignment
+from skrr_engine.encoder.actions import assignment
+from skrr_engine.plan.model import Plan
 
 REPO = Path(__file__).resolve().parents[1]
 FOLDER = REPO / "benchmarks" / "shapes"

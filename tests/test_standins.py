@@ -10,19 +10,27 @@ import small
 import torch
 from safetensors.torch import load_file, save_file
 
-from skrr_engine import families, heal, skip, standin, standin_file
-from skrr_engine.cli import main
-from skrr_engine.discrepancy import Batch, Meter
-from skrr_engine.plan import EncoderPlan, Level, Plan, PlanError, Provenance
-from skrr_engine.race import ROUNDING
-from skrr_engine.repair import NORMS, Repair, StandIn
-from skrr_engine.rewire import assignment, rewire, undo
-from skrr_engine.search import Settings
-from skrr_engine.skip import Path as SkipList
-from skrr_engine.skip import SearchError
-from skrr_engine.standin import Fitting, Gram
-from skrr_engine.standin_file import StandInError
-from skrr_engine.trace import Tracer, forwards
+from skrr_engine.cli.parser import main
+from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import assignment
+from skrr_engine.encoder.rewire import rewire, undo
+from skrr_engine.encoder.standin import NORMS, Repair, StandIn
+from skrr_engine.encoder.trace import Tracer
+from skrr_engine.errors import SearchError
+from skrr_engine.files import companion as standin_file
+from skrr_engine.files.companion import StandInError
+from skrr_engine.measure.calibration import Batch
+from skrr_engine.measure.elimination import ROUNDING
+from skrr_engine.measure.meter import Meter
+from skrr_engine.measure.walk import forwards
+from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
+from skrr_engine.plan.text import PlanError
+from skrr_engine.search import skip
+from skrr_engine.search import with_standins as heal
+from skrr_engine.search.settings import Settings
+from skrr_engine.search.skip import Path as SkipList
+from skrr_engine.standins import fit as standin
+from skrr_engine.standins.fit import Fitting, Gram
 
 IDS = [[5, 9, 33, 4, 60, 7, 8, 21, 99, 3, 2], [8, 7, 6, 5, 4, 3, 10, 11, 12, 13, 2]]
 LENGTHS = [7, 9, 7, 12, 5, 9, 11, 8, 6, 10]
@@ -381,7 +389,7 @@ def test_what_a_tick_raises_ends_a_fit():
 
 
 def test_a_stopped_search_claims_no_discrepancy():
-    from skrr_engine.search import unfinished
+    from skrr_engine.search.run import unfinished
 
     row = families.find(small.build("t5"))
     entry = unfinished(row, SkipList((3, 6), 0.5, (0.2, 0.5)), Settings(0.4), repaired=True)
@@ -579,7 +587,7 @@ def test_command_line_discrepancy(found, folder, tmp_path, capsys):
 
 def test_encode_by_hand(found, folder, tmp_path, capsys):
     """Each prompt's conditioning, dense and pruned and repaired, against plain transformers."""
-    from skrr_engine.encoders import load
+    from skrr_engine.files.folder import load
 
     lines = folder / "few.txt"
     lines.write_text("\n".join(PROMPTS))
@@ -604,7 +612,7 @@ def test_encode_by_hand(found, folder, tmp_path, capsys):
 
 
 def test_apply_writes_them_into_the_file(found, folder, tmp_path, capsys):
-    from skrr_engine.checkpoint import Checkpoint
+    from skrr_engine.files.encoder_file import Checkpoint
 
     out = tmp_path / "pruned.safetensors"
     whole = folder / "whole_file.safetensors"
@@ -644,7 +652,7 @@ def test_command_line_errors(folder, tmp_path, capsys, options, words):
 
 def test_resume(folder, found, tmp_path):
     """The state of a search with stand-ins is its own: another rank starts anew, with a clear word."""
-    from skrr_engine.state import State
+    from skrr_engine.search.resume import State
 
     state = tmp_path / "state"
     options = [

@@ -16,9 +16,10 @@ from test_files import (  # noqa: F401 - fixtures
     text_encoders,
 )
 
-from skrr_engine import standin_file
-from skrr_engine.checkpoint import Checkpoint, verify
-from skrr_engine.repair import StandIn
+from skrr_engine.encoder.standin import StandIn
+from skrr_engine.files import companion as standin_file
+from skrr_engine.files.encoder_file import Checkpoint
+from skrr_engine.files.pruned import verify
 
 PLACES = {"t5xxl": (0, 3, 7), "clip_l": (1, 2)}
 
@@ -33,13 +34,13 @@ def random_standin(host, norm: str, width: int, rank: int = 4, seed: int = 0):  
     """In the pack's own class, which is another than the tests' import of it."""
     generator = torch.Generator().manual_seed(seed)
     down, up = (torch.randn(shape, generator=generator) * 0.1 for shape in ((rank, width), (width, rank)))
-    own = StandIn if host is None else host("skrr_engine.repair").StandIn
+    own = StandIn if host is None else host("skrr_engine.encoder.standin").StandIn
     return own(norm, down.half(), up.half(), torch.randn(width, generator=generator) * 0.1)
 
 
 def pruned_with(host, clip, name: str, places, reuse=None):  # noqa: F811
     """`Pruned` of an encoder whose places are all repaired."""
-    plan, encoders = host("skrr_engine.plan"), host("nodes.host.encoders")
+    plan, encoders = host("skrr_engine.plan.model"), host("nodes.host.clip.views")
     row = encoders.views(clip)[name].row
     level = plan.Level(skipped=len(places), sparsity=0.1, reuse=reuse or {})
     entry = plan.EncoderPlan(
@@ -55,9 +56,9 @@ def test_derived_clip(comfy, builders, host, name):  # noqa: F811
     clip = builders.build_kind("flux")
     before, keys = encode_text(clip), list(clip.get_sd())
     pruned = pruned_with(host, clip, name, PLACES[name])
-    derived = host("nodes.host.apply").derive(clip, {name: pruned})
+    derived = host("nodes.host.clip.derive").derive(clip, {name: pruned})
     found = encode_text(derived)
-    row = host("nodes.host.encoders").views(clip)[name].row
+    row = host("nodes.host.clip.views").views(clip)[name].row
     handles = []
     for i, standin in pruned.standins.items():
         (*_, body) = row.sub_blocks[i].parts.values()
@@ -100,8 +101,8 @@ def override(body, standin, family: str, sub_block):
 def test_sizes_and_where_they_go(comfy, builders, host, monkeypatch):  # noqa: F811
     clip = builders.flux()
     pruned = pruned_with(host, clip, "t5xxl", PLACES["t5xxl"])
-    derived = host("nodes.host.apply").derive(clip, {"t5xxl": pruned})
-    row = host("nodes.host.encoders").views(clip)["t5xxl"].row
+    derived = host("nodes.host.clip.derive").derive(clip, {"t5xxl": pruned})
+    row = host("nodes.host.clip.views").views(clip)["t5xxl"].row
     gone = sum(t.nbytes for i in pruned.removed for t in row.sub_blocks[i].tensors().values())
     assert pruned.standin_bytes == 3 * (2 * 2 * 4 + 4) * 64
     assert derived.patcher.model_size() == clip.patcher.model_size() - gone + pruned.standin_bytes
@@ -123,12 +124,12 @@ def test_loras(comfy, builders, host):  # noqa: F811
     """Keys of kept sub-blocks stay as they are, those of removed ones go; a LoRA works on both sides of the pruning."""
     clip = builders.flux()
     pruned = pruned_with(host, clip, "t5xxl", (2, 5))
-    derive = host("nodes.host.apply").derive
+    derive = host("nodes.host.clip.derive").derive
     derived = derive(clip, {"t5xxl": pruned})
     keys, left = lora_keys(clip, comfy), lora_keys(derived, comfy)
     assert all(left[k] == v for k, v in keys.items() if k in left)
     lost = {v for k, v in keys.items() if k not in left}
-    row = host("nodes.host.encoders").views(clip)["t5xxl"].row
+    row = host("nodes.host.clip.views").views(clip)["t5xxl"].row
     gone = {f"t5xxl.transformer.{key}" for i in (2, 5) for key in row.sub_blocks[i].tensors()}
     assert lost <= gone and any("block.1.layer.0" in k for k in lost)
     lora = lora_for(comfy, clip, "t5xxl.transformer.encoder.block.3.")
@@ -153,7 +154,7 @@ def repaired_plan(folder, places=(5, 46, 0)):
 def plans(comfy, host, tmp_path, monkeypatch):  # noqa: F811
     """The folder of plans that the pack sees."""
     folder = tmp_path / "skrr_plans"
-    monkeypatch.setattr(host("nodes.host.library"), "folders", lambda: [folder])
+    monkeypatch.setattr(host("nodes.host.plans.folder"), "folders", lambda: [folder])
     return folder
 
 
@@ -161,14 +162,14 @@ def plans(comfy, host, tmp_path, monkeypatch):  # noqa: F811
 def test_one_file_of_stand_ins_serves_every_precision(comfy, host, small_heads, text_encoders, files, plans, kind):  # noqa: F811
     """Loading pruned = pruning what was loaded = loading what was saved."""
     plan, standins = repaired_plan(plans)
-    load = host("nodes.host.loader").load
+    load = host("nodes.host.files.load").load
     loaded = load([f"{kind}.safetensors"], "mochi", choice(host, plan))
     whole = dense(comfy, files[kind])
     chosen = choice(host, plan)
-    (view,) = host("nodes.host.encoders").views(whole).values()
+    (view,) = host("nodes.host.clip.views").views(whole).values()
     pruned, lines = chosen.pruned("t5xxl", view, chosen.plan.encoder("t5xxl"))
     assert set(pruned.standins) == set(standins) and len(lines) == 1
-    derived = host("nodes.host.apply").derive(whole, {"t5xxl": pruned})
+    derived = host("nodes.host.clip.derive").derive(whole, {"t5xxl": pruned})
     found = encode(loaded)
     assert torch.equal(found, encode(derived)) and found.isfinite().all()
     assert loaded.patcher.model_size() == derived.patcher.model_size()
@@ -176,7 +177,7 @@ def test_one_file_of_stand_ins_serves_every_precision(comfy, host, small_heads, 
     assert not torch.equal(found, encode(bare))
     assert loaded.patcher.model_size() == bare.patcher.model_size() + pruned.standin_bytes
 
-    saving, encoders = host("nodes.host.saving"), host("nodes.host.encoders")
+    saving, encoders = host("nodes.host.files.save"), host("nodes.host.clip.views")
     name, _ = saving.save(loaded, encoders.choose(loaded), encoders.pruning(loaded)["t5xxl"], f"repaired {kind}")
     text_encoders.filename_list_cache.clear()
     verify(files[kind].parent / name)
@@ -189,10 +190,10 @@ def test_one_file_of_stand_ins_serves_every_precision(comfy, host, small_heads, 
 def test_without_the_file_it_skips_and_says_so(host, small_heads, text_encoders, files, plans):  # noqa: F811
     plan, _ = repaired_plan(plans)
     plans.joinpath("mine.standins.safetensors").unlink()
-    load = host("nodes.host.loader").load
+    load = host("nodes.host.files.load").load
     found = encode(load(["fp16.safetensors"], "mochi", choice(host, plan)))
     assert torch.equal(found, encode(load(["fp16.safetensors"], "mochi", choice(host, plan_for()))))
-    (view,) = host("nodes.host.encoders").views(load(["fp16.safetensors"], "mochi", choice(host, None))).values()
+    (view,) = host("nodes.host.clip.views").views(load(["fp16.safetensors"], "mochi", choice(host, None))).values()
     own = choice(host, plan)
     pruned, lines = own.pruned("t5xxl", view, own.plan.encoder("t5xxl"))
     assert pruned.standins == {} and "stand-ins (*.standins.safetensors) is missing" in lines[1]
@@ -200,11 +201,11 @@ def test_without_the_file_it_skips_and_says_so(host, small_heads, text_encoders,
 
 def test_report_and_map(comfy, host, small_heads, text_encoders, files, plans):  # noqa: F811
     plan, standins = repaired_plan(plans)
-    loaded = host("nodes.host.loader").load(["fp16.safetensors"], "mochi", choice(host, plan))
-    memory, report = host("nodes.host.memory"), host("nodes.report")
+    loaded = host("nodes.host.files.load").load(["fp16.safetensors"], "mochi", choice(host, plan))
+    memory, report = host("nodes.host.clip.memory"), host("nodes.drawing.report")
     (encoder,) = memory.encoders(loaded)
     layout = Checkpoint(files["fp16"]).layout
-    (whole,) = memory.encoders(host("nodes.host.loader").load(["fp16.safetensors"], "mochi", choice(host, None)))
+    (whole,) = memory.encoders(host("nodes.host.files.load").load(["fp16.safetensors"], "mochi", choice(host, None)))
     assert encoder.dense == whole.dense
     gone = sum(layout.sub_block_bytes[i] for i in plan.encoder("t5xxl").order)
     repairs = sum(s.nbytes for s in standins.values())
@@ -212,7 +213,7 @@ def test_report_and_map(comfy, host, small_heads, text_encoders, files, plans): 
     text = report.as_text([encoder], {}, 0)
     assert "repaired by linear stand-ins: 3 (~), rank 4" in text and text.count("~") == 4
     assert report.as_image([encoder], {}).shape[0] == 1
-    (drawn,) = host("nodes.plan_map").of_clip(loaded)
+    (drawn,) = host("nodes.drawing.plan_map").of_clip(loaded)
     assert drawn["standins"] == {str(i): 4 for i in standins} and drawn["now"] == encoder.now - (
         whole.dense - layout.total_bytes
     )
@@ -222,36 +223,36 @@ def test_report_and_map(comfy, host, small_heads, text_encoders, files, plans): 
 
 def test_editing_one_encoder_keeps_the_stand_ins_of_the_others(comfy, builders, host):  # noqa: F811
     """What the editor sends names them by their file's hash; turning a repaired place into a skipped one does not."""
-    plan, apply, encoders = host("skrr_engine.plan"), host("nodes.host.apply"), host("nodes.host.encoders")
+    plan, apply, encoders = host("skrr_engine.plan.model"), host("nodes.host.clip.derive"), host("nodes.host.clip.views")
     clip = builders.flux()
     pruned = pruned_with(host, clip, "t5xxl", (2, 5))
     named = plan.StandIns(sha256="a" * 64, ranks={2: 4, 5: 4})
     level = pruned.level.model_copy(update={"standins": named})
     pruned = encoders.Pruned(pruned.plan.model_copy(update={"levels": (level,)}), level, standins=pruned.standins)
     derived = apply.derive(clip, {"t5xxl": pruned})
-    (drawn,) = [m for m in host("nodes.plan_map").of_clip(derived) if m["name"] == "t5xxl"]
+    (drawn,) = [m for m in host("nodes.drawing.plan_map").of_clip(derived) if m["name"] == "t5xxl"]
     assert drawn["standins_sha256"] == "a" * 64 and drawn["standins"] == {"2": 4, "5": 4}
 
     other = plan.EncoderPlan(
         family="clip", blocks=4, width=64, order=(1,), levels=(plan.Level(skipped=1, reuse={}, sparsity=0.1),)
     )
     edited = plan.Plan(encoders={"t5xxl": pruned.plan, "clip_l": other}, provenance=plan.Provenance(source="manual"))
-    assert set(apply.replaced(derived, edited)) == {"clip_l"}
+    assert set(host("nodes.host.plans.match").replaced(derived, edited)) == {"clip_l"}
     bare = pruned.plan.model_copy(update={"levels": (level.model_copy(update={"standins": None}),)})
-    changed = apply.replaced(derived, plan.Plan(encoders={"t5xxl": bare}, provenance=edited.provenance))
+    changed = host("nodes.host.plans.match").replaced(derived, plan.Plan(encoders={"t5xxl": bare}, provenance=edited.provenance))
     assert changed["t5xxl"].standins == {}, "now only skipped"
 
 
 def test_a_pruned_file_without_its_stand_ins_says_so(host, small_heads, text_encoders, files, plans, tmp_path):  # noqa: F811
-    from skrr_engine.checkpoint import write_pruned
-    from skrr_engine.standin_file import StandInError
+    from skrr_engine.files.companion import StandInError
+    from skrr_engine.files.pruned import write_pruned
 
     plan, standins = repaired_plan(plans)
     folder = files["fp16"].parent
     write_pruned(Checkpoint(files["fp16"]), folder / "without.safetensors", "t5xxl", plan, 8)
     text_encoders.filename_list_cache.clear()
     said = []
-    loader = host("nodes.host.loader")
+    loader = host("nodes.host.files.load")
     original, loader.say = loader.say, lambda text, node: said.append(text)
     try:
         loader.load(["without.safetensors"], "mochi", choice(host, None))
@@ -266,8 +267,8 @@ def test_a_pruned_file_without_its_stand_ins_says_so(host, small_heads, text_enc
 
 def test_library_never_writes_over_stand_ins(comfy, host, plans):  # noqa: F811
     """A plan was renamed, its stand-ins were not: they stay, and a change of files makes nodes run again."""
-    library, folder_paths = host("nodes.host.library"), pytest.importorskip("folder_paths")
-    plan = host("skrr_engine.plan").Plan.from_json(plan_for().to_json())
+    library, folder_paths = host("nodes.host.plans.folder"), pytest.importorskip("folder_paths")
+    plan = host("skrr_engine.plan.model").Plan.from_json(plan_for().to_json())
     folder_paths.folder_names_and_paths[library.FOLDER] = ([str(plans)], {".json"})
     plans.mkdir(exist_ok=True)
     before = library.standins_state()

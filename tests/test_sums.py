@@ -9,13 +9,17 @@ import pytest
 import small
 import torch
 
-from skrr_engine import baselines, families, standin
-from skrr_engine.compare import difference
-from skrr_engine.discrepancy import COSINE, Batch, Meter
-from skrr_engine.rewire import assignment
-from skrr_engine.standin import Fitting
-from skrr_engine.sums import double, place
-from skrr_engine.trace import Tracer
+from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import assignment
+from skrr_engine.encoder.trace import Tracer
+from skrr_engine.measure.calibration import Batch
+from skrr_engine.measure.compare import difference
+from skrr_engine.measure.discrepancy import COSINE
+from skrr_engine.measure.meter import Meter
+from skrr_engine.measure.sums import double, place
+from skrr_engine.search import baselines
+from skrr_engine.standins import fit as standin
+from skrr_engine.standins.fit import Fitting
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -24,12 +24,12 @@ def encode(clip):
 
 
 def trim(host, clip):
-    trimmed, views = host("nodes.host.trim").trimmed, host("nodes.host.encoders").views(clip)
-    return host("nodes.host.apply").derive(clip, {name: trimmed(clip, view) for name, view in views.items()})
+    trimmed, views = host("nodes.host.clip.trim").trimmed, host("nodes.host.clip.views").views(clip)
+    return host("nodes.host.clip.derive").derive(clip, {name: trimmed(clip, view) for name, view in views.items()})
 
 
 def unread(host, clip):
-    return {name: entry.unread for name, entry in host("nodes.host.encoders").pruning(clip).items()}
+    return {name: entry.unread for name, entry in host("nodes.host.clip.views").pruning(clip).items()}
 
 
 def test_sdxl(builders, host):
@@ -76,10 +76,10 @@ def test_llama_layers(builders, host, smollm2_folder, layer, index, gone):
 
 
 def test_a_reused_layer_stays(builders, host):
-    encoders = host("nodes.host.encoders")
+    encoders = host("nodes.host.clip.views")
     pruned = encoders.Pruned(None, None, (6, 7))
     assert pruned.removed == {6: None, 7: None}
-    plan = host("skrr_engine.plan")
+    plan = host("skrr_engine.plan.model")
     level = plan.Level(skipped=1, reuse={4: 6}, sparsity=0.1)
     entry = plan.EncoderPlan(family="clip", blocks=4, width=64, order=(4,), levels=(level,))
     assert encoders.Pruned(entry, level, (6, 7)).removed == {4: 6, 7: None}
@@ -94,13 +94,13 @@ def test_writing_text_is_refused(builders, host):
 def test_search_leaves_unread_layers_alone(builders, host):
     """They are neither searched nor in the plan: it must stay right for a model that reads them."""
     clip = builders.sdxl()
-    encoders, trace = host("nodes.host.encoders"), host("skrr_engine.trace")
+    encoders, trace = host("nodes.host.clip.views"), host("skrr_engine.encoder.trace")
     view = encoders.choose(clip, "clip_l")
-    conditioning = host("nodes.host.conditioning").Conditioning(clip, view)
+    conditioning = host("nodes.host.clip.prompts").Conditioning(clip, view)
     tracer = trace.Tracer(conditioning.encoder, view.row, encoders.TRANSFORMER)
-    meter = host("skrr_engine.discrepancy").Meter(
+    meter = host("skrr_engine.measure.meter").Meter(
         conditioning.encoder, tracer, conditioning.batches(["a cat", "two dogs"]), conditioning.null()
     )
-    search = host("skrr_engine.search")
-    plan = search.search(meter, search.Settings(0.015, (), 2))
+    search = host("skrr_engine.search.run")
+    plan = search.search(meter, host("skrr_engine.search.settings").Settings(0.015, (), 2))
     assert meter.readable() == 6 and plan.order and max(plan.order) < 6

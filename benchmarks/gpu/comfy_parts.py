@@ -145,18 +145,18 @@ class Comfy:
         return self.comfy.sd.load_clip([str(path)], clip_type=getattr(self.comfy.sd.CLIPType, kind.upper()))
 
     def choice(self, plan):
-        return self.module("nodes.host.choice").Choice(plan, common.SPARSITY, 0.0)
+        return self.module("nodes.host.plans.inputs").Choice(plan, common.SPARSITY, 0.0)
 
     def plan(self, width: int):
         """The shipped plan, for an encoder of this width."""
-        plans = self.module("skrr_engine.plan")
+        plans = self.module("skrr_engine.plan.model")
         plan = plans.Plan.read(plans.shipped()[common.PLAN])
         entry = plan.encoder("t5xxl").model_copy(update={"width": width})
         return plans.Plan(encoders={"t5xxl": entry}, provenance=plan.provenance)
 
     def pruned(self, clip, plan):
         """What Load Skrr Plan makes of a CLIP."""
-        encoders, apply = self.module("nodes.host.encoders"), self.module("nodes.host.apply")
+        encoders, apply = self.module("nodes.host.clip.views"), self.module("nodes.host.clip.derive")
         view = encoders.views(clip)["t5xxl"]
         entry, _ = self.choice(plan).pruned("t5xxl", view, plan.encoder("t5xxl"))
         return apply.derive(clip, {"t5xxl": entry})
@@ -299,7 +299,7 @@ def t5_part(work: Work, comfy: Comfy, kind: str, lora: bool = False) -> None:
         lines.append(bench.measure("dense after LoRA", clip, like="dense"))
         lines.append(bench.measure("plan after LoRA", small, like="plan", left=True))
         del with_lora, both
-    pruning, views = comfy.module("nodes.host.encoders").pruning(small), comfy.module("nodes.host.encoders").views(clip)
+    pruning, views = comfy.module("nodes.host.clip.views").pruning(small), comfy.module("nodes.host.clip.views").views(clip)
     shape, gone = views["t5xxl"].shape, pruning["t5xxl"].removed
     kept = 1 - shape.bytes_of(gone) / shape.total_bytes
     work_kept = 1 - sum(shape.parameter_counts[i] for i, by in gone.items() if by is None) / sum(shape.parameter_counts)
@@ -308,7 +308,7 @@ def t5_part(work: Work, comfy: Comfy, kind: str, lora: bool = False) -> None:
     left_behind = (card.allocated() - bench.tensors) / GB
 
     def load_pruned():
-        clip = comfy.module("nodes.host.loader").load([path.name], "mochi", comfy.choice(plan))
+        clip = comfy.module("nodes.host.files.load").load([path.name], "mochi", comfy.choice(plan))
         comfy.on_card(clip)
         return clip
 
@@ -354,7 +354,7 @@ def crowded_part(work: Work, comfy: Comfy, kind: str = "fp16") -> None:
         lines.append(bench.measure("dense again, in part", clip, like="dense, in part"))
         del clip, small
         comfy.unload(work)
-        loaded = comfy.module("nodes.host.loader").load([path.name], "mochi", comfy.choice(plan))
+        loaded = comfy.module("nodes.host.files.load").load([path.name], "mochi", comfy.choice(plan))
         lines.append(bench.measure("loaded pruned, in part", loaded, like="plan, in part"))
         lines[-1] |= bench.seconds(loaded)
         del loaded
@@ -371,9 +371,9 @@ def nodes_search_part(work: Work, comfy: Comfy) -> None:
     module, card = comfy.module, work.card
     comfy.sized()
     builders = comfy.runtime.pack_module(comfy.runtime.load_pack(ROOT / "tests" / "comfy_nodes"), "builders")
-    host, engine = module("nodes.host.search"), module("skrr_engine.search")
-    views = module("nodes.host.encoders").views
-    texts = module("skrr_engine.prompts").of_kind("captions", 24 if card.cuda else 10, 0)
+    host, engine = module("nodes.host.search"), module("skrr_engine.search.run")
+    views = module("nodes.host.clip.views").views
+    texts = module("skrr_engine.measure.prompts").of_kind("captions", 24 if card.cuda else 10, 0)
     clip = builders.flux(layers=5)
     settings = engine.Settings(sparsity=0.05, beam=2)
     plan, seconds = timed(
@@ -386,12 +386,12 @@ def nodes_search_part(work: Work, comfy: Comfy) -> None:
         return
     path = common.t5_file(card, work.sizes.t5, "fp16", common.scratch(12 * 10**9))
     clip = comfy.dense(path, "mochi")
-    conditioning = module("nodes.host.conditioning").Conditioning(clip, views(clip)["t5xxl"])
-    row, budget = views(clip)["t5xxl"].row, module("skrr_engine.budget")
-    tracer = module("skrr_engine.trace").Tracer(conditioning.encoder, row, "transformer.")
+    conditioning = module("nodes.host.clip.prompts").Conditioning(clip, views(clip)["t5xxl"])
+    row, budget = views(clip)["t5xxl"].row, module("skrr_engine.memory")
+    tracer = module("skrr_engine.encoder.trace").Tracer(conditioning.encoder, row, "transformer.")
     memory = int(comfy.management.get_free_memory(card.device) * 9 // 10)
     batches = conditioning.batches(texts * 2, budget.batch_tokens(memory, row.width, card.device), True)
-    meter = module("skrr_engine.discrepancy").Meter(
+    meter = module("skrr_engine.measure.meter").Meter(
         conditioning.encoder, tracer, batches, conditioning.null(), None, memory=memory
     )
     candidates = [{i: None} for i in range(len(row))]
@@ -442,7 +442,7 @@ def klein_part(work: Work, comfy: Comfy) -> None:
     """Qwen3-8B as Flux.2 Klein reads it: 9 of its 36 blocks are never read."""
     import torch
 
-    from skrr_engine.checkpoint import Entry, header_bytes
+    from skrr_engine.files.encoder_file import Entry, header_bytes
 
     card = work.card
     small = {**QWEN3_8B, "ffn": 16, "heads": 2, "kv": 1}
@@ -469,11 +469,11 @@ def klein_part(work: Work, comfy: Comfy) -> None:
     lines[0] |= bench.seconds(clip)
     del clip
     comfy.unload(work)
-    choice = comfy.module("nodes.host.choice").Choice(None, 1.0, 0.0)
-    clip, load_s = timed(work, lambda: comfy.module("nodes.host.loader").load([path.name], "flux2", choice))
+    choice = comfy.module("nodes.host.plans.inputs").Choice(None, 1.0, 0.0)
+    clip, load_s = timed(work, lambda: comfy.module("nodes.host.files.load").load([path.name], "flux2", choice))
     lines.append(bench.measure("loaded trimmed", clip, load_s=load_s, like="dense", left=True))
     lines[-1] |= bench.seconds(clip)
-    entry = comfy.module("nodes.host.encoders").pruning(clip)["qwen3_8b"]
+    entry = comfy.module("nodes.host.clip.views").pruning(clip)["qwen3_8b"]
     kept = 1 - entry.shape.bytes_of(entry.unread) / entry.shape.total_bytes
     del clip
     comfy.unload(work)

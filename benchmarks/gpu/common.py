@@ -242,7 +242,7 @@ def t5_file(card: Card, sizes: T5, kind: str, folder: Path) -> Path:
     """A safetensors file of T5 with random weights, made on the card: `fp16`, `fp8` or `scaled_fp8` (each weight in fp8
     with a scale beside it and a marker, as artists have them)."""
     torch = card.torch
-    from skrr_engine.checkpoint import Entry, header_bytes
+    from skrr_engine.files.encoder_file import Entry, header_bytes
 
     folder = folder / f"{sizes.width}x{sizes.ffn}"
     folder.mkdir(exist_ok=True)
@@ -285,7 +285,7 @@ def raw(t) -> memoryview:
 def t5_on_card(card: Card, sizes: T5, dtype):
     """transformers' T5 encoder with random weights, made on the card."""
     torch = card.torch
-    from skrr_engine.encoders import import_transformers
+    from skrr_engine.files.folder import import_transformers
 
     transformers = import_transformers()
     config = transformers.T5Config(

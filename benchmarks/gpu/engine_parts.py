@@ -11,19 +11,22 @@ from pathlib import Path
 
 import torch
 
-from skrr_engine import families, reuse, standin
-from skrr_engine import plan as plans
-from skrr_engine.budget import batch_tokens, free_memory
-from skrr_engine.discrepancy import Batch, Meter
-from skrr_engine.encoders import Encoder, streamed
-from skrr_engine.projection import LAYOUTS, build
-from skrr_engine.race import grouped
-from skrr_engine.rewire import assignment
-from skrr_engine.search import Settings, search
-from skrr_engine.standin import Fitting
-from skrr_engine.stream import Files
-from skrr_engine.team import Team
-from skrr_engine.trace import Tracer
+from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import assignment
+from skrr_engine.encoder.trace import Tracer
+from skrr_engine.files.folder import Encoder, streamed
+from skrr_engine.files.offload import Files
+from skrr_engine.measure.calibration import Batch, grouped
+from skrr_engine.measure.meter import Meter
+from skrr_engine.measure.processes import Team
+from skrr_engine.measure.projection import LAYOUTS, build
+from skrr_engine.memory import batch_tokens, free_memory
+from skrr_engine.plan import model as plans
+from skrr_engine.search import reuse
+from skrr_engine.search.run import search
+from skrr_engine.search.settings import Settings
+from skrr_engine.standins import fit as standin
+from skrr_engine.standins.fit import Fitting
 
 from . import common
 from .common import GB, Card, Work, emit, target
@@ -406,8 +409,8 @@ def nccl_part(work: Work) -> None:
 def trained(work: Work):
     """A small T5 encoder trained for seconds to fill in masked words of captions, and captions it has not seen, as
     token ids."""
-    from skrr_engine.encoders import import_transformers
-    from skrr_engine.prompts import of_kind
+    from skrr_engine.files.folder import import_transformers
+    from skrr_engine.measure.prompts import of_kind
 
     transformers, card = import_transformers(), work.card
     captions = [c.lower().replace(",", " ,").replace(".", " .").split() for c in of_kind("captions", 3000, 0)]

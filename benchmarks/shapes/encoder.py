@@ -40,7 +40,7 @@ def wrapped(source: Path):
     """SmolLM2's tokenizer, putting START and END around what it is given."""
     from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
-    from skrr_engine.encoders import import_transformers
+    from skrr_engine.files.folder import import_transformers
 
     tokenizer = import_transformers().AutoTokenizer.from_pretrained(source, local_files_only=True)
     ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (START, END)]

@@ -23,13 +23,14 @@ import torch
 from torch import nn
 
 from benchmarks.shapes import detector, encoder, scenes
-from skrr_engine import families
-from skrr_engine.discrepancy import Meter
-from skrr_engine.encoders import Encoder, load
-from skrr_engine.projection import TextProjection, from_file
-from skrr_engine.race import grouped
-from skrr_engine.rewire import Assignment, rewire, undo
-from skrr_engine.trace import Tracer
+from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import Assignment
+from skrr_engine.encoder.rewire import rewire, undo
+from skrr_engine.encoder.trace import Tracer
+from skrr_engine.files.folder import Encoder, load
+from skrr_engine.measure.calibration import grouped
+from skrr_engine.measure.meter import Meter
+from skrr_engine.measure.projection import TextProjection, from_file
 
 HERE = Path(__file__).resolve().parent
 DENOISER, DECODER = HERE / "shapes_denoiser.safetensors", HERE / "shapes_decoder.safetensors"
@@ -205,8 +206,8 @@ def grid(pictures: np.ndarray, columns: int, gap: int = 4) -> np.ndarray:
 
 def main() -> None:
     """Judge and print."""
-    from skrr_engine.plan import Plan
-    from skrr_engine.rewire import assignment
+    from skrr_engine.encoder.actions import assignment
+    from skrr_engine.plan.model import Plan
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", help="a plan for the Shapes encoder; without one, the dense encoder is judged")

@@ -27,13 +27,16 @@ from torch import nn
 
 from benchmarks import equal_bytes
 from benchmarks.shapes import encoder, evaluate, report, scenes
-from skrr_engine import __version__, baselines, families
-from skrr_engine.cli import duration
-from skrr_engine.discrepancy import COSINE, Criterion
-from skrr_engine.plan import EncoderPlan, Plan, Provenance
-from skrr_engine.prompts import sha256 as prompts_sha256
-from skrr_engine.rewire import Assignment, assignment
-from skrr_engine.search import Settings, search
+from skrr_engine import __version__
+from skrr_engine.cli.commands import duration
+from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import Assignment, assignment
+from skrr_engine.measure.discrepancy import COSINE, Criterion
+from skrr_engine.measure.prompts import sha256 as prompts_sha256
+from skrr_engine.plan.model import EncoderPlan, Plan, Provenance
+from skrr_engine.search import baselines
+from skrr_engine.search.run import search
+from skrr_engine.search.settings import Settings
 
 HERE = Path(__file__).resolve().parent
 CACHE = encoder.CACHE / "results"

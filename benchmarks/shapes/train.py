@@ -46,7 +46,7 @@ def embeddings(prompts: list[scenes.Prompt], path: Path) -> list[torch.Tensor]:
     """Each caption's embedding `[tokens, 576]`, and the empty prompt's as the last; computed once."""
     if path.exists():
         return torch.load(path)
-    from skrr_engine.encoders import load
+    from skrr_engine.files.folder import load
 
     frozen = load(str(encoder.ensure()))
     captions = [p.caption for p in prompts] + [""]

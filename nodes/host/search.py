@@ -7,21 +7,23 @@ from collections.abc import Sequence
 import comfy.model_management
 import torch
 
-from ...skrr_engine import __version__, heal, standin_file
-from ...skrr_engine import search as engine
-from ...skrr_engine.budget import batch_tokens, free_memory
-from ...skrr_engine.discrepancy import Meter
+from ...skrr_engine import __version__
+from ...skrr_engine.encoder.trace import Tracer
 from ...skrr_engine.errors import SkrrError
-from ...skrr_engine.plan import EncoderPlan, Plan, Provenance
-from ...skrr_engine.prompts import sha256 as prompts_sha256
-from ...skrr_engine.standin import Fitting, halved, meter_bytes
-from ...skrr_engine.state import StateError
-from ...skrr_engine.trace import Tracer
-from . import library
-from .conditioning import Conditioning
-from .encoders import TRANSFORMER, View, dense_model
-from .progress import Reporter, say
-from .projection import from_model
+from ...skrr_engine.files import companion as standin_file
+from ...skrr_engine.measure.meter import Meter
+from ...skrr_engine.measure.prompts import sha256 as prompts_sha256
+from ...skrr_engine.memory import batch_tokens, free_memory
+from ...skrr_engine.plan.model import EncoderPlan, Plan, Provenance
+from ...skrr_engine.search import run as engine
+from ...skrr_engine.search import with_standins as heal
+from ...skrr_engine.search.resume import StateError
+from ...skrr_engine.standins.fit import Fitting, halved, meter_bytes
+from .clip.prompts import Conditioning
+from .clip.views import TRANSFORMER, View, dense_model
+from .model import from_model
+from .plans import folder as library
+from .talk import Reporter, say
 
 BARE = (
     "without a denoiser's text projection: searching on the bare embeddings, quality suffers"

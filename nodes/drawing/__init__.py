@@ -1,0 +1,1 @@
+"""Pictures and texts from plain values; no ComfyUI."""

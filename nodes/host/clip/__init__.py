@@ -1,0 +1,1 @@
+"""CLIP objects: seen as encoders, asked what is read of them, pruned."""

@@ -1,0 +1,107 @@
+"""A plan put onto a CLIP.
+
+`derive` gives a second CLIP that shares every weight with the first, minus what is left out. Its patcher stays a
+*clone* of the incoming one in ComfyUI's sense (`patcher.model` is the same object), because the two share weights:
+ComfyUI then unpatches and swaps them correctly, whichever runs next. It differs in what it loads, counts and lists.
+
+What is run is the shared tree, too, as any other pack knows it: while the derived CLIP is loaded, the left-out modules'
+`forward` is that of a placeholder, by the same mechanism as ComfyUI's object patches. So other packs' patches of it act
+whether they came before or behind ours, and all go when another clone is loaded. What is *looked at* (state dict, LoRA
+keys, sizes) is a fork: containers of its own, leaves shared, placeholders in place of what is left out.
+
+`prune_owned` rewires a CLIP in place that nobody else holds, so that what is left out is really freed.
+"""
+
+import copy
+import dataclasses
+import uuid
+from collections.abc import Callable, Mapping
+
+from ....skrr_engine.encoder.rewire import rewire
+from ....skrr_engine.encoder.row import EncoderError
+from .guard import guard, guarded_class
+from .patcher import pruned_class
+from .tree import LINEAR
+from .views import ATTACHMENT, Pruned, pruning, views
+
+
+def derive(clip, pruned: Mapping[str, Pruned]):
+    """A CLIP with these encoders pruned (others keep what they have); `clip` stays as it is. Raises EncoderError."""
+    known, before = views(clip), pruning(clip)
+    pruned = {**before, **{name: carried(entry, before.get(name, entry)) for name, entry in pruned.items()}}
+    derived = clip.clone()
+    patcher = derived.patcher
+    patcher.__class__ = pruned_class(type(patcher))
+    patcher.plant(known, pruned)
+    patcher.set_attachments(ATTACHMENT, pruned)
+    patcher.size = 0
+    patcher.patches_uuid = uuid.uuid4()  # else ComfyUI would take the dense tree's load state for this one's
+    derived.cond_stage_model = guard(patcher.skrr_tree, known, pruned, patcher.model)
+    derived.tokenizer = guarded_tokenizer(clip.tokenizer)
+    return derived
+
+
+def carried(entry: Pruned, before: Pruned) -> Pruned:
+    """What is left out of an encoder now, with what stays true of it: the file, and that some of it is not read."""
+    return dataclasses.replace(entry, file=entry.file or before.file, unread=entry.unread or before.unread)
+
+
+def prune_owned(clip, pruned: Mapping[str, Pruned]):
+    """Rewire a CLIP that was made for us alone, in place; what is left out is freed. Returns it."""
+    known = views(clip)
+    record = {}
+    for name, entry in pruned.items():
+        view = known[name]
+        rewire(clip.cond_stage_model.get_submodule(view.path).transformer, view.row, entry.removed, LINEAR)
+        gone = (entry.shape or view.shape) if entry.removed else None
+        record[name] = dataclasses.replace(entry, shape=gone)
+    clip.patcher.set_attachments(ATTACHMENT, record)
+    clip.patcher.size = 0
+    clip.patcher.patches_uuid = uuid.uuid4()
+    guard(clip.cond_stage_model, known, record)
+    if any(entry.removed for entry in pruned.values()):
+        clip.tokenizer = guarded_tokenizer(clip.tokenizer)
+    return clip
+
+
+def refuse_text(*names: str):
+    """Raises EncoderError for encoders whose last layers are gone."""
+    raise EncoderError(
+        f"{', '.join(names)} was trimmed for conditioning and can't write text: use the dense CLIP for that"
+    )
+
+
+class GuardedEncoder:
+    """Mixed into the class of a trimmed encoder in a tree of ours: it writes no text. skrr_name: its name."""
+
+    skrr_name: str
+
+    def generate(self, *args, **kwargs):
+        refuse_text(self.skrr_name)
+
+
+def refusing(name: str) -> Callable:
+    """A `generate` for an encoder of that name."""
+    return lambda *args, **kwargs: refuse_text(name)
+
+
+class GuardedTokenizer:
+    """Mixed into the class of a pruned CLIP's tokenizer: ComfyUI asks it for its part of a file just when it saves the
+    CLIP or a checkpoint, whose weights would have holes that no loader but ours knows."""
+
+    def state_dict(self):
+        raise EncoderError(
+            "this CLIP is pruned, and a file saved so would not load again: use Save Skrr Encoder, or save the CLIP"
+            " from before the Skrr node"
+        )
+
+    def skrr_state_dict(self) -> dict:
+        """What the tokenizer adds to an encoder's file."""
+        return super().state_dict()
+
+
+def guarded_tokenizer(tokenizer):
+    """A tokenizer of our own that shares all with `tokenizer`, with GuardedTokenizer's ways."""
+    twin = copy.copy(tokenizer)
+    twin.__class__ = guarded_class(type(tokenizer), GuardedTokenizer)
+    return twin

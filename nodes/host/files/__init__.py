@@ -1,0 +1,1 @@
+"""Encoder files loaded into ComfyUI, and saved from it."""

@@ -1,0 +1,1 @@
+"""Plans in ComfyUI: chosen in nodes, kept in folders, matched to encoders."""

@@ -1,0 +1,126 @@
+"""Which plan and which of its levels a node's inputs ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io
+
+from .. import versions as features
+from . import folder as library
+
+if TYPE_CHECKING:
+    from ....skrr_engine.plan.model import EncoderPlan, Level, Plan
+    from ..clip.views import Pruned, Shape, View
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan (None: none asked for), and how much it may remove: `sparsity` at most, or, where `gigabytes` is not 0,
+    as little as brings the encoder to that many (10**9 bytes)."""
+
+    plan: Plan | None
+    sparsity: float
+    gigabytes: float
+
+    def level(self, name: str, shape: Shape, entry: EncoderPlan) -> tuple[Level | None, str]:
+        """The level for an encoder (None: it fits dense), and a line that says the choice. Raises PlanError."""
+        from ....skrr_engine.plan.choose import at_size
+
+        if self.gigabytes > 0:
+            level = at_size(shape.sub_block_bytes, shape.total_bytes, entry, self.gigabytes * 1e9)
+            asked = f"asked for at most {self.gigabytes:.2f} GB"
+        else:
+            level, asked = entry.choose(self.sparsity), f"asked for at most {self.sparsity:.0%}"
+        if level is None:
+            return None, f"{name}: {asked}, it has {shape.total_bytes / 1e9:.2f} GB as it is: nothing removed"
+        gone = entry.order[: level.skipped]
+        left = (shape.total_bytes - shape.bytes_of(gone) + level.standin_bytes(entry.width)) / 1e9
+        return level, (
+            f"{name}: {asked}, using the level that skips {level.skipped} of {2 * shape.blocks} sub-blocks:"
+            f" {shape.sparsity(gone):.1%} removed, {left:.2f} GB left"
+        )
+
+    def pruned(self, name: str, view: View, entry: EncoderPlan) -> tuple[Pruned, list[str]]:
+        """What is to be left out of an encoder by the plan's entry `name`, and what to tell. Raises PlanError,
+        StandInError."""
+        from ....skrr_engine.files.companion import of_level
+        from ..clip.views import Pruned
+
+        level, line = self.level(view.name, view.shape, entry)
+        if level is None:
+            return Pruned(), [line]
+        standins, problem = of_level(library.folders(), name, entry, level)
+        return Pruned(entry, level, standins=standins), [line, *([problem] if problem else [])]
+
+
+def inputs(none: str | None = None) -> list:
+    """The inputs with which a node lets an artist choose a plan and a level; `none`: the entry for no plan."""
+    return [
+        io.Combo.Input(
+            "plan",
+            options=[*([none] if none else []), *library.names()],
+            tooltip="A plan from models/skrr_plans, or one that ships with Skrr.",
+        ),
+        io.Float.Input(
+            "sparsity",
+            default=0.45,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="How much to remove at most: the strongest level of the plan at or below this is used.",
+        ),
+        io.String.Input(
+            "plan_json",
+            default="",
+            multiline=True,
+            optional=True,
+            tooltip="A plan as text. It replaces the one chosen above and travels inside the workflow.",
+        ),
+        io.Float.Input(
+            "size_gb",
+            default=0.0,
+            min=0.0,
+            max=1000.0,
+            step=0.05,
+            optional=True,
+            tooltip="Instead of a sparsity: bring the encoder to this many GB, removing as little as it takes. 0: off.",
+        ),
+    ]
+
+
+def read(plan: str, plan_json: str, sparsity: float, size_gb: float, none: str | None = None) -> Choice:
+    """The choice that a node's inputs stand for. Raises PlanError."""
+    from ....skrr_engine.plan.model import Plan
+
+    if plan_json.strip():
+        return Choice(Plan.from_json(plan_json.strip(), "the pasted plan"), sparsity, size_gb)
+    if plan == none:
+        return Choice(None, sparsity, size_gb)
+    return Choice(Plan.read(library.path_of(plan)), sparsity, size_gb)
+
+
+def fingerprint(plan: str | None, plan_json: str | None) -> str:
+    """For fingerprint_inputs: changes with the plan, pasted or in its file, and when stand-ins that it names come or
+    go. None, where another node gives a text: with any plan and any stand-ins."""
+    from ....skrr_engine.plan.model import Plan
+    from ....skrr_engine.plan.text import PlanError
+
+    if plan_json is None or (plan is None and not plan_json.strip()):
+        return f"{plan} {library.files_state('*.json')} {library.standins_state()}"
+    text = plan_json.strip()
+    try:
+        chosen = Plan.from_json(text) if text else Plan.read(library.path_of(plan))
+    except PlanError:  # told when the node runs
+        return text or library.file_sha256(plan)
+    return f"{text or library.file_sha256(plan)} {library.has_standins(chosen)}"
+
+
+def validate(plan: str | None, plan_json: str | None, none: str | None = None) -> bool | str:
+    """For validate_inputs: a pasted plan stands in for a file that a friend's machine lacks. None: another node gives
+    that text, which only the run can tell."""
+    linked = plan is None or plan_json is None
+    if linked or plan_json.strip() or plan == none or features.listed(plan, library.names()):
+        return True
+    return f'there is no plan "{plan[:100]}" here: choose another, or paste one as text'

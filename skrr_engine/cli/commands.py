@@ -1,0 +1,459 @@
+"""What each command does."""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..errors import SkrrError
+from ..measure.prompts import broad as broad_prompts
+from ..measure.prompts import from_file as read_prompts
+from ..measure.prompts import generate as generate_prompts
+from ..measure.prompts import sha256 as prompts_sha256
+from ..plan.model import Plan, Provenance, is_name
+from ..plan.words import describe_plan, duration
+
+if TYPE_CHECKING:
+    from ..files.folder import Encoder, Padding
+    from ..measure.meter import Meter
+    from ..measure.processes import Team
+    from ..measure.projection import TextProjection
+
+BARE = (
+    "no --projection: the search runs on the bare embeddings, and quality suffers (paper: GenEval .381 instead of .442)"
+)
+
+
+WEIGHTS = (".safetensors", ".bin")
+CONFIGURATION = (
+    "config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model",
+)  # fmt: skip
+"""What transformers reads beside weights."""
+
+
+class UsageError(SkrrError):
+    """An option that makes no sense; one line."""
+
+
+def run_search(options) -> None:
+    """Search a plan for an encoder and write it."""
+    from ..files import companion as standin_file
+    from ..search.run import search
+    from ..search.settings import Settings
+    from ..search.with_standins import best_rank
+    from ..search.with_standins import search as heal_search
+    from ..standins.fit import halved
+
+    delta = 0.0 if options.exact else options.delta
+    settings = Settings(options.sparsity, parsed_levels(options.levels), options.beam, not options.no_reuse, delta)
+    fitting = parsed_standins(options.standins)
+    method = options.method or ("heal" if fitting else "skrr")
+    if method == "heal" and fitting is None:
+        raise UsageError("--method heal: measures stand-ins; give their rank with --standins, like 16")
+    if options.resume and method in ("shortgpt", "random"):
+        raise UsageError(f"--resume: --method {method} takes one step; leave it out")
+    check_writable(options.out, "--out")
+    if options.resume:
+        check_writable(options.resume, "--resume")
+    if options.name is not None and not is_name(options.name):
+        raise UsageError(f"--name {options.name}: an encoder's name has letters, digits, _ and -, like t5xxl")
+    bench = prepare(options, broad=fitting is not None)
+    leads = bench.team.leads
+    if bench.projection is None and leads:
+        print(f"skrr: {BARE}", file=sys.stderr)
+    report = (lambda progress: None) if options.quiet or not leads else Reporter()
+    fitted_on, ranked_on = (None, bench.prompts) if fitting is None else halved(bench.prompts)
+    ranked = bench.meter(ranked_on, race=delta > 0)
+    fitted = bench.meter(fitted_on) if fitted_on else None
+    inputs = inputs_sha256(bench)
+    state, save, beam = resumed(options, bench, inputs, settings, fitting, method)
+    facts = [__version__, settings, fitting, method, options.seed, options.dtype, bench.encoder.row.parameter_counts]
+    facts += [bench.tokens, inputs, list(beam)]
+    bench.team.agree(repr(facts))
+    if method == "heal":
+        healed = heal_search(fitted, ranked, settings, fitting, report, save, beam)
+        entry = healed.plan
+    else:
+        if method == "skrr":
+            entry = search(ranked, settings, report, save, beam)
+        else:
+            entry = baseline(method, options.seed, settings, ranked, report, save, beam)
+        if fitting is not None:
+            healed = best_rank(fitted, ranked, entry.order, settings, fitting, entry.extensions["search"])
+            entry = healed.plan
+    if not leads:
+        bench.team.part()
+        return
+    provenance = Provenance(
+        source="search" if method in ("skrr", "heal") else method,
+        projection=bench.projection and bench.projection.name,
+        denoiser=bench.projection and bench.projection.denoiser,
+        prompts=len(bench.prompts),
+        prompts_sha256=prompts_sha256(bench.prompts),
+        beam=1 if method == "heal" else options.beam,
+        created_with=f"skrr {__version__}",
+    )
+    name = options.name or bench.encoder.name
+    plan = Plan(format="skrr-plan", version=1, encoders={name: entry}, provenance=provenance)
+    written = options.out
+    if fitting is not None:
+        plan, data = standin_file.encoded(plan, {name: healed.standins})
+        standin_file.write_both(options.out, plan, data)
+        written += f", its stand-ins to {standin_file.beside(options.out)} ({len(data) / 1e6:.1f} MB)"
+    else:
+        plan.write(options.out)
+    if state is not None:
+        state.forget()
+    if not options.quiet:
+        print("", file=sys.stderr)
+    print(describe_plan(plan))
+    print(f"written to {written}", flush=True)
+    bench.team.part()
+
+
+def parsed_standins(text: str | None):
+    """`--standins` as a Fitting, None where there is none."""
+    from ..standins.fit import Fitting
+
+    if text is None:
+        return None
+    if text == "auto":
+        return Fitting(ranks=Fitting.RANKS)
+    try:
+        rank = int(text)
+    except ValueError:
+        raise UsageError(f"--standins {text}: give a rank, like 16, or auto") from None
+    return Fitting(rank=rank)
+
+
+def resumed(options, bench: "Bench", inputs: str, settings, fitting, method: str):
+    """The search's saved state (None without --resume), what saves it, and the beam to go on from. inputs: see
+    `inputs_sha256`."""
+    from ..search.resume import State, fingerprint
+
+    if not options.resume:
+        return None, lambda beam: None, ()
+    facts = [__version__, repr(settings), inputs, options.dtype, repr(fitting), method]
+    encoder = bench.encoder
+    state = State(options.resume, fingerprint(encoder.row, *facts, bring=encoder.bring))
+    return state, state.save if bench.team.leads else lambda beam: None, state.load(len(encoder.row))
+
+
+def inputs_sha256(bench: "Bench") -> str:
+    """Over the prompts' tokens and samples of the denoiser's projection: what an encoder is searched on."""
+    from ..search.resume import sampled
+
+    ids = [list(bench.encoder.tokenize(prompt)) for prompt in ["", *bench.prompts]]
+    digest = hashlib.sha256(json.dumps([ids, repr(bench.padding)]).encode())
+    if bench.projection is not None:
+        digest.update(bench.projection.name.encode())
+        sampled(digest, bench.projection.tensors)
+    return digest.hexdigest()
+
+
+def baseline(method: str, seed: int, settings, meter, report, save, beam):
+    """An encoder's entry by another method; its levels' discrepancies are Skrr's. report, save, beam: as for a search,
+    where the method is one."""
+    from ..measure.meter import Meter
+    from ..search import baselines
+
+    if method == "random":
+        order = baselines.random_order(meter, seed)
+    elif method == "shortgpt":
+        order = baselines.shortgpt_order(meter)
+    else:
+        batches, null = meter.batches()  # as they may have been halved, on one device and not on another
+        meter.team.agree(repr([batch.prompts for batch in batches]))
+        own = Meter(
+            meter.encoder, meter.tracer, batches, null, memory=meter.memory, team=meter.team,
+            criterion=baselines.ANGLE_OF_OUTPUT,
+        )  # fmt: skip
+        order = baselines.finercut_order(own, settings.sparsity, report, save, beam=beam)
+    return baselines.plan_of(meter, order, [*settings.levels, settings.sparsity], method)
+
+
+def run_show(options) -> None:
+    """Print a plan: its encoders, levels and a map of the strongest level."""
+    print(describe_plan(Plan.read(options.plan)))
+
+
+def run_discrepancy(options) -> None:
+    """Measure a plan's level on prompts: D_cond and D_null (mean squared errors of the projected conditional and null
+    embeddings), null_norm (mean L2 norm of the projected null embedding's tokens), dense and pruned."""
+    from ..measure.discrepancy import finite
+
+    bench = prepare(options)
+    name, level, standins, removed = removal(options, bench)
+    row, meter = bench.encoder.row, bench.meter(bench.prompts)
+    (found,) = meter.measure([removed])
+    result = {
+        "encoder": name,
+        "skipped": level.skipped,
+        "sparsity": row.sparsity(removed),
+        "standins": len(standins),
+        "D": found.finite,  # JSON has no infinity
+        "D_cond": finite(found.conditional),
+        "D_null": finite(found.null),
+        "null_norm": {"dense": meter.null_norm(), "pruned": finite(found.null_norm)},
+    }
+    if options.json:
+        print(json.dumps(result))
+        return
+    repaired = f", {len(standins)} repaired by stand-ins" if standins else f", {len(level.reuse)} of them re-used"
+    print(f"{name}: {level.skipped} of {len(row)} sub-blocks skipped{repaired}, sparsity {result['sparsity']:.1%}")
+    print(f"D_cond    {found.conditional:.6g}")
+    print(f"D_null    {found.null:.6g}")
+    print(f"null_norm {result['null_norm']['dense']:.6g} dense, {found.null_norm:.6g} pruned")
+
+
+def standins_beside(path: str, name: str, entry, level):
+    """The stand-ins of a level of the plan at `path`; none, and a word on stderr, where their file is missing."""
+    from ..files import companion as standin_file
+
+    standins, problem = standin_file.of_level([Path(path).parent], name, entry, level, standin_file.beside(path))
+    if problem:
+        print(f"skrr: {problem}", file=sys.stderr)
+    return standins
+
+
+def removal(options, bench: "Bench"):
+    """The name of the plan's entry for the encoder, its level asked for, the stand-ins that are there, and all of it as
+    an assignment."""
+    from ..encoder.actions import assignment
+
+    plan, encoder = Plan.read(options.plan), bench.encoder
+    name = options.name or (encoder.name if encoder.name in plan.encoders else next(iter(plan.encoders)))
+    entry, row = plan.encoder(name), encoder.row
+    entry.check(row.family, row.blocks, row.width, name)
+    level = entry.choose(options.sparsity)
+    standins = standins_beside(options.plan, name, entry, level)
+    return name, level, standins, assignment(entry.order[: level.skipped], level.reuse, standins)
+
+
+def run_encode(options) -> None:
+    """Write each prompt's conditioning (last hidden state, float32 [tokens, width]) as the encoder gives it, pruned and
+    repaired by a plan where one is given: keys 0, 1, ... by prompt, without blank lines, and null for the empty one."""
+    from safetensors.torch import save
+
+    from ..encoder.rewire import rewire
+    from ..files import companion as standin_file
+    from ..measure.calibration import grouped
+
+    check_writable(options.out, "--out")
+    bench = prepare(options)
+    encoder = bench.encoder
+    if options.plan:
+        *_, removed = removal(options, bench)
+        rewire(encoder.module, encoder.row, removed)
+    found = {}
+    ids = [encoder.tokenize(prompt) for prompt in bench.prompts]
+    for group in grouped([len(own) for own in ids], lambda length: 512 // length):
+        ((hidden, _),) = encoder.batch([ids[i] for i in group]).run(encoder.module)
+        found |= {str(i): row.float().cpu().clone() for i, row in zip(group, hidden, strict=True)}
+    ((null, _),) = encoder.batch([encoder.tokenize("")]).run(encoder.module)
+    found["null"] = null[0].float().cpu()
+    data = save(found)
+    standin_file.write(options.out, data)
+    print(f"{len(ids)} prompts and the empty one written to {options.out} ({len(data) / 1e6:.1f} MB)")
+
+
+def run_apply(options) -> None:
+    """Write a copy of an encoder's .safetensors without what a plan skips: kept tensors bit for bit, and the plan."""
+    from ..files.encoder_file import Checkpoint
+    from ..files.pruned import write_pruned
+
+    plan, source = Plan.read(options.plan), Checkpoint(options.encoder)
+    check_writable(options.out, "--out")
+    layout = source.layout
+    shape = (layout.family, layout.blocks, layout.width)
+    alike = [n for n, e in plan.encoders.items() if (e.family, e.blocks, e.width) == shape]
+    name = options.name or (alike[0] if alike else next(iter(plan.encoders)))
+    entry = plan.encoder(name)
+    entry.check(*shape, name)
+    level = entry.choose(options.sparsity)
+    standins = standins_beside(options.plan, name, entry, level)
+    written = write_pruned(source, options.out, name, plan, level.skipped, standins=standins)
+    gone = layout.sparsity(entry.order[: level.skipped])
+    before = source.path.stat().st_size
+    print(f"{name}: {level.skipped} of {2 * layout.blocks} sub-blocks left out, {gone:.1%} of its parameters")
+    print(f"{options.out}: {written:,} bytes of {before:,} ({written / before:.1%})")
+
+
+def run_verify(options) -> None:
+    """Check a pruned encoder file: its metadata, that the right tensors are left out, and every byte of the others."""
+    from ..files.pruned import verify
+
+    found = verify(options.file)
+    record = found.record
+    print(f"{options.file}: whole; {record.encoder} of {record.source['name']} without {len(record.dropped)} tensors,")
+    print(f"{record.skipped} sub-blocks skipped by its plan and {len(record.unread)} unread ones")
+    if record.header_sha256 is None:
+        print("it was written by an earlier Skrr, without a hash of its header: that could not be checked")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the commands work on. tokens: in a batch, at most; padding: of prompts; meter: prompts -> a meter on them;
+    race: in the order of a race."""
+
+    encoder: "Encoder"
+    prompts: list[str]
+    projection: "TextProjection | None"
+    team: "Team"
+    tokens: int
+    padding: "Padding"
+    meter: "Callable[..., Meter]"
+
+
+def prepare(options, broad: bool = False) -> Bench:
+    """Encoder, prompts and projection from the options. broad: generate prompts of all kinds."""
+    import torch
+
+    from ..encoder.trace import Tracer
+    from ..files.folder import MAX_PADDING, gigabytes, load, padding
+    from ..measure.meter import Meter
+    from ..measure.processes import join
+    from ..measure.projection import from_file
+    from ..memory import batch_tokens, free_memory
+    from ..standins.fit import fit_bytes, least_bytes
+
+    if options.memory is not None and not 0.001 <= options.memory < 10**6:
+        raise UsageError(f"--memory {options.memory}: give gigabytes, like 4")
+    if options.count is not None and options.count < 1:
+        raise UsageError(f"--count {options.count}: give at least 1")
+    if options.pad is not None and not 0 <= options.pad <= MAX_PADDING:
+        raise UsageError(f"--pad {options.pad}: give a number of tokens from 0 to {MAX_PADDING}, like 77")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no such device here; use --device cpu")
+    team = join(options.device)
+    if options.prompts:
+        prompts = read_prompts(options.prompts)
+    else:
+        prompts = broad_prompts(options.count or 512) if broad else generate_prompts(options.count or 128)
+    projection = from_file(options.projection).to(options.device) if options.projection else None
+    memory = free_memory(options.device) if options.memory is None else int(options.memory * 1e9)
+    shares = 2 * team.sharing
+    budget = None if options.memory is None and options.device == "cpu" else memory // shares
+    encoder = load(options.encoder, getattr(torch, options.dtype), options.device, options.tokenizer, budget, shares)
+    if projection is not None and projection.width != encoder.row.width:
+        raise UsageError(
+            f"--projection takes embeddings {projection.width} wide, but this encoder's are {encoder.row.width} wide:"
+            " give the denoiser that this encoder belongs to"
+        )
+    torch.set_grad_enabled(False)
+    tracer = Tracer(encoder.module, encoder.row)
+    share = memory // shares
+    if broad:
+        beside = memory // team.sharing - (budget or 0)  # weights without a budget lie beside all of the memory
+        least = least_bytes(encoder.row.width)
+        if beside < least:
+            raise UsageError(
+                f"--standins: fitting them takes {least / 1e9:.2g} GB beside the weights: give --memory"
+                f" {gigabytes(shares * least)} (GB) or more"
+            )
+        share = min(share, beside - fit_bytes(encoder.row.width)) // 2  # for two meters
+    tokens = batch_tokens(memory, encoder.row.width, options.device)
+
+    padded = padding(encoder.row.family, projection and projection.denoiser, options.pad)
+
+    def meter(chosen: Sequence[str], race: bool = False) -> Meter:
+        batches = encoder.batches(chosen, tokens, race, padded)
+        (null,) = encoder.batches([""], padding=padded)
+        return Meter(encoder.module, tracer, batches, null, projection, memory=share, team=team)
+
+    return Bench(encoder, prompts, projection, team, tokens, padded, meter)
+
+
+def parsed_levels(text: str) -> tuple[float, ...]:
+    """ "0.2,0.3" as numbers."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UsageError(f"--levels {text}: give numbers separated by commas, like 0.2,0.3") from None
+
+
+def spare_inputs(options) -> None:
+    """Refuse, before any work, an output that is one of the inputs or another output, however it is spelled or linked.
+    Raises UsageError, PlanError."""
+    from ..files.companion import beside
+
+    out, state = getattr(options, "out", None), getattr(options, "resume", None)
+    outputs = [("--out", out)] if out else []
+    if options.command is run_search:
+        outputs += [("--out", str(beside(out))), *([("--resume", state)] if state else [])]
+    for number, (option, path) in enumerate(outputs):
+        for writer, other in outputs[:number]:
+            # before either is there only their names tell, and some file systems take a and A for the same
+            if same_file(path, other) or os.path.realpath(path).casefold() == os.path.realpath(other).casefold():
+                raise UsageError(f"{option} {path}: is what {writer} writes; name another file for the state")
+        for reader, file in inputs(options) if os.path.exists(path) else ():
+            if same_file(path, file):
+                raise UsageError(f"{option} {path}: is the source file of {reader} ({file}): name another")
+
+
+def same_file(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file that is there."""
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False
+
+
+def inputs(options) -> Iterator[tuple[str, Path]]:
+    """The files that a command reads, each with its option. Raises PlanError."""
+    from ..files.companion import beside, digests, find
+
+    given = {name: getattr(options, name, None) for name in ("encoder", "tokenizer", "prompts", "projection", "plan")}
+    for name, path in given.items():
+        if path is not None:
+            yield f"--{name}", Path(path)
+    for name in ("encoder", "tokenizer"):
+        path = Path(given[name] or "")
+        for file in (path if path.is_dir() else path.parent).iterdir() if given[name] and path.exists() else ():
+            if file.name in CONFIGURATION or (path.is_dir() and file.suffix in WEIGHTS):
+                yield f"--{name}", file
+    if given["plan"] is not None:
+        folder, first = Path(given["plan"]).parent, beside(given["plan"])
+        for digest in digests(Plan.read(given["plan"])):
+            if (file := find([folder], digest, first)) is not None:
+                yield "--plan", file
+
+
+def check_writable(path: str, option: str) -> None:
+    """Refuse an output that can't be written before hours are spent on it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise UsageError(f"{option} {path}: its folder does not exist; make it first")
+    if os.path.isdir(path):
+        raise UsageError(f"{option} {path}: is a folder; name a file")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option} {path}: nothing can be written there ({error.strerror}); name another") from None
+
+
+class Reporter:
+    """Progress on stderr: a line that moves on a terminal, a line each step elsewhere."""
+
+    def __init__(self):
+        self.shown, self.line = 0.0, ""
+
+    def __call__(self, progress) -> None:
+        now = time.monotonic()
+        moving = sys.stderr.isatty()
+        if now - self.shown < 0.5 if moving else progress.line == self.line:
+            return
+        self.shown, self.line = now, progress.line
+        left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
+        text = f"{progress.line} [candidate {progress.candidate} of {progress.candidates}, {progress.done:.0%}{left}]"
+        print(f"\r{text:<110.110}" if moving else text, end="" if moving else "\n", file=sys.stderr, flush=True)

@@ -1,0 +1,151 @@
+"""An encoder seen as a row of sub-blocks, and the placeholders that can stand where a sub-block stood.
+
+Numbering (paper, section 3): sub-block `2 * block` is a block's self-attention with its norm, `2 * block + 1` its
+feed-forward with its norm. The row never owns the encoder: it holds the modules that it found in it.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..errors import SkrrError
+
+
+class EncoderError(SkrrError):
+    """An encoder that the engine can't see as a row of sub-blocks; one line that says why."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the encoder called an attention module: every argument but the hidden state, so that it can be called again.
+
+    `hidden` is the keyword that the hidden state came under, None where it was the first positional argument.
+    """
+
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+    hidden: str | None = None
+
+    @staticmethod
+    def split(args: tuple, kwargs: dict) -> tuple[torch.Tensor, "Call"]:
+        """The hidden state `[batch, tokens, width]` of a call, and the rest of it."""
+        if args:
+            return args[0], Call(args[1:], kwargs)
+        rest = dict(kwargs)
+        return rest.pop("hidden_states"), Call((), rest, "hidden_states")
+
+    def again(self, module: nn.Module, x: torch.Tensor):
+        """Call `module` as it was called, on another hidden state; returns what it returns."""
+        if self.hidden is None:
+            return module(x, *self.args, **self.kwargs)
+        return module(*self.args, **{self.hidden: x}, **self.kwargs)
+
+    def stacked(self, prompts: int, times: int) -> "Call":
+        """The call for so many copies of the batch, one behind the other. Tensors whose first dimension is the batch's
+        `prompts` are repeated; what holds for all of them (a batch of one, too) broadcasts as it is."""
+
+        def repeat(value):
+            if isinstance(value, torch.Tensor):
+                alike = prompts == 1 or value.ndim < 2 or value.shape[0] != prompts
+                return value if alike else value.repeat(times, *[1] * (value.ndim - 1))
+            if isinstance(value, dict):
+                return {key: repeat(part) for key, part in value.items()}
+            return type(value)(map(repeat, value)) if type(value) in (tuple, list) else value
+
+        return Call(repeat(self.args), repeat(self.kwargs), self.hidden)
+
+
+class SubBlock:
+    """One sub-block: attention or feed-forward with its norm(s), as it stands in the encoder.
+
+    index: its number in the row. parts: module path below the encoder -> module that goes away with the sub-block.
+    Families subclass it and say how it is called (`apply`) and what stands in its place (`placeholders`).
+    """
+
+    def __init__(self, index: int, parts: dict[str, nn.Module]):
+        self.index = index
+        self.parts = parts
+
+    @property
+    def is_attention(self) -> bool:
+        return self.index % 2 == 0
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """State-dict key below the encoder -> tensor that goes away with this sub-block."""
+        found = {}
+        for path, part in self.parts.items():
+            found.update(part.state_dict(prefix=f"{path}.", keep_vars=True))
+        return found
+
+    def parameter_count(self) -> int:
+        """Weights that go away with this sub-block."""
+        return sum(parameter_count(p) for part in self.parts.values() for p in part.parameters())
+
+    def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        """`x + F(norm(x))`, with `[batch, tokens, width]` in and out; never writes into `x`."""
+        raise NotImplementedError
+
+    def placeholders(self, reused: "SubBlock | None", repair: nn.Module | None = None) -> dict[str, nn.Module]:
+        """Path -> module, for each path in `parts`: leaves the residual stream unchanged, or adds to it what a
+        `reused`, kept sub-block (its norm and weights) makes of it, or what a `repair` does (repair.py). Only a repair
+        has parameters."""
+        raise NotImplementedError
+
+
+class Placeholder(nn.Module):
+    """Stands where a sub-block's body stood. Holds a re-used sub-block unregistered, so that none of its bytes counts
+    twice; a repair, the only thing here with parameters, is registered. `record`, where set, receives `(x, call)` of
+    every call (see trace.py)."""
+
+    def __init__(self, reused: SubBlock | None = None, repair: nn.Module | None = None):
+        super().__init__()
+        self.__dict__["reused"] = reused
+        self.repair = repair
+        self.record = None
+        self.idle = False  # True in a hollow encoder that is not recorded: what it hands on to attention is not used
+
+    def extra_repr(self) -> str:
+        if self.repair is not None:
+            return ""  # it is shown itself
+        return "skipped" if self.reused is None else f"re-uses sub-block {self.reused.index}"
+
+
+def parameter_count(tensor: torch.Tensor) -> int:
+    """Number of weights that a tensor stands for: quantised tensors (GGUF) report their logical shape."""
+    return math.prod(tensor.shape)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of sub-blocks. family: name of the architecture; width: of the residual stream; sub_blocks: all 2 * blocks;
+    block_paths: path of each block below the encoder; total: parameters of the encoder, the embedding included."""
+
+    family: str
+    width: int
+    sub_blocks: tuple[SubBlock, ...]
+    block_paths: tuple[str, ...]
+    total: int
+
+    @property
+    def blocks(self) -> int:
+        return len(self.block_paths)
+
+    def __len__(self) -> int:
+        return len(self.sub_blocks)
+
+    @functools.cached_property
+    def parameter_counts(self) -> tuple[int, ...]:
+        """Weights of each sub-block."""
+        return tuple(s.parameter_count() for s in self.sub_blocks)
+
+    def sparsity(self, skipped) -> float:
+        """Removed parameters over all encoder parameters, for an iterable of skipped sub-blocks."""
+        return sum(self.parameter_counts[i] for i in skipped) / self.total
+
+
+def describe(index: int) -> str:
+    """A sub-block in words: "block 11's attention"."""
+    return f"block {index // 2}'s {'feed-forward' if index % 2 else 'attention'}"

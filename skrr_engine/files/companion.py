@@ -1,0 +1,252 @@
+"""Stand-ins in files: safetensors, a few MB, beside a plan or inside a pruned encoder file; plans name them by hash.
+
+A file holds the stand-ins of all levels of a plan, under names like `t5xxl.17.46.down`: encoder, length of the level's
+prefix, place, and `down`, `up` or `bias` (see repair.StandIn). One serves every precision of the encoder. Such files
+are untrusted input, as plans are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from ..disk.atomic import abandoned, claim, file_sha256, replacing, unnamed
+from ..encoder.standin import NORMS, StandIn
+from ..errors import SkrrError, first_line
+from ..plan.model import EncoderPlan, Level, Plan, StandIns
+from ..plan.text import PlanError
+
+ENDING = ".standins.safetensors"
+FORMAT = {"format": "skrr-standins", "version": "1"}
+PARTS = ("down", "up", "bias")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_BYTES = 1 << 30
+
+
+class StandInError(SkrrError):
+    """Stand-ins that can't be had or used; one line that names the file and the remedy."""
+
+
+def beside(plan: str | os.PathLike[str]) -> Path:
+    """The usual place of the stand-ins of a plan's file."""
+    return Path(plan).with_name(Path(plan).stem + ENDING)
+
+
+Found = Mapping[str, Mapping[int, Mapping[int, StandIn]]]
+"""Encoder -> length of a level's prefix -> place -> stand-in."""
+
+
+def packed(found: Found) -> tuple[dict[str, torch.Tensor], str]:
+    """Stand-ins as a file names them, and a text that says the norms of each encoder's."""
+    tensors: dict[str, torch.Tensor] = {}
+    norms = set()
+    for name, levels in found.items():
+        for level, standins in levels.items():
+            for place, standin in standins.items():
+                norms.add(f"{name}:{standin.norm}")
+                for part in PARTS:
+                    tensors[f"{name}.{level}.{place}.{part}"] = getattr(standin, part).cpu().contiguous()
+    return tensors, ",".join(sorted(norms))
+
+
+def encoded(plan: Plan, found: Found) -> tuple[Plan, bytes]:
+    """A plan that names its stand-ins, and their file's bytes. Levels without an entry stay as they are."""
+    from safetensors.torch import save
+
+    tensors, norms = packed(found)
+    data = save(tensors, {**FORMAT, "norms": norms})
+    digest = hashlib.sha256(data).hexdigest()
+
+    def named(level: Level, standins: Mapping[int, StandIn] | None) -> Level:
+        if not standins:
+            return level
+        ranks = {place: standin.rank for place, standin in sorted(standins.items())}
+        return level.model_copy(update={"standins": StandIns(sha256=digest, ranks=ranks)})
+
+    entries = {
+        name: entry.model_copy(
+            update={"levels": tuple(named(level, found.get(name, {}).get(level.skipped)) for level in entry.levels)}
+        )
+        for name, entry in plan.encoders.items()
+    }
+    return plan.model_copy(update={"encoders": entries}), data
+
+
+def write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all. Raises OSError."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def write_both(path: str | os.PathLike[str], plan: Plan, data: bytes) -> None:
+    """Write a plan, and its stand-ins beside it, in place of what is there: both or, where they don't fit, neither.
+    Raises PlanError, OSError."""
+    text = plan.to_json().encode("ascii")
+    with replacing(path) as first, replacing(beside(path)) as second:
+        for file, part in ((first, text), (second, data)):
+            file.write(part)
+            file.flush()
+
+
+IN_THE_MAKING = "plan-"
+"""See files.unnamed: of plans whose stand-ins may have their name already."""
+
+
+def write_new(paths: Iterable[Path], plan: Plan, data: bytes = b"") -> Path:
+    """Write a plan, and its stand-ins beside it, under the first of these names, all in one folder, that is free for
+    both; returns it. Nothing is written over, whoever else writes at the same moment. Raises PlanError, OSError."""
+    text = plan.to_json().encode("ascii")
+    paths = iter(paths)
+    path = next(paths)
+    with unnamed(path, IN_THE_MAKING) as whole, unnamed(beside(path)) as standins:
+        write(whole, text)
+        clear_stranded(path.parent, whole.stat().st_mtime)
+        if data:
+            write(standins, data)
+        while not claimed(path, whole, standins if data else None):
+            path = next(paths)
+    return path
+
+
+def claimed(path: Path, plan: Path, standins: Path | None) -> bool:
+    """Give a plan's whole file, and its stand-ins', their names; False where one of the names is taken. Raises
+    WriteError."""
+    try:
+        if standins is not None:
+            claim(standins, beside(path))
+        elif beside(path).exists():  # of a plan that was renamed
+            return False
+    except FileExistsError:
+        return False
+    try:
+        claim(plan, path)
+    except OSError as error:
+        if standins is not None:
+            beside(path).unlink(missing_ok=True)
+        if isinstance(error, FileExistsError):
+            return False
+        raise
+    return True
+
+
+def clear_stranded(folder: Path, now: float) -> None:
+    """Remove what a process that was killed within `write_new` an hour ago has left in a folder: a plan without a name,
+    and its stand-ins where they have got theirs and no plan names them. now: see files.remove_abandoned."""
+    for left in abandoned(folder, now, IN_THE_MAKING):
+        with contextlib.suppress(OSError):
+            try:
+                plan = Plan.from_json(left.read_bytes())
+            except PlanError:
+                plan = None  # killed in the middle of a write
+            for digest in digests(plan) if plan else ():
+                path = find([folder], digest)
+                texts = (other.read_bytes() for other in folder.rglob("*.json"))
+                if path is not None and not any(digest.encode() in text for text in texts):
+                    path.unlink()
+            left.unlink()
+
+
+def digests(plan: Plan) -> set[str]:
+    """The hashes of the files of stand-ins that a plan names."""
+    return {x.standins.sha256 for entry in plan.encoders.values() for x in entry.levels if x.standins}
+
+
+def read(path: str | os.PathLike[str], name: str, entry: EncoderPlan, level: Level) -> dict[int, StandIn]:
+    """The stand-ins of a level of the plan's entry `name` from their file, each tensor checked. Raises StandInError."""
+    from safetensors import SafetensorError, safe_open
+
+    assert level.standins is not None
+    path = Path(path)
+    if sha256(path) != level.standins.sha256:
+        raise StandInError(f"{path.name}: not the stand-ins that this plan names; get the file that came with the plan")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+            if any(metadata.get(key) != value for key, value in FORMAT.items()):
+                raise StandInError(f"{path.name}: no stand-ins that this Skrr can read; update Skrr, or get it again")
+
+            def fetch(key: str) -> torch.Tensor | None:
+                return file.get_tensor(key).clone() if key in names else None  # else it would stay the file's own bytes
+
+            return checked(fetch, metadata.get("norms", ""), path.name, name, entry, level)
+    except StandInError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StandInError(f"{path.name}: can't be read as safetensors ({first_line(error)}); get it again") from None
+
+
+def checked(
+    fetch: Callable[[str], torch.Tensor | None], norms: str, source: str, name: str, entry: EncoderPlan, level: Level
+) -> dict[int, StandIn]:
+    """The stand-ins of a level out of named tensors and their norms, as `packed` gives both. Raises StandInError."""
+    assert level.standins is not None
+    norm = dict(part.split(":", 1) for part in norms.split(",") if ":" in part).get(name)
+    if norm not in NORMS:
+        raise StandInError(f"{source}: no stand-ins for {name} that this Skrr can read; update Skrr, or get it again")
+    found = {}
+    for place, rank in level.standins.ranks.items():
+        shapes = dict(zip(PARTS, ((rank, entry.width), (entry.width, rank), (entry.width,)), strict=True))
+        parts = {}
+        for part, shape in shapes.items():
+            key = f"{name}.{level.skipped}.{place}.{part}"
+            tensor = fetch(key)
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype not in DTYPES:
+                has = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise StandInError(f"{source}: {key}: expected floats {list(shape)}, found {has}; get it again")
+            if not bool(tensor.float().isfinite().all()):
+                raise StandInError(f"{source}: {key}: holds numbers that are not finite; get it again")
+            parts[part] = tensor
+        found[place] = StandIn(norm, **parts)
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Of a file of stand-ins. Raises StandInError where there is none, or a file too large to be one."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise StandInError(f"{path.name}: too large for stand-ins; get the file that came with the plan")
+        return file_sha256(path)
+    except OSError as error:
+        raise StandInError(f"{path.name}: can't be read ({error.strerror}); put it beside the plan") from None
+
+
+@functools.lru_cache(maxsize=256)
+def known_sha256(path: Path, size: int, changed: int) -> str:
+    """`sha256`, asked for once for as long as a file's size and time stay."""
+    return sha256(path)
+
+
+def find(folders: Iterable[Path], wanted: str, first: Path | None = None) -> Path | None:
+    """The file of stand-ins with this hash: `first`, where it is that, or any in the folders; None where none is."""
+    candidates = [first] if first is not None else []
+    candidates += [path for folder in folders for path in sorted(Path(folder).rglob(f"*{ENDING}"))]
+    for path in candidates:
+        try:
+            stat = path.stat()
+            if known_sha256(path, stat.st_size, stat.st_mtime_ns) == wanted:
+                return path
+        except (StandInError, OSError):
+            continue
+    return None
+
+
+def of_level(
+    folders: Iterable[Path], name: str, entry: EncoderPlan, level: Level, first: Path | None = None
+) -> tuple[dict[int, StandIn], str]:
+    """A level's stand-ins, and what to tell where their file is missing (then there are none). Raises StandInError for
+    a file of the right hash that holds the wrong things."""
+    if level.standins is None:
+        return {}, ""
+    path = find(folders, level.standins.sha256, first)
+    if path is None:
+        return {}, (
+            f"{name}: the file of this plan's stand-ins (*{ENDING}) is missing: the plan only skips and re-uses now,"
+            " and pictures may break; put the file beside the plan, or into models/skrr_plans"
+        )
+    return read(path, name, entry, level), ""

@@ -1,0 +1,283 @@
+"""Encoder files: which of a safetensors file's tensors belong to which sub-block, and pruned files written and checked.
+
+Only headers are read to find out. A pruned file holds the kept tensors, bit for bit, under their own names, and in its
+metadata what was left out, by which plan, of which file.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import weakref
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..disk import safetensors as header
+from ..disk.atomic import sha256_from
+from ..disk.safetensors import DTYPES, Entry
+from ..encoder import families
+from ..encoder.standin import StandIn
+from ..errors import SkrrError, first_line
+from ..plan.model import EncoderPlan, Plan
+from ..plan.text import PlanError
+from . import companion as standin_file
+from .layout import MAX_BLOCKS, Layout, _matches, layouts_of
+
+PLAN, RECORD = "skrr_plan", "skrr"
+"""Metadata of a pruned file: the plan's JSON, and JSON of its own (see `Record`)."""
+STANDINS = "skrr_standins."
+"""What the names of stand-ins in a pruned file begin with, and the name of the metadata that says their norms."""
+
+MAX_RECORD = 4 << 20
+CHECKPOINT = ("model.diffusion_model.", "first_stage_model.")
+"""What names begin with in a whole checkpoint."""
+CONNECTORS = tuple(f"model.diffusion_model.{kind}_embeddings_connector." for kind in ("audio", "video"))
+BEHIND = ("text_embedding_projection.", *CONNECTORS)
+"""What the names of layers behind LTX's text encoder begin with, which may lie in a checkpoint."""
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
+
+
+class CheckpointError(SkrrError):
+    """An encoder file that can't be used; one line that names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a pruned file says of itself. encoder: name in the plan; skipped: length of the level's prefix; unread:
+    further sub-blocks left out because no conditioning reads them; source: `{"name", "sha256"}` of the dense file;
+    data_sha256: over the tensors' bytes in file order; dropped: name -> (dtype, shape) of what was left out; blocks: of
+    the encoder before others shortened the dense file, 0 where they did not; header_sha256: over what the header
+    says (see `_header_sha256`), None in files of before."""
+
+    encoder: str
+    plan: EncoderPlan | None
+    skipped: int
+    unread: tuple[int, ...]
+    source: Mapping[str, str]
+    data_sha256: str
+    dropped: Mapping[str, Entry]
+    blocks: int = 0
+    header_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """A file as it was when it was opened: by this it is known again. modified: in nanoseconds; header_sha256: of the
+    header's bytes."""
+
+    path: str
+    size: int
+    modified: int
+    header_sha256: str
+
+
+class Checkpoint:
+    """A safetensors file of one text encoder, opened once: header and tensors are read through one handle, so that a
+    file which takes its place meanwhile is never mixed in. Tensors are read when asked for.
+
+    Raises CheckpointError where the file is no whole safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        try:
+            self._file = self.path.open("rb", buffering=0)
+            weakref.finalize(self, self._file.close)
+            status = os.fstat(self._file.fileno())
+            found = header.read(self._file, status.st_size)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path.name}: not a whole safetensors file ({first_line(error)}); get or convert it again"
+            ) from None
+        digest = hashlib.sha256(found.text).hexdigest()
+        self.stamp = Stamp(str(self.path), status.st_size, status.st_mtime_ns, digest)
+        self._header, self.metadata = found, dict(found.metadata)
+        entries = dict(found.entries)
+        self._standins = {key for key in entries if key.startswith(STANDINS)}
+        entries = {key: entry for key, entry in entries.items() if key not in self._standins}
+        self.record = self._read_record(entries)
+        left_out = self.record.dropped if self.record else {}
+        both = next((key for key in left_out if key in entries), None)
+        if both is not None:
+            raise self._damaged(f'"{both[:80]}" is said to be left out, but is there')
+        self.entries = {**entries, **left_out}
+        if self.record and self.record.header_sha256 not in (None, _header_sha256(found.entries, self.metadata)):
+            raise self._damaged("its header is not what was written")
+        places = range(2 * self.known_layout.blocks) if self.known_layout else ()
+        if self.record and self.known_layout and not set(self.record.unread) <= set(places):
+            raise self._damaged("unread names a sub-block that there is not")
+
+    def _damaged(self, what: str) -> CheckpointError:
+        where = f"{self.path.name}: its Skrr metadata is damaged"
+        return CheckpointError(f"{where} ({what}); save it again from the dense file")
+
+    def _read_record(self, entries: Mapping[str, Entry]) -> Record | None:
+        if RECORD not in self.metadata:
+            return None
+        text = self.metadata[RECORD]
+        try:
+            if len(text) > MAX_RECORD:
+                raise ValueError(f"longer than {MAX_RECORD} characters")
+            raw = json.loads(text)
+            dropped = {str(k): Entry(d, tuple(shape), False) for k, (d, shape) in raw["dropped"].items()}
+            plan = (
+                Plan.from_json(self.metadata[PLAN], self.path.name).encoder(raw["encoder"]) if raw["skipped"] else None
+            )
+            if plan is not None:
+                plan.level(raw["skipped"])
+            unread = tuple(raw["unread"])
+            if not all(type(i) is int for i in unread) or len(set(unread)) < len(unread):
+                raise ValueError("unread is no list of different numbers")
+            digest = raw.get("header_sha256")
+            source = {key: str(raw["source"][key])[:200] for key in ("name", "sha256")}
+            blocks = int(raw.get("blocks", 0))
+            if not 0 <= blocks <= MAX_BLOCKS:
+                raise ValueError(f"an encoder of {blocks} blocks")
+            return Record(
+                str(raw["encoder"]), plan, int(raw["skipped"]), unread, source, str(raw["data_sha256"]), dropped,
+                blocks, None if digest is None else str(digest),
+            )  # fmt: skip
+        except (PlanError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise self._damaged(first_line(error)) from None
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """A tensor of the file, read now, in memory of its own. Of a type that torch lacks: its bytes."""
+        entry = self._header.entries[key]
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        try:
+            self._file.seek(self._header.starts[key])
+            view, got = memoryview(raw.numpy()), 0
+            while got < entry.nbytes and (count := self._file.readinto(view[got:])):
+                got += count
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path.name}: can't be read any more ({first_line(error)}); see that its drive is connected, and"
+                " run the workflow again"
+            ) from None
+        if got < entry.nbytes:
+            raise CheckpointError(f"{self.path.name}: was cut while it was read; get the file again")
+        return raw.view(DTYPES[entry.dtype]).reshape(entry.shape) if entry.dtype in DTYPES else raw
+
+    def start(self, key: str) -> int:
+        """Where a tensor begins in the file."""
+        return self._header.starts[key]
+
+    def data_sha256(self) -> str:
+        """Of the bytes of all tensors."""
+        return sha256_from(self._file, self._header.data)
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError where the file has changed since it was opened, or is gone."""
+        opened, now = os.fstat(self._file.fileno()), None
+        with contextlib.suppress(OSError):
+            now = self.path.stat()
+        if now is None:
+            raise CheckpointError(f"{self.path.name}: is gone; put it back, and run the workflow again")
+        same = os.path.samestat(opened, now)
+        if not same or (now.st_size, now.st_mtime_ns) != (self.stamp.size, self.stamp.modified):
+            raise CheckpointError(f"{self.path.name}: was changed while it was read; run the workflow again")
+
+    @classmethod
+    def again(cls, stamp: Stamp) -> "Checkpoint":
+        """The file that was opened before, opened once more. Raises CheckpointError where it is another one now."""
+        name = os.path.basename(stamp.path)
+        if not os.path.isfile(stamp.path):
+            raise CheckpointError(f"{name}: is gone since it was loaded; put it back, and run the workflow again")
+        found = cls(stamp.path)
+        if found.stamp != stamp:
+            raise CheckpointError(
+                f"{name}: was changed since it was loaded, and is not what is on the canvas; run the workflow again"
+            )
+        return found
+
+    @functools.cached_property
+    def standins(self) -> dict[int, StandIn]:
+        """The stand-ins in a pruned file, by the places that they repair. Raises StandInError."""
+        record = self.record
+        level = record.plan.level(record.skipped) if record and record.plan else None
+        if level is None or level.standins is None or not self._standins:
+            return {}
+
+        def fetch(key: str) -> torch.Tensor | None:
+            return self.tensor(STANDINS + key) if STANDINS + key in self._standins else None
+
+        layout, norms = self.layout, self.metadata.get(STANDINS, "")
+        record.plan.check(layout.family, layout.blocks, layout.width, record.encoder)
+        return standin_file.checked(fetch, norms, self.path.name, record.encoder, record.plan, level)
+
+    def sha256(self) -> str:
+        """Of the whole file."""
+        return sha256_from(self._file)
+
+    @functools.cached_property
+    def _layouts(self) -> list[Layout]:
+        return layouts_of(self.entries)
+
+    @functools.cached_property
+    def known_layout(self) -> Layout | None:
+        """The encoder in this file, None where it is none that Skrr knows."""
+        found = self._layouts
+        return found[0].extended(self.record.blocks if self.record else 0) if len(found) == 1 else None
+
+    @functools.cached_property
+    def problem(self) -> str | None:
+        """What makes this file something else than one whole encoder, and what to do, in a line; None where it is one,
+        or of an architecture that Skrr does not know."""
+        shard, found = SHARD.search(self.path.name), self._layouts
+        if shard and int(shard[2]) > 1:
+            what = (
+                f"part {int(shard[1])} of {int(shard[2])} of an encoder in several files, which ComfyUI does not load:"
+                " get the encoder as one file"
+            )
+        elif self._is_checkpoint:
+            what = "a whole checkpoint: load it with Load Checkpoint and put Load Skrr Plan behind it"
+        elif len(found) > 1:
+            names = ", ".join(f"{layout.family} under {layout.prefix or 'no prefix'}" for layout in found)
+            what = f"holds {len(found)} text encoders ({names}): get each as a file of its own"
+        elif not found and (self.record or any(_matches(family, self.entries) for family in families.FAMILIES)):
+            what = "parts of this text encoder are missing; get the file again"
+        else:
+            return None
+        return f"{self.path.name}: {what}"
+
+    @property
+    def _is_checkpoint(self) -> bool:
+        """Whether this is a whole checkpoint, but for one that holds what ComfyUI puts behind LTX's text encoder."""
+        return self._is_whole and (bool(self._layouts) or not any(key.startswith(BEHIND[0]) for key in self.entries))
+
+    @functools.cached_property
+    def _is_whole(self) -> bool:
+        return any(key.startswith(CHECKPOINT) for key in self.entries)
+
+    @property
+    def used(self) -> Set[str]:
+        """Names of the tensors that ComfyUI makes a text encoder of: all, where Skrr does not know the architecture."""
+        if self.known_layout is not None:
+            return self.known_layout.used
+        return {key for key in self.entries if key.startswith(BEHIND)} if self._is_whole else self.entries.keys()
+
+    @property
+    def layout(self) -> Layout:
+        """The encoder in this file. Raises CheckpointError where there is none that Skrr knows."""
+        if self.problem is not None:
+            raise CheckpointError(self.problem)
+        if self.known_layout is not None:
+            return self.known_layout
+        names = ", ".join(f.NAME for f in families.FAMILIES)
+        raise CheckpointError(
+            f"{self.path.name}: no text encoder that Skrr knows ({names}; by ComfyUI's tensor names) in this file"
+        )
+
+
+def _header_sha256(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of what the header of a pruned file says: its tensors in their order, from which their places follow, and
+    Skrr's own metadata. What others add to the metadata is theirs."""
+    own = {key: metadata[key] for key in (PLAN, STANDINS) if key in metadata}
+    record = {key: value for key, value in json.loads(metadata[RECORD]).items() if key != "header_sha256"}
+    tensors = [(key, entry.dtype, entry.shape) for key, entry in entries.items()]
+    return hashlib.sha256(json.dumps([tensors, own, record], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,151 @@
+"""A file's tensors seen as a text encoder's row of sub-blocks, by their names and shapes."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Collection, Mapping, Set
+from dataclasses import dataclass
+
+from ..disk.safetensors import Entry
+from ..encoder import families
+
+MAX_BLOCKS = 1000
+
+PARAMETERS = (".weight", ".bias")
+"""What the names of parameters end with: a scale, a marker or a tokenizer is none."""
+ALIAS = ("model.language_model.", "model.")
+"""How encoders that also see name their text part, and how ComfyUI's text encoders do."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file's encoder as a row of sub-blocks. keys: for each sub-block the tensors that go away with it, none where a
+    file that others have shortened lacks it; entries: all of the encoder's tensors, those that a pruned file has left
+    out included, but nothing that no text encoder uses (a decoder, a tower that sees, the embedding again); prefix:
+    what stands before their names in this file; extras: what ComfyUI reads beside them (tokenizer, markers)."""
+
+    family: str
+    blocks: int
+    width: int
+    keys: tuple[tuple[str, ...], ...]
+    entries: Mapping[str, Entry]
+    prefix: str = ""
+    extras: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def parameter_counts(self) -> tuple[int, ...]:
+        """Weights of each sub-block."""
+        return tuple(sum(self._parameters(key) for key in keys) for keys in self.keys)
+
+    @functools.cached_property
+    def sub_block_bytes(self) -> tuple[int, ...]:
+        """Bytes of each sub-block."""
+        return tuple(sum(self.entries[key].nbytes for key in keys) for keys in self.keys)
+
+    @functools.cached_property
+    def total(self) -> int:
+        """Weights of the encoder, dense."""
+        return sum(self._parameters(key) for key in self.entries)
+
+    def _parameters(self, key: str) -> int:
+        entry = self.entries[key]  # a weight of bytes without a type holds two in each (4 bits)
+        return entry.count * (2 if entry.dtype == "U8" else 1) if key.endswith(PARAMETERS) else 0
+
+    @functools.cached_property
+    def total_bytes(self) -> int:
+        """Bytes of the encoder, dense."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def sparsity(self, skipped) -> float:
+        """Removed parameters over all encoder parameters."""
+        return sum(self.parameter_counts[i] for i in skipped) / self.total
+
+    @property
+    def used(self) -> Set[str]:
+        """Names of all tensors of the file that its encoder or its tokenizer is made of."""
+        return self.entries.keys() | self.extras
+
+    def name(self, key: str) -> str:
+        """The name that ComfyUI's encoder has for a tensor of this file."""
+        own = key.removeprefix(self.prefix)
+        return ALIAS[1] + own.removeprefix(ALIAS[0]) if own.startswith(ALIAS[0]) else own
+
+    def place(self, name: str) -> int | None:
+        """The sub-block that a tensor goes away with, by its name in ComfyUI's encoder; also one that the file lacks (a
+        scale, say)."""
+        family = families.by_name(self.family)
+        found = family.FILE_KEY.fullmatch(name)
+        if found is None or int(found["block"]) >= self.blocks or _stays(family, found, self.entries):
+            return None
+        return 2 * int(found["block"]) + (found["feed_forward"] is not None)
+
+    def dropped(self, skipped) -> set[str]:
+        """Names of the tensors that go away with these sub-blocks."""
+        return {key for index in skipped for key in self.keys[index]}
+
+    def extended(self, blocks: int) -> "Layout":
+        """This encoder as the one of so many blocks that it was before others cut off its last ones."""
+        missing = max(0, blocks - self.blocks)
+        return dataclasses.replace(self, blocks=self.blocks + missing, keys=self.keys + ((),) * (2 * missing))
+
+
+def layout_of(entries: Mapping[str, Entry]) -> Layout | None:
+    """See tensors as the one encoder of a family that the engine knows, or None."""
+    found = layouts_of(entries)
+    return found[0] if len(found) == 1 else None
+
+
+def layouts_of(entries: Mapping[str, Entry]) -> list[Layout]:
+    """All encoders among these tensors that are whole and of a family that the engine knows."""
+    found: dict[str, Layout] = {}
+    for family in families.FAMILIES:
+        for prefix, matches in _matches(family, entries).items():
+            layout = None if prefix in found else _layout(family, prefix, matches, entries)
+            if layout is not None:
+                found[prefix] = layout
+    return list(found.values())
+
+
+def _matches(family, entries: Collection[str]) -> dict[str, dict[str, re.Match]]:
+    """The tensors of blocks that a family may have, by what stands before their names; blocks that hold anything that
+    the family's do not are another architecture's."""
+    found: dict[str, dict[str, re.Match]] = {}
+    for key in entries:
+        if match := family.FILE_KEY.fullmatch(key):
+            found.setdefault(match["prefix"], {})[key] = match
+    return {prefix: own for prefix, own in found.items() if not any(match["other"] for match in own.values())}
+
+
+def _layout(family, prefix: str, matches: Mapping[str, re.Match], entries: Mapping[str, Entry]) -> Layout | None:
+    """See the tensors under a prefix as one family's encoder, or None."""
+    ends = "." + family.FILE_WIDTH
+    norms = [found for key, found in matches.items() if key.endswith(ends) and found["block"] == "0"]
+    if len(norms) != 1 or len(entries[norms[0].string].shape) != 1:
+        return None
+    blocks = 1 + max(int(m["block"]) for m in matches.values())
+    if blocks > len(matches):
+        return None
+    keys: list[list[str]] = [[] for _ in range(2 * blocks)]
+    for key, found in matches.items():
+        if not _stays(family, found, matches):
+            keys[2 * int(found["block"]) + (found["feed_forward"] is not None)].append(key)
+    if not all(keys):
+        return None
+    names = {key: key.removeprefix(prefix) for key in entries if key.startswith(prefix)}
+    own = {
+        key: entries[key]
+        for key, name in names.items()
+        if "." in name and not family.FILE_UNUSED.fullmatch(name) and not _again(name, names.values())
+    }
+    extras = frozenset(key for key in entries if "." not in names.get(key, key))
+    return Layout(family.NAME, blocks, entries[norms[0].string].shape[0], tuple(map(tuple, keys)), own, prefix, extras)
+
+
+def _again(name: str, names: Collection[str]) -> bool:
+    """Whether a tensor is the embedding once more, as T5 files often hold it."""
+    return name == "encoder.embed_tokens.weight" and "shared.weight" in names
+
+
+def _stays(family, found: re.Match, keys: Collection[str]) -> bool:
+    """Whether a tensor within a sub-block belongs to the whole encoder all the same (T5's position bias)."""
+    return hasattr(family, "stays") and family.stays(int(found["block"]), found["rest"], keys)

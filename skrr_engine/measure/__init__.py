@@ -1,0 +1,1 @@
+"""How far a pruned encoder's conditioning is from the dense one's."""

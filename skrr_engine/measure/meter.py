@@ -1,0 +1,326 @@
+"""Measures candidates' discrepancies on one encoder and one set of prompts."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..encoder.actions import Assignment
+from ..encoder.row import EncoderError
+from ..encoder.standin import StandIn
+from ..encoder.trace import Reading, Trace, Tracer
+from ..memory import Store, batch_tokens, free_memory, out_of_memory
+from .calibration import Batch
+from .discrepancy import Criterion, Discrepancy, Projection, features, read_only, token_norm, tokens_read
+from .elimination import Board, rank
+from .processes import Team
+from .walk import Prefix, Shelf, agree, forwards
+
+
+class Meter:
+    """Measures candidates' discrepancies on one encoder and one set of prompts.
+
+    encoder: the dense encoder, as `Batch.run` takes it; never changed. tracer: of the encoder whose sub-blocks are left
+    out: the same, or a twin of it in another precision; then `against` is a tracer of the dense one. batches: of the
+    calibration prompts, in the order in which a race sees them (see race.grouped); null: of the empty one. projection:
+    see `Projection`. limit: states held at once by the walk (0: as many as the memory allows). memory: bytes that all
+    of this may take beside the encoder (None: see budget.free_memory); what does not fit is computed again when it is
+    needed. team: processes that share the work. criterion: what is measured.
+
+    The dense conditioning is measured when it is first needed, so that this, too, is told step by step and can be
+    stopped. What is not finite (an overflow in half precision) makes a candidate's discrepancy infinite. Raises
+    EncoderError where the walk does not give what the encoder gives, or where that is not finite.
+
+    share: of the work of measuring all candidates on all prompts (prefixes shared) that the last `rank` did.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        tracer: Tracer,
+        batches: Sequence[Batch],
+        null: Batch,
+        projection: Projection | None = None,
+        limit: int = 0,
+        memory: int | None = None,
+        team: Team | None = None,
+        criterion: Criterion = Criterion(),  # noqa: B008 - frozen
+        against: Tracer | None = None,
+    ):
+        self.against = against or tracer
+        self.criterion = criterion
+        self.encoder, self.tracer, self.projection, self.limit = encoder, tracer, projection, limit
+        self.team = team or Team()
+        device = next(encoder.parameters()).device
+        self.memory = free_memory(device) if memory is None else memory
+        self._dense, self._traces, self._states = Store(self.memory // 4), Store(self.memory // 8), Store(0)
+        self._stack = batch_tokens(self.memory // 2, tracer.row.width, device)  # tokens that streams may pass together
+        self._pieces = [[batch] for batch in (null, *batches)]
+        self._known: dict[tuple[bool, frozenset], tuple[float, np.ndarray]] = {}  # by whether streams were stacked, too
+        self._expected: np.ndarray | None = None  # the prompts' shares of the best candidates' discrepancies so far
+        self.share, self._work = 0.5, Stepping(None, 0, 0)
+        self._dense_size = 0
+        elements = [self._guarded(b, functools.partial(self._elements, b)) for b in range(len(self._pieces))]
+        totals = np.concatenate([elements[0], *elements[1:]], axis=1)[:, elements[0].shape[1] :].sum(axis=1)
+        self._scale = [elements[0].sum(axis=1), *[totals] * len(batches)]
+        self._weights = [e[0] / totals[0] for e in elements[1:]]
+        self._tokens = [self._guarded(b, functools.partial(self._width, b)) for b in range(len(self._pieces))]
+        # States take what the dense features and the traces leave of five eighths.
+        dense = min(self._dense_size, self._dense.capacity)
+        self._states.capacity = max(0, self.memory * 5 // 8 - dense - self._traces.used)
+        self._landmarks: frozenset[int] = frozenset()
+        self._places: set[int] = set()
+        self._prefixes: dict[int, list[Prefix]] = {}
+        self._guarded(0, self._check)
+
+    def _elements(self, batch: int) -> np.ndarray:
+        """Number of read elements, `[tensors, prompts]`."""
+        pieces, size = [], 0
+        for piece in range(len(self._pieces[batch])):
+            reading = self.tracer.read(self._trace(batch, piece), {})  # of nothing: the shapes, for next to no work
+            one_token = features([(t[:1, :1], None) for t, _ in reading], self.projection)
+            widths = [t.shape[2] for t, _ in one_token]
+            size += sum(t.shape[:2].numel() * w * 4 for (t, _), w in zip(reading, widths, strict=True))
+            per_token = widths if self.criterion.elementwise else [1] * len(widths)
+            pieces.append([tokens_read(*entry) * n for entry, n in zip(reading, per_token, strict=True)])
+        self._dense_size += size
+        return np.concatenate([torch.stack(found).numpy() for found in pieces], axis=1)
+
+    def _check(self) -> None:
+        """Hold the walk against the encoder's own forward, on the null prompt: an encoder that does more between its
+        sub-blocks than was seen of it must not be searched."""
+        own = features(self._pieces[0][0].run(self.encoder), self.projection)
+        walked = self._dense_features(0, 0)
+        if not agree([t for t, _ in own], [t for t, _ in walked]):
+            raise EncoderError(
+                "this encoder's sub-blocks, run one by one, do not give what it gives itself, so Skrr can't search it:"
+                " nothing was changed; please report which file and loader it comes from"
+            )
+
+    def _width(self, batch: int) -> int:
+        """Number of tokens that a sub-block's forward on this batch takes."""
+        return sum(self._trace(batch, piece).x.shape[:2].numel() for piece in range(len(self._pieces[batch])))
+
+    def _dense_features(self, batch: int, piece: int, step: Callable[[], None] | None = None) -> Reading:
+        def make() -> Reading:
+            same = self.against is self.tracer
+            trace = self._trace(batch, piece) if same else self.against.trace(self._pieces[batch][piece].run)
+            ((_, reading),) = self.against.walk(trace, [{}], step=step)
+            dense = [(t.float(), mask) for t, mask in features(reading, self.projection)]
+            if not all(bool(read_only(t, mask).isfinite().all()) for t, mask in dense):
+                raise EncoderError(
+                    "the encoder's own conditioning is not finite in this precision, so nothing can be compared with"
+                    " it: load the encoder in bfloat16 or float32"
+                )
+            return dense
+
+        return self._dense.get((batch, piece), make)
+
+    def _trace(self, batch: int, piece: int) -> Trace:
+        return self._traces.get((batch, piece), lambda: self.tracer.trace(self._pieces[batch][piece].run))
+
+    def batches(self) -> tuple[list[Batch], Batch]:
+        """The calibration prompts' batches and the null prompt's, as they are split now."""
+        null, *others = self._pieces
+        return [piece for pieces in others for piece in pieces], null[0]
+
+    def calibration_traces(self) -> Iterator[Trace]:
+        """The calibration prompts' batches, embedded."""
+        for batch in range(1, len(self._pieces)):
+            for piece in range(len(self._pieces[batch])):
+                yield self._trace(batch, piece)
+
+    def null_trace(self) -> Trace:
+        """The null prompt, embedded."""
+        return self._trace(0, 0)
+
+    def readable(self) -> int:
+        """How many sub-blocks stand before the last state that the conditioning reads; those behind change nothing."""
+        if self.tracer.boundaries is None:
+            self.tracer.boundaries = self.tracer.find_boundaries(self.null_trace())
+        return 2 * max(self.tracer.boundaries, default=0)
+
+    def null_norm(self) -> float:
+        """Of the dense encoder."""
+        return token_norm(self._dense_features(0, 0))
+
+    def measure(
+        self, candidates: Sequence[Assignment], tick: Callable[[float], None] | None = None
+    ) -> list[Discrepancy]:
+        """Each candidate's discrepancy. tick: called before every sub-block's forward with the share of this call's
+        work that is done; what it raises ends the measurement."""
+        board = Board(len(candidates), self._weights)
+        step = self._stepping(candidates, tick, 1.0)
+        self._forget_repairs(candidates)
+        everyone, pieces = range(len(candidates)), range(len(self._pieces))
+        norms = self._fill(board, candidates, everyone, pieces, len(candidates), step, stack=False)
+        return [Discrepancy(board.conditional(c), float(board.null[c]), norm) for c, norm in enumerate(norms)]
+
+    def rank(
+        self,
+        candidates: Sequence[Assignment],
+        keep: int,
+        delta: float = 0.0,
+        below: float = math.inf,
+        tick: Callable[[float], None] | None = None,
+    ) -> list[float]:
+        """The total discrepancies of the `keep` best candidates (and of what ties with them); infinity for the others,
+        which are measured only as far as needed (see race.py).
+
+        delta: 0 for exactly the best, with bit for bit the discrepancies that `measure` gives; above it they race, and
+        it is about how likely one of the best is lost; streams are then stacked, so the last bits may differ. below:
+        candidates above this discrepancy are of no interest. tick: as for `measure`.
+        """
+        board = Board(len(candidates), self._weights, self._expected)
+        for c, candidate in enumerate(candidates):
+            known = self._known.get((delta > 0, frozenset(candidate.items())))
+            if known is not None:
+                board.null[c], board.values[c] = known
+        step = self._stepping(candidates, tick, self.share)
+        self._forget_repairs(candidates)
+        self._states.turn()
+
+        def evaluate(members: Sequence[int], batches: Sequence[int]) -> None:
+            self._landmarks = self._likely(board, candidates, keep)
+            self._fill(board, candidates, members, batches, 2 * keep, step, stack=delta > 0)
+
+        unknown = [c for c in range(len(candidates)) if np.isnan(board.null[c])]
+        if unknown:
+            evaluate(unknown, [0])
+        found = rank(board, lambda members, batches: evaluate(members, [b + 1 for b in batches]), keep, delta, below)
+        for c, candidate in enumerate(candidates):
+            if found[c] < math.inf and not any(isinstance(action, StandIn) for action in candidate.values()):
+                self._known[delta > 0, frozenset(candidate.items())] = board.null[c], board.values[c].copy()
+        self._expected = board.shares()
+        self.share = min(max(step.share(), 0.01), 1.0)
+        return found
+
+    def _likely(self, board: Board, candidates: Sequence[Assignment], keep: int) -> frozenset[int]:
+        """Sub-blocks that the next removals will probably be among: those of the candidates that look best now, as many
+        as there is room to keep every candidate's state in front of."""
+        if np.isnan(board.values).all():
+            return self._landmarks  # nothing is known yet: those of the step before
+        state = sum(self._tokens) * self.tracer.row.width * 4
+        room = self._states.capacity // 2 // max(1, state * len(candidates) // 2)
+        best = sorted(range(len(candidates)), key=board.estimate)[: min(room, 4 * keep)]
+        common = frozenset.intersection(*map(frozenset, candidates))
+        return frozenset().union(*(candidates[c] for c in best)) - common
+
+    def _stepping(self, candidates: Sequence[Assignment], tick, share: float) -> "Stepping":
+        work = forwards(len(self.tracer.row), candidates) * sum(self._tokens)
+        missing = sum(tokens for b, tokens in enumerate(self._tokens) if (b, 0) not in self._dense)
+        self._work = Stepping(tick, work, share, len(self.tracer.row) * missing)
+        return self._work
+
+    def _forget_repairs(self, candidates: Sequence[Assignment]) -> None:
+        """Let go of the states of stand-ins that none of these candidates has: a fit is never made twice."""
+        repairs = {a for candidate in candidates for a in candidate.values() if isinstance(a, StandIn)}
+        self._states.drop(lambda place: not place.repairs <= repairs)
+        self._prefixes = {}
+
+    @property
+    def spent(self) -> float:
+        """Sub-block forwards that the measurement under way, or the last one, has taken, over all prompts' tokens."""
+        return self._work.done / sum(self._tokens)
+
+    @property
+    def prompts(self) -> int:
+        """How many it measures on, the null prompt left out."""
+        return sum(len(weights) for weights in self._weights)
+
+    def _fill(
+        self, board: Board, candidates: Sequence[Assignment], members: Sequence[int], batches: Iterable[int], few: int,
+        step: "Stepping", stack: bool,
+    ) -> list[float]:  # fmt: skip
+        """Put some candidates' contributions on the board (batch 0 is the null prompt); returns their null norms.
+        stack: whether streams may pass a sub-block together."""
+        norms = [float("nan")] * len(members)
+        for batch in batches:
+            measure = functools.partial(self._contributions, batch, few=few, step=step, stack=stack)
+            for i, (*values, norm) in enumerate(self.team.shared([candidates[m] for m in members], measure)):
+                if batch == 0:
+                    weight = self.criterion.null  # where it is zero, an overflow there is of no interest
+                    board.null[members[i]], norms[i] = weight and weight * math.fsum(values), norm
+                else:
+                    board.values[members[i], board.spans[batch - 1]] = values
+        return norms
+
+    def _contributions(
+        self, batch: int, candidates: Sequence[Assignment], few: int, step: "Stepping", stack: bool
+    ) -> np.ndarray:
+        """Of each candidate: what each prompt of a batch adds to its discrepancy, and its readings' token norm."""
+
+        def act() -> np.ndarray:
+            numbers = range(len(self._pieces[batch]))
+            pieces = [self._walk(batch, piece, candidates, few, step, stack) for piece in numbers]
+            return np.array([np.concatenate([v for v, _ in p] + [[p[0][1]]]) for p in zip(*pieces, strict=True)])
+
+        return self._guarded(batch, act)
+
+    def _walk(self, batch: int, piece: int, candidates: Sequence[Assignment], few: int, step: "Stepping", stack: bool):
+        trace = self._trace(batch, piece)
+        step.tokens = trace.x.shape[:2].numel()
+        dense = self._dense_features(batch, piece, step)
+        shelf = Shelf(self._states, (batch, piece), few, self._landmarks, self._places, stack, self._prefixes)
+        together = self._stack if stack else 0
+        # A forward takes about 16 times its stream; the walk holds each state twice where it passes a sub-block, and
+        # up to as many streams again may wait.
+        passing = max(trace.x.nbytes, together * trace.x[0, 0].nbytes)
+        limit = self.limit or max(4, (self.memory // 4 - 16 * passing) // (4 * trace.x.nbytes))
+        found: list = [None] * len(candidates)
+        for member, reading in self.tracer.walk(trace, candidates, limit, step, shelf, together):
+            pruned = features(reading, self.projection)
+            errors = self.criterion.errors(dense, pruned)
+            # A prompt of which nothing is read contributes nothing.
+            values = sum(e.numpy() / max(n, 1) for e, n in zip(errors, self._scale[batch], strict=True))
+            values[np.isnan(values)] = np.inf  # NaN would say that it was not measured
+            found[member] = values, token_norm(pruned) if batch == 0 else float("nan")
+        return found
+
+    def _guarded(self, batch: int, act: Callable):
+        """What `act` returns; where the device runs out of memory, the batch is halved, and it is tried again."""
+        while True:
+            try:
+                return act()
+            except RuntimeError as error:
+                if not out_of_memory(error) or not self.shrink([batch]):
+                    raise
+
+    def shrink(self, batches: Iterable[int] | None = None) -> bool:
+        """After an out-of-memory error: let go of what can be had again, hold and stack fewer states and halve some
+        batches (all, where None); whether there is any sense in another try."""
+        for store in (self._dense, self._traces, self._states):
+            store.clear()
+            store.capacity //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.memory //= 2
+        self._stack //= 2
+        smaller = self.memory > 2**20
+        for batch in range(len(self._pieces)) if batches is None else batches:
+            halves = [half for piece in self._pieces[batch] for half in piece.halves()]
+            smaller = smaller or len(halves) > len(self._pieces[batch])
+            self._pieces[batch] = halves
+        return smaller
+
+
+class Stepping:
+    """Called before every sub-block's forward: counts the work done, and tells `tick` its share of what is expected.
+
+    work: sub-block x token forwards that would measure everything; share: of them that are expected to be needed;
+    tokens: of the batch at hand; more: what comes on top of that work, once.
+    """
+
+    def __init__(self, tick: Callable[[float], None] | None, work: float, share: float, more: float = 0.0):
+        self.tick, self.work, self.expected, self.done, self.tokens = tick, work, work * share + more, 0, 0
+
+    def __call__(self) -> None:
+        if self.tick is not None:
+            self.tick(min(self.done / max(self.expected, 1), 0.99))
+        self.done += self.tokens
+
+    def share(self) -> float:
+        return self.done / max(self.work, 1)

@@ -1,0 +1,370 @@
+"""The plan: which sub-blocks of a text encoder are skipped, in which order, and which kept one stands in for which.
+
+A plan is about 1 KB of JSON, independent of the weights' precision. It is untrusted input: reading checks every field,
+and every failure is a `PlanError` of one line that names the field, what was expected and the way out.
+
+Sub-blocks are numbered as in the paper: `2 * block` is self-attention, `2 * block + 1` is the feed-forward.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from ..disk.atomic import replacing
+from .text import _REMEDY, MAX_BYTES, PlanError, _dumped, _expected, _found, _listed, _parse, _quoted
+
+MAX_BLOCKS = 512
+MAX_WIDTH = 65_536
+MAX_RANK = 4_096
+SPARSITY_TOLERANCE = 1e-9
+_NAME = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
+_ONE_LINE = r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029]+$"
+_SUB_BLOCK_KEY = r"^(0|[1-9][0-9]{0,3})$"
+
+
+def is_name(text: str) -> bool:
+    """Whether an encoder may be called so in a plan."""
+    return re.fullmatch(_NAME, text) is not None
+
+
+class _Part(BaseModel):
+    """A frozen part of a plan. A field's description is what a message says was expected there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, /, **data: Any):
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _plan_error(type(self), error) from None
+
+
+def _plan_error(part: type[_Part], error: ValidationError) -> PlanError:
+    """The first thing that is wrong with `part`, its path relative to that part."""
+    first = error.errors(include_url=False)[0]
+    path = tuple(first["loc"])
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, PlanError):
+        return PlanError(cause.problem, path + cause.path)
+    if len(path) > 1 and path[-1] == "[key]":
+        path = path[:-1]
+    if path[:1] in (("reuse",), ("ranks",)):
+        path = tuple(map(str, path))
+    if first["type"] == "extra_forbidden":
+        return PlanError("unknown field; remove it, or update Skrr where the plan comes from a newer version", path)
+    what = part.model_fields[str(path[0])].description if path else "fields with readable names"
+    if first["type"] == "missing":
+        return PlanError(f"missing, expected {what}; {_REMEDY}", path)
+    return PlanError(_expected(what, first["input"]), path)
+
+
+def _integer_keys(value: Any) -> Any:
+    """JSON writes the skipped sub-blocks of a re-use map as decimal strings."""
+    if not isinstance(value, dict):
+        return value
+    return {int(k) if isinstance(k, str) and re.fullmatch(_SUB_BLOCK_KEY[1:-1], k) else k: v for k, v in value.items()}
+
+
+_SubBlock = Annotated[int, Field(strict=True, ge=0, lt=2 * MAX_BLOCKS)]
+_Name = Annotated[str, Field(strict=True, pattern=_NAME)]
+_Text = Annotated[str, Field(strict=True, min_length=1, max_length=200, pattern=_ONE_LINE)]
+_Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
+_Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+_Rank = Annotated[int, Field(strict=True, ge=1, le=MAX_RANK)]
+_Sorted = PlainSerializer(lambda places: dict(sorted(places.items())))
+_Ranks = Annotated[dict[_SubBlock, _Rank], BeforeValidator(_integer_keys), _Sorted]
+_Reuse = Annotated[dict[_SubBlock, _SubBlock], BeforeValidator(_integer_keys), _Sorted]
+_Extensions = Annotated[
+    dict[Annotated[str, Field(strict=True)], Any], Field(json_schema_extra={"additionalProperties": True})
+]
+
+_TEXT_EXPECTED = "a text of 1 to 200 characters on one line"
+_COUNT_EXPECTED = "an integer from 0 to 1000000000"
+_EXTENSIONS_EXPECTED = "an object (Skrr carries it through unread)"
+
+
+class StandIns(_Part):
+    """The linear stand-ins of a level (see standin.py): the SHA-256 of the file that holds them, and the rank of each.
+
+    Where that file is missing, the level is used with its re-use map alone.
+    """
+
+    sha256: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")] = Field(
+        description="64 hexadecimal digits in lower case"
+    )
+    ranks: Annotated[_Ranks, Field(min_length=1)] = Field(
+        description='an object like {"5": 16}, skipped sub-block to the rank of its stand-in, '
+        f"integers from 0 to {2 * MAX_BLOCKS - 1} without leading zeros and ranks from 1 to {MAX_RANK}",
+        json_schema_extra={"propertyNames": {"pattern": _SUB_BLOCK_KEY}, "maxProperties": 2 * MAX_BLOCKS},
+    )
+
+    def nbytes(self, width: int) -> int:
+        """Bytes of the stand-ins in an encoder of this width: two float16 factors each, and a float32 bias."""
+        return sum(4 * width * (rank + 1) for rank in self.ranks.values())
+
+
+class Level(_Part):
+    """One strength of a plan: the first `skipped` sub-blocks of the encoder's order are left out.
+
+    `reuse` maps a skipped sub-block to the kept one of the same type that stands in for it (paper, algorithm 2).
+    `sparsity` is the fraction (0 to 1) of the encoder's parameters, embedding included, that the level removes.
+    `standins` repair places of this level, instead of what `reuse` does there; None where there are none.
+    `discrepancy` is D of this level (paper, algorithm 1), stand-ins in place, or None where nobody measured it.
+    """
+
+    skipped: Annotated[int, Field(strict=True, ge=1, le=2 * MAX_BLOCKS)] = Field(
+        description=f"an integer from 1 to {2 * MAX_BLOCKS}, the length of a prefix of order"
+    )
+    reuse: _Reuse = Field(
+        description='an object like {"5": 7}, skipped sub-block to the kept one that stands in for it, '
+        f"integers from 0 to {2 * MAX_BLOCKS - 1} without leading zeros",
+        json_schema_extra={"propertyNames": {"pattern": _SUB_BLOCK_KEY}, "maxProperties": 2 * MAX_BLOCKS},
+    )
+    sparsity: Annotated[_Number, Field(le=1)] = Field(description="a number from 0 to 1")
+    standins: StandIns | None = Field(default=None, description="an object with sha256 and ranks, or null")
+    discrepancy: _Number | None = Field(default=None, description="a finite number from 0 up, or null")
+    extensions: _Extensions = Field(default_factory=dict, description=_EXTENSIONS_EXPECTED)
+
+    def standin_bytes(self, width: int) -> int:
+        """Bytes of its stand-ins in an encoder of this width, 0 where it has none."""
+        return self.standins.nbytes(width) if self.standins else 0
+
+
+class EncoderPlan(_Part):
+    """What a plan says about one text encoder of `blocks` blocks of `width` channels.
+
+    `order` lists sub-blocks, the most dispensable first. Every level is a prefix of it with a re-use map of its own.
+    """
+
+    family: _Name = Field(
+        description="the name of an architecture: a letter, then at most 31 letters, digits, '_' or '-'"
+    )
+    blocks: Annotated[int, Field(strict=True, ge=1, le=MAX_BLOCKS)] = Field(
+        description=f"an integer from 1 to {MAX_BLOCKS}"
+    )
+    width: Annotated[int, Field(strict=True, ge=1, le=MAX_WIDTH)] = Field(
+        description=f"an integer from 1 to {MAX_WIDTH}"
+    )
+    order: Annotated[tuple[_SubBlock, ...], Field(min_length=1, max_length=2 * MAX_BLOCKS)] = Field(
+        description="a list of at least one sub-block, each an integer from 0 to 2 * blocks - 1 and named once",
+        json_schema_extra={"uniqueItems": True},
+    )
+    levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=2 * MAX_BLOCKS)] = Field(
+        description="a list of at least one level, each an object"
+    )
+    extensions: _Extensions = Field(default_factory=dict, description=_EXTENSIONS_EXPECTED)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EncoderPlan:
+        self._check_order()
+        for index, level in enumerate(self.levels):
+            self._check_step(index, level)
+            self._check_reuse(("levels", index, "reuse"), level)
+            self._check_standins(("levels", index, "standins", "ranks"), level)
+        return self
+
+    def _check_order(self) -> None:
+        seen: set[int] = set()
+        for index, sub_block in enumerate(self.order):
+            path = ("order", index)
+            if sub_block >= 2 * self.blocks:
+                raise PlanError(_expected(f"an integer from 0 to {2 * self.blocks - 1}", sub_block), path)
+            if sub_block in seen:
+                raise PlanError(f"expected every sub-block once, found {sub_block} again; {_REMEDY}", path)
+            seen.add(sub_block)
+
+    def _check_step(self, index: int, level: Level) -> None:
+        path = ("levels", index)
+        least, floor = 1, 0.0
+        if index:
+            least, floor = self.levels[index - 1].skipped + 1, self.levels[index - 1].sparsity
+        if level.skipped > len(self.order):
+            what = f"at most {len(self.order)}, the length of order"
+            raise PlanError(_expected(what, level.skipped), (*path, "skipped"))
+        if level.skipped < least:
+            what = f"at least {least}, more than in the level before"
+            raise PlanError(_expected(what, level.skipped), (*path, "skipped"))
+        if level.sparsity < floor:
+            what = f"at least {floor!r}, the sparsity of the level before"
+            raise PlanError(_expected(what, level.sparsity), (*path, "sparsity"))
+
+    def _check_reuse(self, path: tuple[str | int, ...], level: Level) -> None:
+        skipped = set(self.order[: level.skipped])
+        for place, target in level.reuse.items():
+            here = (*path, str(place))
+            if place not in skipped:
+                what = f"one of the {level.skipped} sub-blocks that this level skips as the place of a re-use"
+                raise PlanError(_expected(what, place), here)
+            if target >= 2 * self.blocks:
+                raise PlanError(_expected(f"an integer from 0 to {2 * self.blocks - 1}", target), here)
+            if target % 2 != place % 2:
+                kind = "a feed-forward sub-block (odd)" if place % 2 else "an attention sub-block (even)"
+                raise PlanError(_expected(f"{kind}, the type of its place", target), here)
+            if target in skipped:
+                raise PlanError(_expected("a sub-block that this level keeps", target), here)
+
+    def _check_standins(self, path: tuple[str | int, ...], level: Level) -> None:
+        skipped = set(self.order[: level.skipped])
+        for place, rank in (level.standins.ranks if level.standins else {}).items():
+            if place not in skipped:
+                what = f"one of the {level.skipped} sub-blocks that this level skips as the place of a stand-in"
+                raise PlanError(_expected(what, place), (*path, str(place)))
+            if rank > self.width:
+                raise PlanError(_expected(f"at most {self.width}, the width", rank), (*path, str(place)))
+
+    def level(self, skipped: int) -> Level:
+        """The level that skips exactly `skipped` sub-blocks. Raises PlanError that names the levels there are."""
+        for level in self.levels:
+            if level.skipped == skipped:
+                return level
+        have = _listed(level.skipped for level in self.levels)
+        raise PlanError(f"no level skips {_found(skipped)} sub-blocks; choose one of {have}", ("levels",))
+
+    def choose(self, sparsity: float) -> Level:
+        """The strongest level whose sparsity (fraction, 0 to 1) is at or below the one asked for.
+
+        Raises PlanError that names the smallest level's sparsity where even that one is above.
+        """
+        for level in reversed(self.levels):
+            if level.sparsity <= sparsity + SPARSITY_TOLERANCE:
+                return level
+        smallest = self.levels[0].sparsity
+        raise PlanError(
+            f"no level at or below a sparsity of {sparsity:.6g}; the smallest has {smallest!r}, ask for that or more",
+            ("levels",),
+        )
+
+    def check(self, family: str, blocks: int, width: int, encoder_name: str) -> None:
+        """Raises PlanError unless the plan was made for an encoder of this family, block count and width."""
+        for field, found in (("family", family), ("blocks", blocks), ("width", width)):
+            wanted = getattr(self, field)
+            if wanted != found:
+                raise PlanError(
+                    f"the plan is made for {self._kind()}: expected {field} {_found(wanted)}, found {_found(found)} "
+                    f"in the encoder {_quoted(encoder_name)}; choose a plan made for this encoder"
+                )
+
+    def _kind(self) -> str:
+        return f"a {self.family} encoder of {self.blocks} blocks and width {self.width}"
+
+
+class Provenance(_Part):
+    """Where a plan comes from: `source` ("search", "paper", "manual"), and, where known, how it was searched.
+
+    `prompts` is the number of calibration prompts and `prompts_sha256` their hash (see `prompts.sha256`).
+    """
+
+    source: _Text = Field(description=_TEXT_EXPECTED)
+    projection: _Text | None = Field(default=None, description=_TEXT_EXPECTED)
+    denoiser: _Text | None = Field(default=None, description=_TEXT_EXPECTED)
+    prompts: _Count | None = Field(default=None, description=_COUNT_EXPECTED)
+    prompts_sha256: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        default=None, description="64 hexadecimal digits in lower case"
+    )
+    beam: _Count | None = Field(default=None, description=_COUNT_EXPECTED)
+    created_with: _Text | None = Field(default=None, description=_TEXT_EXPECTED)
+
+
+class Plan(_Part):
+    """A plan for one or several text encoders, by name (`t5xxl`, `clip_l`, ...), with its provenance."""
+
+    model_config = ConfigDict(json_schema_extra={"required": ["format", "version", "encoders", "provenance"]})
+
+    format: Literal["skrr-plan"] = Field(default="skrr-plan", description="'skrr-plan' (other files are no plans)")
+    version: Annotated[int, Field(strict=True, ge=1, le=1)] = Field(
+        default=1, description="version 1 (newer plans need a newer Skrr)"
+    )
+    encoders: Annotated[dict[_Name, EncoderPlan], Field(min_length=1)] = Field(
+        description="an object of at least one encoder, each an object under its name: a letter, then at most 31 "
+        "letters, digits, '_' or '-'",
+        json_schema_extra={"additionalProperties": False},
+    )
+    provenance: Provenance = Field(description="an object")
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str = "the plan") -> Plan:
+        """Reads and checks a plan of at most 64 KiB, also as `to_json` gives it. `source` names where the text comes
+        from in messages. Raises PlanError."""
+        try:
+            data = _parse(text)
+            for field in ("format", "version"):
+                if field not in data:
+                    raise PlanError(f"missing, expected {cls.model_fields[field].description}; {_REMEDY}", (field,))
+            plan = cls(**data)
+            plan.to_json()  # refuses what could not be written again: some texts are longer in Skrr's form
+            return plan
+        except PlanError as error:
+            raise PlanError(error.problem, error.path, source) from None
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan from a file, at most 64 KiB of it. Raises PlanError, also where there is no such file."""
+        path = Path(path)
+        try:
+            if not path.is_file():
+                what = "a folder" if path.is_dir() else "nothing"
+                raise PlanError(f"expected a plan file, found {what}; choose a .json file", source=str(path))
+            with path.open("rb") as file:
+                text = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise PlanError(f"cannot be read ({error.strerror}); check the file", source=str(path)) from None
+        return cls.from_json(text, source=str(path))
+
+    def encoder(self, name: str) -> EncoderPlan:
+        """What the plan says about the encoder `name`. Raises PlanError that names the encoders there are."""
+        if name not in self.encoders:
+            problem = f"nothing for {_quoted(name)}; the plan has {_listed(sorted(self.encoders))}, choose one of them"
+            raise PlanError(problem, ("encoders",))
+        return self.encoders[name]
+
+    def to_json(self) -> str:
+        """The plan as text: ASCII, one level a line, equal plans giving equal texts. Raises PlanError above 64 KiB."""
+        try:
+            text = _plan_text(self)
+            _parse(text)
+        except PlanError:
+            raise
+        except (TypeError, ValueError, RecursionError):
+            raise PlanError("the plan's extensions hold what JSON cannot; keep to plain finite values") from None
+        return text
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan to a file, whole or not at all. Raises PlanError."""
+        text = self.to_json()
+        try:
+            with replacing(path) as file:
+                file.write(text.encode("ascii"))
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror}); choose another place"
+            raise PlanError(problem, source=str(path)) from None
+
+
+def _plan_text(plan: Plan) -> str:
+    """A plan's fields as its parts dump them, laid out for people: a line for a level, the encoders by their names."""
+    data = plan.model_dump(exclude_defaults=True)
+    encoders = ",\n".join(f"    {_dumped(name)}: {_encoder_text(e)}" for name, e in sorted(data["encoders"].items()))
+    return (
+        f'{{\n  "format": {_dumped(plan.format)},\n  "version": {_dumped(plan.version)},\n'
+        f'  "encoders": {{\n{encoders}\n  }},\n  "provenance": {_dumped(data["provenance"])}\n}}\n'
+    )
+
+
+def _encoder_text(data: dict[str, Any]) -> str:
+    levels = ",\n".join(f"        {_dumped(level)}" for level in data["levels"])
+    texts = {name: _dumped(value) for name, value in data.items()} | {"levels": f"[\n{levels}\n      ]"}
+    return "{\n" + ",\n".join(f'      "{name}": {text}' for name, text in texts.items()) + "\n    }"
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a plan, as strict as a schema can say; `docs/plan.schema.json` holds it."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Plan.model_json_schema()}
+
+
+def shipped() -> dict[str, Path]:
+    """The plans that come with Skrr: name to file."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "shipped").glob("*.json"))}

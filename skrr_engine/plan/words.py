@@ -1,0 +1,79 @@
+"""Plans and times in words."""
+
+from collections.abc import Iterable
+
+from ..errors import printable
+from .model import EncoderPlan, Level, Plan
+
+COLUMNS = 24
+"""Blocks in one line of a map."""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "40 s", "12 min", "3 h 10 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{round(seconds)} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def describe_plan(plan: Plan) -> str:
+    """A plan in words, with a map of each encoder's strongest level."""
+    came = plan.provenance
+    facts = (
+        ("denoiser", came.denoiser),
+        ("projection", came.projection),
+        ("prompts", came.prompts),
+        ("beam", came.beam),
+    )
+    lines = [printable(f"plan from {came.source}" + "".join(f", {k} {v}" for k, v in facts if v is not None))]
+    for name, entry in plan.encoders.items():
+        order = ",".join(map(str, entry.order))
+        lines.append(f"{name}: {entry.family}, {entry.blocks} blocks, {entry.width} wide; order {order}")
+        how = entry.extensions.get("search")
+        if isinstance(how, dict) and how.get("mode") == "racing":
+            delta = how.get("delta")  # an extension: nobody has checked it
+            risk = f", delta {delta:g}" if isinstance(delta, float) else ""
+            lines.append(f"  found by racing{risk}: near-equal candidates may have been mistaken")
+        lines += [describe_level(level) for level in entry.levels]
+        lines += ["", *plan_map(entry, entry.levels[-1])]
+    return "\n".join(lines)
+
+
+def describe_level(level: Level) -> str:
+    """A level in one line."""
+    measured = "" if level.discrepancy is None else f", D {level.discrepancy:.4g}"
+    pairs = " ".join(f"{i}>{j}" for i, j in level.reuse.items())
+    reused = f", re-use {pairs}" if pairs else ""
+    if level.standins is not None:
+        rank = in_words(level.standins.ranks.values())
+        reused = f", {len(level.standins.ranks)} linear stand-ins of {rank}{f'; without them {pairs}' if pairs else ''}"
+    return f"  {level.skipped:3} skipped: sparsity {level.sparsity:.1%}{measured}{reused}"
+
+
+def in_words(ranks: Iterable[int]) -> str:
+    """Ranks of stand-ins: "rank 16", "ranks 4 to 16"."""
+    known = set(ranks)
+    least, most = min(known), max(known)
+    return f"rank {least}" if least == most else f"ranks {least} to {most}"
+
+
+def plan_map(entry: EncoderPlan, level: Level) -> list[str]:
+    """Attention above feed-forward: a block's number where kept, `.` where skipped, `~` where a stand-in repairs it,
+    `>j` where it re-uses block j."""
+    skipped = set(entry.order[: level.skipped])
+    repaired = level.standins.ranks if level.standins else {}
+
+    def cell(index: int) -> str:
+        if index not in skipped:
+            return str(index // 2)
+        if index in repaired:
+            return "~"
+        return f">{level.reuse[index] // 2}" if index in level.reuse else "."
+
+    rows = []
+    for start in range(0, entry.blocks, COLUMNS):
+        for kind, label in enumerate(("attention", "feed-forward")):
+            cells = [cell(2 * block + kind) for block in range(start, min(start + COLUMNS, entry.blocks))]
+            rows.append(f"  {label:<13}" + "".join(f"{c:>5}" for c in cells))
+    return rows

@@ -1,0 +1,99 @@
+"""The state of a search in a file: written whole or not at all after each step, taken up again by the same search."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..disk.atomic import replacing
+from ..encoder.row import Row
+from ..errors import SkrrError
+from .skip import Path as SkipList
+
+
+class StateError(SkrrError):
+    """A state that can't be gone on with; one line that says why and what to do."""
+
+
+D = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Entry(BaseModel):
+    """A list of a saved beam."""
+
+    model_config = ConfigDict(strict=True)
+
+    order: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    discrepancy: D
+    trail: tuple[D, ...] = ()
+
+
+class Saved(BaseModel):
+    """What a state's file holds: untrusted, so each number is checked."""
+
+    model_config = ConfigDict(strict=True)
+
+    key: str
+    beam: Annotated[tuple[Entry, ...], Field(min_length=1)]
+
+
+class State:
+    """One search's state. path: its file, which need not exist yet; key: of the search (see `fingerprint`)."""
+
+    def __init__(self, path: str | os.PathLike[str], key: str):
+        self.path, self.key = Path(path), key
+
+    def load(self, length: int) -> list[SkipList]:
+        """The saved beam over `length` sub-blocks; empty where there is no file. Raises StateError."""
+        try:
+            saved = Saved.model_validate_json(self.path.read_bytes())
+            if any(len({*p.order}) < len(p.order) or max(p.order) >= length for p in saved.beam):
+                raise ValueError
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError):
+            raise StateError(f"{self.path}: no state of a search; remove it or name another file") from None
+        if saved.key != self.key:
+            raise StateError(
+                f"{self.path}: belongs to a search with another encoder, other prompts or settings; remove it or name"
+                " another file"
+            )
+        return [SkipList(p.order, p.discrepancy, p.trail if len(p.trail) == len(p.order) else ()) for p in saved.beam]
+
+    def save(self, beam: Sequence[SkipList]) -> None:
+        """Replace the file by one with this beam; a crash at any moment leaves the old or the new one.
+        Raises WriteError."""
+        entries = [{"order": p.order, "discrepancy": p.discrepancy, "trail": p.trail} for p in beam]
+        with replacing(self.path) as file:
+            file.write(json.dumps({"key": self.key, "beam": entries}).encode("ascii"))
+
+    def forget(self) -> None:
+        """The search has ended: its plan is written."""
+        with contextlib.suppress(OSError):  # one that can't go does not spoil the plan
+            self.path.unlink()
+
+
+def fingerprint(row: Row, *facts, bring: Callable[[int], None] = lambda index: None) -> str:
+    """SHA-256 over what decides the outcome of a search: samples of every sub-block's weights, and whatever `facts`.
+
+    bring: called with each sub-block's index before its weights are looked at.
+    """
+    digest = hashlib.sha256(json.dumps([row.family, row.width, row.total, *facts]).encode())
+    for sub_block in row.sub_blocks:
+        bring(sub_block.index)
+        sampled(digest, sub_block.tensors())
+    return digest.hexdigest()
+
+
+def sampled(digest, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Add tensors' names, kinds, shapes and first numbers to a digest."""
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key}{tensor.dtype}{list(tensor.shape)}".encode())
+        sample = tensor.detach().flatten()[:16].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,1 @@
+"""Linear stand-ins, fitted in closed form."""

@@ -1,0 +1,416 @@
+"""Linear stand-ins fitted in closed form: what a removed place needs so that the stream goes on as before.
+
+At place i, `norm(x)` of the *pruned* encoder's own stream is regressed (ridge) onto what is missing to the *dense*
+stream behind i. Places are taken in order, each with the earlier stand-ins in place: a fit also corrects what earlier
+removals left. The fitted map is cut to a low rank by reduced-rank regression: the directions in which the fitted part
+is largest are kept.
+
+Every token counts by the inverse mean square of its dense stream: what reads the stream normalises each token, so
+errors matter relative to its size (some tokens are a thousand times larger than others). Nothing but Gram matrices is
+kept of the tokens: a few `[width, width]` ones, summed in float64 (see sums.py).
+
+The idea is that of ReplaceMe (arXiv 2505.02819) and of reduced-rank regression (Izenman 1975); the tests and
+benchmarks/standins.py tell what it does here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..encoder import families
+from ..encoder.actions import Action
+from ..encoder.standin import NORMS, StandIn
+from ..encoder.trace import Trace
+from ..errors import SearchError
+from ..measure.meter import Meter
+from ..measure.sums import double, place
+from ..memory import free_memory, out_of_memory
+from ..plan.model import MAX_RANK
+
+DTYPE = torch.float16
+"""What the two factors are stored as; the bias is float32 (T5 has channels that float16 can't hold)."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How stand-ins are fitted. rank: of each; ranks: where there are any, those to choose from at the end; ridges:
+    tried, relative to the mean eigenvalue of the Gram matrix, the one best on held-out prompts is taken; null: share of
+    the null prompt in all weight; held_out: every so many-th prompt chooses the ridge and is fitted on only after that
+    (0: the first ridge is taken); swaps: exchanges that a search tries at its end (see heal.py)."""
+
+    RANKS: ClassVar[tuple[int, ...]] = (4, 8, 16, 32, 64)
+
+    rank: int = 16
+    ranks: tuple[int, ...] = ()
+    ridges: tuple[float, ...] = (0.003, 0.03, 0.3)
+    null: float = 0.1
+    held_out: int = 5
+    swaps: int = 2
+
+    def __post_init__(self):
+        if not 1 <= self.rank <= MAX_RANK:
+            raise SearchError(f"a rank of {self.rank} makes no sense for stand-ins: use 1 to {MAX_RANK}, like 16")
+
+
+MAX_RANKED = 64
+"""Prompts that a search with stand-ins ranks candidates on; all others are fitted on."""
+
+
+LEAST_METER = 2**20
+"""Bytes with which a meter still works, computing again what it can't hold."""
+
+MATRICES = 15
+"""How many `[width, width]` float64 matrices a fit holds at once: four Gram matrices, and what solving takes."""
+
+
+def fit_bytes(width: int) -> int:
+    """Bytes that a fit takes for its matrices, beside its meter's: 2 GB where the encoder is 4096 wide."""
+    return MATRICES * 8 * width * width
+
+
+def meter_bytes(memory: int, width: int) -> int:
+    """Bytes for each of a search's two meters, where it may take so many beside the encoder. Raises SearchError where
+    they do not hold a fit."""
+    share = (memory - fit_bytes(width)) // 2
+    if share < LEAST_METER:
+        raise SearchError(
+            f"fitting stand-ins of an encoder {width} wide takes {least_bytes(width) / 1e9:.2g} GB beside it, and"
+            f" {memory / 1e9:.2g} GB may be used: free memory, or search without stand-ins"
+        )
+    return share
+
+
+def least_bytes(width: int) -> int:
+    """Bytes that a search with stand-ins takes at least, beside the encoder."""
+    return fit_bytes(width) + 2 * LEAST_METER
+
+
+def halved(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Prompts to fit on, and others to rank candidates on: every 8th, at most MAX_RANKED. Raises SearchError."""
+    if len(set(prompts)) < 16:
+        raise SearchError(f"{len(set(prompts))} prompts are too few to fit stand-ins on: give at least 16, better 500")
+    ranked = list(dict.fromkeys(prompts))[::8][:MAX_RANKED]
+    apart = set(ranked)
+    return [p for p in prompts if p not in apart], ranked
+
+
+@dataclass
+class Gram:
+    """Weighted sums over tokens of features z `[tokens, width]` and targets r `[tokens, width]`, float64."""
+
+    weight: float
+    z: torch.Tensor
+    r: torch.Tensor
+    zz: torch.Tensor
+    zr: torch.Tensor
+    rr: float
+
+    @classmethod
+    def of(cls, width: int, device) -> Gram:
+        """Of no tokens."""
+        vector, matrix = (
+            torch.zeros(*s, dtype=torch.float64, device=place(device)) for s in ((width,), (width, width))
+        )
+        return cls(0.0, vector, vector.clone(), matrix, matrix.clone(), 0.0)
+
+    def add(self, z: torch.Tensor, r: torch.Tensor, weights: torch.Tensor) -> None:
+        """Some more tokens; weights `[tokens]`."""
+        if not len(z):
+            return
+        z, r = z.float(), r.float()
+        weights = weights.to(z).unsqueeze(1)
+        weighted = z * weights
+        # Products of one batch in float32, sums of batches in float64: the ridge is far above what that loses.
+        self.weight += float(double(weights).sum())
+        self.z += double(weighted).sum(dim=0)
+        self.r += double(r * weights).sum(dim=0)
+        self.zz += double(weighted.T @ z)
+        self.zr += double(weighted.T @ r)
+        self.rr += float((double(r).square() * double(weights)).sum())
+
+    def join(self, other: Gram) -> None:
+        """Add another's tokens to these, in place."""
+        self.weight, self.rr = self.weight + other.weight, self.rr + other.rr
+        for own, more in ((self.z, other.z), (self.r, other.r), (self.zz, other.zz), (self.zr, other.zr)):
+            own += more
+
+    def error(self, fit: Fit) -> float:
+        """Weighted sum of squared errors of a fit on these tokens."""
+        down, up, bias = fit
+        own = ((down.T @ (self.zz @ down)) * (up @ up.T)).sum() + 2 * (self.z @ down @ up) @ bias
+        cross = ((down.T @ self.zr) * up).sum() + bias @ self.r
+        return self.rr + float(own + self.weight * (bias @ bias) - 2 * cross)
+
+
+Fit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""down `[width, rank]`, up `[rank, width]`, bias `[width]`, float64."""
+
+
+def solve(gram: Gram, rank: int, ridge: float) -> Fit:
+    """The ridge regression of r on z with a bias, cut to a rank where that costs least."""
+    mean_z, mean_r = gram.z / gram.weight, gram.r / gram.weight
+    zz = gram.zz - torch.outer(gram.z, mean_z)
+    zr = gram.zr - torch.outer(gram.z, mean_r)
+    zz.diagonal().add_(ridge * zz.diagonal().mean() + 1e-12)
+    try:
+        full = torch.cholesky_solve(zr, torch.linalg.cholesky(zz))
+    except torch.linalg.LinAlgError:
+        raise SearchError(
+            "the encoder's states are not finite in this precision, so no stand-ins can be fitted: use bfloat16"
+        ) from None
+    up = leading(zr.T @ full, rank)
+    down = full @ up
+    return down, up.T, mean_r - mean_z @ down @ up.T
+
+
+def leading(matrix: torch.Tensor, rank: int, rounds: int = 8) -> torch.Tensor:
+    """Orthonormal columns `[width, rank]` that span about the leading eigenvectors of a symmetric, non-negative matrix:
+    by subspace iteration, which costs a few thin products where all eigenvectors of a wide encoder cost minutes."""
+    matrix = (matrix + matrix.T) / 2
+    columns = min(rank + 8, len(matrix))
+    start = torch.randn(len(matrix), columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = start.to(matrix.device)
+    for _ in range(rounds):
+        basis = torch.linalg.qr(matrix @ basis).Q
+    values, vectors = torch.linalg.eigh(basis.T @ matrix @ basis)
+    return basis @ vectors[:, values.argsort(descending=True)[:rank]]
+
+
+def stand_in(fit: Fit, norm: str) -> StandIn:
+    """A fit as it is stored: the factors' columns of equal size, so that neither overflows."""
+    down, up, bias = fit
+    scale = down.norm(dim=0).clamp(min=1e-12).sqrt() * len(bias) ** -0.25
+    return StandIn(norm, (down / scale).T.to(DTYPE).contiguous(), (up.T * scale).to(DTYPE).contiguous(), bias.float())
+
+
+@dataclass
+class Pair:
+    """The dense and the pruned stream of one batch before a place, `[batch, tokens, width]`, the same object where
+    nothing was removed so far; behind, kept: what this place's own sub-block makes of each, where that is known."""
+
+    place: int
+    dense: torch.Tensor
+    pruned: torch.Tensor
+    behind: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+
+    def to(self, device) -> Pair:
+        """The same on a device."""
+        dense = self.dense.to(device)
+        behind = None if self.behind is None else self.behind.to(device)
+        pruned = dense if self.pruned is self.dense else self.pruned.to(device)
+        kept = behind if self.kept is self.behind else None if self.kept is None else self.kept.to(device)
+        return Pair(self.place, dense, pruned, behind, kept)
+
+
+class Streams:
+    """The dense and the pruned stream of every batch of a meter, taken from sub-block to sub-block.
+
+    They are held on their device up to a quarter of the meter's memory, beyond that in RAM, and beyond that not at all:
+    then they are computed anew, from the first sub-block, when they are asked for. passed: what is done at the places
+    behind us. tick: called before every batch.
+    """
+
+    def __init__(self, meter: Meter, tick: Callable[[], None]):
+        self.meter, self.row, self.tick = meter, meter.tracer.row, tick
+        self.passed: list[Action] = []
+        self._held: dict[int, Pair] = {}
+        self._masks: dict[int, torch.Tensor | None] = {}
+        self._room = self._rooms()
+
+    def _rooms(self) -> dict[str, int]:
+        """Bytes that may be held on the device, and beside it in RAM."""
+        beside = 0
+        if self.meter.null_trace().x.device.type != "cpu":  # where it computes: its weights may lie elsewhere
+            beside = free_memory("cpu") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return {"device": self.meter.memory // 4, "cpu": beside}
+
+    def traces(self) -> Iterable[tuple[int, Trace]]:
+        """Every batch, numbered; number 0 is the null prompt's."""
+        yield 0, self.meter.null_trace()
+        yield from enumerate(self.meter.calibration_traces(), 1)
+
+    def mask(self, number: int, trace: Trace) -> torch.Tensor | None:
+        """Which of a batch's tokens the conditioning reads, `[batch, tokens]`; None where all, as far as is known."""
+        if number not in self._masks:
+            self.meter.readable()  # finds where the conditioning is read
+            reading = self.meter.tracer.read(trace, dict.fromkeys(self.meter.tracer.boundaries, trace.x))
+            masks = [mask for _, mask in reading if mask is not None and mask.shape == trace.x.shape[:2]]
+            self._masks[number] = masks[0] if masks else None
+        return self._masks[number]
+
+    def weights(self, number: int, trace: Trace, behind: torch.Tensor) -> torch.Tensor:
+        """Of a batch's tokens, `[batch, tokens]`: the inverse mean square of the dense stream, zero where nobody
+        reads."""
+        size = double(behind).square().mean(dim=-1)
+        weights = 1 / size.clamp(min=1e-3 * float(size.median()) + 1e-12)
+        mask = self.mask(number, trace)
+        return weights if mask is None else weights * mask.to(weights)
+
+    def here(self, kept: bool = False) -> Iterable[tuple[int, Trace, Pair]]:
+        """Every batch's number, trace and streams at this place, `behind` known, and, where asked for, `kept`."""
+        for number, trace in self.traces():
+            self.tick()
+            pair = self._held.get(number, Pair(0, trace.x, trace.x))
+            if pair.dense.device != trace.x.device:
+                pair = pair.to(trace.x.device)
+            while pair.place < len(self.passed):
+                pair = self._passed(pair, trace)
+            pair.behind = self._apply(pair.place, pair.dense, trace)
+            if kept and pair.pruned is not pair.dense:
+                pair.kept = self._apply(pair.place, pair.pruned, trace)
+            elif kept:
+                pair.kept = pair.behind
+            yield number, trace, pair
+            self._hold(number, pair)
+
+    def guarded(self, act: Callable):
+        """What `act` returns; where the device runs out of memory, what was held is let go of, the batches and the room
+        are halved, and it is tried again."""
+        while True:
+            try:
+                return act()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                self._held, self._masks = {}, {}
+                if not self.meter.shrink():
+                    raise
+                self._room = self._rooms()
+
+    def _apply(self, index: int, x: torch.Tensor, trace: Trace) -> torch.Tensor:
+        return self.row.sub_blocks[index].apply(x, trace.calls[index])
+
+    def _passed(self, pair: Pair, trace: Trace) -> Pair:
+        """One place further."""
+        place, action = pair.place, self.passed[pair.place]
+        row, call = self.row.sub_blocks, trace.calls[place]
+        behind = pair.behind if pair.behind is not None else row[place].apply(pair.dense, call)
+        if isinstance(action, StandIn):
+            pruned = action.apply(pair.pruned)
+        elif action is None:
+            pruned = pair.pruned
+        elif action == place and pair.pruned is pair.dense:
+            pruned = behind
+        elif action == place and pair.kept is not None:
+            pruned = pair.kept
+        else:
+            pruned = row[action].apply(pair.pruned, call)
+        return Pair(place + 1, behind, pruned)
+
+    def _hold(self, number: int, pair: Pair) -> None:
+        size = 4 * pair.dense.nbytes  # with what is behind
+        if number not in self._held:
+            where = next((place for place, room in self._room.items() if room >= size), None)
+            if where is None:
+                return
+            self._room[where] -= size
+        else:
+            where = "device" if self._held[number].dense.device == pair.dense.device else "cpu"
+        self._held[number] = pair.to("cpu") if where == "cpu" else pair
+
+    def pass_by(self, kept: bool) -> None:
+        """Take all that is held through this place together: the weights of a streamed encoder come in once."""
+        for _ in self.here(kept):
+            pass
+
+    def go_on(self, action: Action) -> None:
+        """To the next place; action: what is done at this one, its own index where it is kept."""
+        self.passed.append(action)
+
+
+def fit(
+    meter: Meter,
+    removed: Mapping[int, Action],
+    fitting: Fitting,
+    tried: Iterable[int] = (),
+    tick: Callable[[float], None] = lambda share: None,
+) -> tuple[dict[int, StandIn], dict[int, Trial]]:
+    """Stand-ins for removed sub-blocks; and for others that are kept, each as if it alone were removed on top.
+
+    meter: its prompts are fitted on. removed: sub-block -> None where a stand-in is to be fitted; a stand-in or a
+    re-used sub-block stays what it is. tried: kept sub-blocks to fit a stand-in for as well. tick: called before every
+    sub-block of every batch with the share of the work that is done; what it raises ends the fit.
+    """
+    row = meter.tracer.row
+    norm, tried = families.by_name(row.family).NORM, set(tried)
+    last = max([*removed, *tried], default=-1)
+    streams = Streams(meter, lambda: tick(len(streams.passed) / (last + 1)))
+    found, trials = {}, {}
+    for index in range(last + 1):
+        action = removed.get(index, index)
+        if action is None or index in tried:
+            trial = streams.guarded(functools.partial(fit_here, streams, norm, fitting, index in tried))
+            if action is None:
+                found[index] = action = trial.standin
+            else:
+                trials[index] = trial
+        else:
+            streams.guarded(functools.partial(streams.pass_by, action == index))
+        streams.go_on(action)
+    return found, trials
+
+
+def fit_here(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> Trial:
+    """The stand-in for the place where the streams are; see `grams`."""
+    kept, held, harm = grams(streams, norm, fitting, trying)
+    ridge = best_ridge(kept, held, fitting)
+    kept.join(held)
+    del held  # of a wide encoder these matrices are large: see `fit_bytes`
+    chosen = solve(kept, fitting.rank, ridge)
+    fitted = stand_in(chosen, norm).to(streams.meter.null_trace().x.device)
+    return Trial(fitted, kept.error(chosen) - harm)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A stand-in for a sub-block that is still kept. harm: how much further from the dense stream the stream behind it
+    would be with the stand-in than with the sub-block: weighted squared error, in units of the tokens' mean squares."""
+
+    standin: StandIn
+    harm: float
+
+
+def grams(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> tuple[Gram, Gram, float]:
+    """The Gram matrices at the place where the streams are: of the prompts to fit on, and of those held out; and, where
+    its sub-block is kept and only `trying`, the weighted squared error of the stream behind it."""
+    null = prompts = 0
+    share = harm = 0.0
+    kept = held = None
+    for number, trace, pair in streams.here(kept=trying):
+        behind, weights = pair.behind, streams.weights(number, trace, pair.behind)
+        if kept is None:
+            kept, held = (Gram.of(behind.shape[-1], behind.device) for _ in range(2))
+        batch, tokens, width = behind.shape
+        z, r = NORMS[norm](pair.pruned.float()), behind.float() - pair.pruned.float()
+        error = 0.0
+        if trying and pair.kept is not behind:
+            off = double(pair.kept) - double(behind)
+            error = float((off.square().sum(dim=-1) * weights).sum())
+        if number == 0:
+            null = z.reshape(-1, width), r.reshape(-1, width), weights.flatten(), error
+            continue
+        harm += error
+        share += float(weights.sum())
+        out = torch.arange(prompts, prompts + batch) % max(fitting.held_out, 1) == fitting.held_out - 1
+        prompts += batch
+        for gram, chosen in ((kept, ~out), (held, out)):
+            gram.add(z[chosen].reshape(-1, width), r[chosen].reshape(-1, width), weights[chosen].flatten())
+    z, r, weights, error = null
+    read = float(weights.sum())
+    scale = fitting.null * share / read if read else 0.0
+    kept.add(z, r, weights * scale)
+    return kept, held, harm + scale * error
+
+
+def best_ridge(kept: Gram, held: Gram, fitting: Fitting) -> float:
+    """The ridge that is best on the tokens held out."""
+    if held.weight and len(fitting.ridges) > 1:
+        return min(fitting.ridges, key=lambda r: held.error(solve(kept, fitting.rank, r)))
+    return fitting.ridges[0]
