@@ -33,7 +33,7 @@ from skrr_engine.encoder.actions import Assignment, assignment
 from skrr_engine.encoder.row import Row
 from skrr_engine.encoder.trace import Tracer
 from skrr_engine.files.folder import load
-from skrr_engine.measure.calibration import Batch
+from skrr_engine.measure.calibration import Batch, Calibration
 from skrr_engine.measure.discrepancy import Discrepancy
 from skrr_engine.measure.meter import Meter
 from skrr_engine.measure.prompts import generate
@@ -124,7 +124,7 @@ def measure(
     own = PRECISIONS[precision]
     twin, sizes = quantised(module, own, PRECISIONS[EMBEDDING.get(precision, precision)])
     row = families.find(twin)
-    meter = Meter(module, Tracer(twin, row), batches, null, against=Tracer(module, families.find(module)))
+    meter = Meter(Calibration(module, Tracer(twin, row), batches, null), against=Tracer(module, families.find(module)))
     return [
         Point(precision, row.sparsity(gone), kept_bytes(row, sizes, gone), found)
         for gone, found in zip(removals, meter.measure(removals), strict=True)

@@ -34,6 +34,7 @@ from skrr_engine.encoder.trace import Tracer  # noqa: E402
 from skrr_engine.files.folder import import_transformers, load  # noqa: E402
 from skrr_engine.measure.calibration import (
     Batch,  # noqa: E402
+    Calibration,
     grouped,  # noqa: E402
 )
 from skrr_engine.measure.meter import Meter  # noqa: E402
@@ -168,7 +169,7 @@ def synthetic_meter(module, prompts: int, seed: int = 0, kind=Meter, race: bool 
         return Batch(run, len(ids))
 
     null = batch([torch.tensor([1])])
-    return kind(module, Tracer(module, families.find(module)), [batch(g) for g in groups], null, memory=2**31)
+    return kind(Calibration(module, Tracer(module, families.find(module)), [batch(g) for g in groups], null, 2**31))
 
 
 def whole(prompts: int, seeds: int) -> list[dict]:
@@ -277,8 +278,8 @@ def one_search(captions: Sequence[str], mode: str, beam: int, part: Path, memory
     delta, kind = (0.0, Naive) if mode == "naive" else (MODES[mode], Counted)
     tracer, null = Tracer(encoder.module, encoder.row), encoder.batch([encoder.tokenize("")])
     # The naive loop has batches of one length, whatever a race has.
-    plain = Meter(encoder.module, tracer, encoder.batches(captions), null, memory=memory)
-    meter = kind(encoder.module, tracer, encoder.batches(captions, race=delta > 0), null, memory=memory)
+    plain = Meter(Calibration(encoder.module, tracer, encoder.batches(captions), null, memory))
+    meter = kind(Calibration(encoder.module, tracer, encoder.batches(captions, race=delta > 0), null, memory))
     meter.passes = len(plain._tokens)
     steps = json.loads(part.read_text(encoding="utf-8")) if part.exists() else []
     last = {"work": 0, "naive": 0, "touched": 0, "naive touched": 0, "seconds": 0.0, "beam": [], "paces": []}

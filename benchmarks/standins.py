@@ -39,6 +39,7 @@ from skrr_engine.encoder import families
 from skrr_engine.encoder.actions import Assignment, assignment
 from skrr_engine.encoder.trace import Tracer
 from skrr_engine.measure import prompts
+from skrr_engine.measure.calibration import Calibration
 from skrr_engine.measure.meter import Meter
 from skrr_engine.plan.model import Plan
 from skrr_engine.search import skip
@@ -94,14 +95,14 @@ class Bench:
     def fit(self, order: Sequence[int], rank: int, kind: str, count: int, seed: int, module=None) -> Assignment:
         """Stand-ins for an order. module: of the encoder's kind, where it is another."""
         texts = CALIBRATION[kind](count, seed)
-        meter = self.lab.studio.meter(texts) if module is None else self.meter_of(module, texts)
-        return standin.fit(meter, dict.fromkeys(order), Fitting(rank=rank))[0]
+        calibration = self.lab.studio.calibration(texts) if module is None else self.calibration_of(module, texts)
+        return standin.fit(calibration, assignment(order), Fitting(rank=rank))[0]
 
-    def meter_of(self, module, texts: Sequence[str]) -> Meter:
-        """A meter on a changed copy of the encoder."""
-        encoder, studio = self.lab.studio.encoder, self.lab.studio
+    def calibration_of(self, module, texts: Sequence[str]) -> Calibration:
+        """Of a changed copy of the encoder."""
+        encoder = self.lab.studio.encoder
         batches, null = encoder.batches(texts), encoder.batch([encoder.tokenize("")])
-        return Meter(module, Tracer(module, families.find(module)), batches, null, studio.projection)
+        return Calibration(module, Tracer(module, families.find(module)), batches, null)
 
     def errors(self, removed: Assignment) -> dict[str, float]:
         """D_cond on unseen prompts of every kind, and D_null."""
@@ -147,10 +148,10 @@ def aware_order(bench: Bench, again: bool = False) -> list[int]:
     return list(search.run(SkipList((), 0.0), save).order)
 
 
-def meters(bench: Bench) -> tuple[Meter, Meter]:
-    """On the prompts to fit on, and, in the order of a race, on those to rank on."""
+def meters(bench: Bench) -> tuple[Calibration, Meter]:
+    """The prompts to fit on, and a meter, in the order of a race, on those to rank on."""
     fitted_on, ranked_on = standin.halved(prompts.broad(SEARCHED))
-    return bench.lab.studio.meter(fitted_on), bench.lab.studio.meter(ranked_on, race=True)
+    return bench.lab.studio.calibration(fitted_on), bench.lab.studio.meter(ranked_on, race=True)
 
 
 def levels(bench: Bench, aware: Sequence[int], chosen: Sequence[float] = LEVELS) -> list[dict]:
@@ -201,7 +202,7 @@ def refined(bench: Bench, aware: Sequence[int]) -> list[dict]:
         lot = random.Random(0)
 
         def score(candidate: Sequence[int]) -> float:
-            found, _ = standin.fit(fitted, dict.fromkeys(candidate), Fitting())
+            found, _ = standin.fit(fitted, assignment(candidate), Fitting())
             return ranked.measure([found])[0].total
 
         def child(parent: Sequence[int]) -> tuple[int, ...]:

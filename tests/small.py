@@ -1,13 +1,14 @@
 """Small encoders of every family, seeded, in transformers' classes; ComfyUI's are in comfy_nodes/builders.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import transformers as hf
 
 from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import SKIP, Reuse
 from skrr_engine.encoder.trace import Tracer
-from skrr_engine.measure.calibration import Batch
+from skrr_engine.measure.calibration import Batch, Calibration
 from skrr_engine.measure.meter import Meter
 
 torch.set_num_threads(1)  # these are too small to share out
@@ -85,6 +86,11 @@ def forward(name: str, ids: list[list[int]]) -> Callable:
     return lambda module: module(input_ids=torch.tensor(ids), **options).last_hidden_state
 
 
+def actions(short: Mapping) -> dict:
+    """An assignment from a short form: removed sub-block -> None, the sub-block that it re-uses, or an action."""
+    return {i: SKIP if j is None else Reuse(j) if isinstance(j, int) else j for i, j in short.items()}
+
+
 def batch(name: str, ids: list[list[int]]) -> Batch:
     return Batch(lambda module, times=1: [(forward(name, ids * times)(module), None)], len(ids))
 
@@ -92,7 +98,8 @@ def batch(name: str, ids: list[list[int]]) -> Batch:
 def meter(name: str, module, prompts: list[list[list[int]]], null: list[int], projection=None, limit: int = 0) -> Meter:
     """A meter over batches of token ids."""
     tracer = Tracer(module, families.find(module))
-    return Meter(module, tracer, [batch(name, ids) for ids in prompts], batch(name, [null]), projection, limit)
+    batches = [batch(name, ids) for ids in prompts]
+    return Meter(Calibration(module, tracer, batches, batch(name, [null])), projection, limit)
 
 
 def prompts(lengths: list[int], seed: int = 0) -> list[list[list[int]]]:

@@ -9,9 +9,10 @@ import torch
 
 from skrr_engine.cli.parser import main
 from skrr_engine.encoder import families
-from skrr_engine.encoder.actions import assignment
+from skrr_engine.encoder.actions import SKIP, assignment
 from skrr_engine.encoder.rewire import rewire, undo
 from skrr_engine.encoder.trace import Tracer
+from skrr_engine.measure.calibration import Calibration
 from skrr_engine.measure.discrepancy import COSINE
 from skrr_engine.measure.meter import Meter
 from skrr_engine.search import baselines
@@ -29,7 +30,7 @@ def no_grad():
 def cosine_meter(name, module):
     tracer = Tracer(module, families.find(module))
     batches = [small.batch(name, ids) for ids in IDS]
-    return Meter(module, tracer, batches, small.batch(name, [[1]]), criterion=baselines.ANGLE_OF_OUTPUT)
+    return Meter(Calibration(module, tracer, batches, small.batch(name, [[1]])), criterion=baselines.ANGLE_OF_OUTPUT)
 
 
 def angle(name, module, removed) -> float:
@@ -79,8 +80,8 @@ def test_cosine_keeps_the_null_term():
     module = small.build("t5", 3)
     tracer = Tracer(module, families.find(module))
     batches, null = [small.batch("t5", ids) for ids in IDS], small.batch("t5", [[1]])
-    found = Meter(module, tracer, batches, null, criterion=COSINE).measure([{1: None}])[0]
-    assert found.null > 0 and found.conditional == pytest.approx(angle("t5", module, {1: None}), rel=1e-6)
+    found = Meter(Calibration(module, tracer, batches, null), criterion=COSINE).measure([{1: SKIP}])[0]
+    assert found.null > 0 and found.conditional == pytest.approx(angle("t5", module, {1: SKIP}), rel=1e-6)
 
 
 def test_random_is_seeded():

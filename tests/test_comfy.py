@@ -201,13 +201,15 @@ def test_streams_are_stacked(builders, host, kind, name):
     view = host("nodes.host.clip.views").choose(clip, name)
     conditioning = host("nodes.host.clip.prompts").Conditioning(clip, view)
     tracer = host("skrr_engine.encoder.trace").Tracer(conditioning.encoder, view.row, "transformer.")
-    candidates = [{}, *({i: None} for i in range(len(view.row))), {3: 1}, {2: 0, 1: None}]
+    act = host("skrr_engine.encoder.actions")
+    candidates = [{}, *({i: act.SKIP} for i in range(len(view.row))), {3: act.Reuse(1)}]
+    candidates.append({2: act.Reuse(0), 1: act.SKIP})
     for prompts in (["a cat"], ["a cat", "a dog on a red carpet", "an old house"]):
         for batch in conditioning.batches(prompts):
             trace = tracer.trace(batch.run)
-            alone = dict(tracer.walk(trace, candidates))
-            found = dict(tracer.walk(trace, candidates, stack=2000))
-            attention, reading = tracer._stackable[trace.x.shape]
+            walk = host("skrr_engine.measure.walk").Walk(tracer)
+            alone, found = dict(walk(trace, candidates)), dict(walk(trace, candidates, stack=2000))
+            attention, reading = walk.can_stack(trace)
             assert attention and reading
             for i in range(len(candidates)):
                 for (t, _), (wanted, _) in zip(found[i], alone[i], strict=True):
@@ -222,7 +224,8 @@ def test_an_interruption_at_any_operation_ends_the_walk(builders, host, comfy, m
     clip = builders.hunyuan_video() if kind == "llama" else getattr(builders, kind)()
     view = host("nodes.host.clip.views").choose(clip, name)
     conditioning = host("nodes.host.clip.prompts").Conditioning(clip, view)
-    candidates = [{}, *({i: None} for i in range(len(view.row)))]
+    skip = host("skrr_engine.encoder.actions").SKIP
+    candidates = [{}, *({i: skip} for i in range(len(view.row)))]
     tracer = host("skrr_engine.encoder.trace").Tracer(conditioning.encoder, view.row, "transformer.")
     (batch,) = conditioning.batches(["a cat"])
     trace = tracer.trace(batch.run)
@@ -238,8 +241,8 @@ def test_an_interruption_at_any_operation_ends_the_walk(builders, host, comfy, m
     def walk():
         nonlocal asked
         asked = 0
-        tracer._stackable.clear()
-        return len(dict(tracer.walk(trace, candidates, stack=2000))), tracer._stackable[trace.x.shape]
+        found = host("skrr_engine.measure.walk").Walk(tracer)
+        return len(dict(found(trace, candidates, stack=2000))), found._stackable[trace.x.shape]
 
     assert walk() == (len(candidates), (True, True))  # the boundaries are known from now on
     monkeypatch.setattr(comfy.ops, "run_every_op", counting)

@@ -7,6 +7,7 @@ import torch
 from benchmarks import equal_bytes
 from benchmarks.equal_bytes import EMBEDDING, PRECISIONS, cast, front, kept_bytes, measure, quantised
 from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import SKIP, Reuse
 from skrr_engine.encoder.rewire import rewire, undo
 
 BITS = {"bf16": 16, "fp8": 8, "fp8 scaled": 8, "Q8_0": 8.5, "Q5_0": 5.5, "Q4_1": 5, "Q4_0": 4.5}
@@ -39,7 +40,7 @@ def test_kept_bytes_are_exact(precision):
     assert kept_bytes(row, sizes, ()) == whole == sum(sizes.values())
     block = module.layers[1]
     gone = sum(size(precision, p) for p in block.mlp.parameters()) + 4 * block.post_attention_layernorm.weight.numel()
-    assert kept_bytes(row, sizes, {3: None}) == whole - gone
+    assert kept_bytes(row, sizes, {3: SKIP}) == whole - gone
     assert not torch.equal(twin.layers[0].mlp.up_proj.weight, module.layers[0].mlp.up_proj.weight)
 
 
@@ -49,7 +50,7 @@ def test_discrepancy_is_against_the_dense_encoder(monkeypatch):
     module = small.build("llama", 3)
     prompts, null = small.prompts([5, 7]), [1]
     batches = [small.batch("llama", ids) for ids in prompts]
-    removals = [{}, {3: None}, {2: 4}]
+    removals = [{}, {3: SKIP}, {2: Reuse(4)}]
 
     def points(precision):
         return measure(module, batches, small.batch("llama", [null]), precision, removals)

@@ -10,12 +10,12 @@ import small
 import torch
 
 from skrr_engine.encoder import families
-from skrr_engine.encoder.actions import assignment
+from skrr_engine.encoder.actions import SKIP, Reuse, assignment
 from skrr_engine.encoder.rewire import fork, rewire, undo
 from skrr_engine.encoder.row import Call, EncoderError
 from skrr_engine.encoder.standin import StandIn
 from skrr_engine.encoder.trace import Trace, Tracer
-from skrr_engine.measure.walk import Shelf, forwards, prefixes
+from skrr_engine.measure.walk import Shelf, Walk, forwards, prefixes
 from skrr_engine.memory import Store
 
 REMOVALS = [
@@ -44,8 +44,8 @@ def test_walk_equals_forward(name, removed):
     row = families.find(module)
     run = small.batch(name, IDS).run
     tracer = Tracer(module, row)
-    ((_, walked),) = tracer.walk(tracer.trace(run), [removed])
-    replaced = rewire(module, row, removed)
+    ((_, walked),) = Walk(tracer)(tracer.trace(run), [small.actions(removed)])
+    replaced = rewire(module, row, small.actions(removed))
     rewired = run(module)
     undo(module, replaced)
     with reference.skipping(module, small.family_of(name), removed):
@@ -61,7 +61,7 @@ def test_undo_and_counts(name):
     run = small.forward(name, IDS)
     before, keys = run(module), list(module.state_dict())
     removed = {0: None, 3: 5, 6: None}
-    replaced = rewire(module, row, removed)
+    replaced = rewire(module, row, small.actions(removed))
     left = sum(p.numel() for p in module.parameters())
     assert left == row.total - sum(row.parameter_counts[i] for i in removed), "bytes are not counted exactly once"
     gone = {key for i in removed for key in row.sub_blocks[i].tensors()}
@@ -77,7 +77,7 @@ def test_t5_keeps_its_position_bias():
     row = families.find(module)
     bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     assert bias not in row.sub_blocks[0].tensors()
-    rewire(module, row, {0: None})
+    rewire(module, row, {0: SKIP})
     assert bias in module.state_dict()
     assert "layer.0.SelfAttention.relative_attention_bias.weight" in "".join(
         families.find(small.build("umt5")).sub_blocks[2].tensors()
@@ -91,7 +91,7 @@ def test_fork_leaves_the_encoder_alone(name):
     run = small.forward(name, IDS)
     before = run(module)
     tree = fork(module, [path for s in row.sub_blocks for path in s.parts])
-    rewire(tree, row, {1: None, 4: 2})
+    rewire(tree, row, {1: SKIP, 4: Reuse(2)})
     assert torch.equal(run(module), before)
     assert not torch.equal(run(tree), before)
     assert {id(p) for p in tree.parameters()} < {id(p) for p in module.parameters()}, "weights were copied"
@@ -103,17 +103,18 @@ def test_walk_shares_prefixes_within_any_limit(limit):
     row = families.find(module)
     run = small.batch("t5", IDS).run
     tracer = Tracer(module, row)
-    candidates = [{}, *({i: None} for i in range(8)), {3: 1}, {3: 1, 6: None}, {6: None, 0: None}]
+    candidates = CANDIDATES[:-1]
     steps = []
-    found = dict(tracer.walk(tracer.trace(run), candidates, limit, lambda: steps.append(1)))
+    found = dict(Walk(tracer)(tracer.trace(run), candidates, limit, lambda: steps.append(1)))
     assert sorted(found) == list(range(len(candidates)))
-    assert len(steps) == forwards(8, candidates) < sum(8 - list(c.values()).count(None) for c in candidates)
+    assert len(steps) == forwards(8, candidates) < sum(8 - list(c.values()).count(SKIP) for c in candidates)
     for i, candidate in enumerate(candidates):
-        ((_, alone),) = tracer.walk(tracer.trace(run), [candidate])
+        ((_, alone),) = Walk(tracer)(tracer.trace(run), [candidate])
         assert torch.equal(found[i][0][0], alone[0][0])
 
 
 CANDIDATES = [{}, *({i: None} for i in range(8)), {3: 1}, {3: 1, 6: None}, {6: None, 0: None}, {2: 0, 4: 0, 5: 7}]
+CANDIDATES = [small.actions(candidate) for candidate in CANDIDATES]
 
 
 def padded(name, ids, pads):
@@ -138,12 +139,12 @@ def test_stacked_streams_are_those_of_each_alone(name, prompts, tokens):
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 100, (prompts, tokens), generator=draw).tolist()
     trace = tracer.trace(padded(name, ids, [i % tokens for i in range(prompts)]))
-    alone = dict(tracer.walk(trace, CANDIDATES))
+    alone = dict(Walk(tracer)(trace, CANDIDATES))
     for stack in (5 * prompts * tokens, 10**6):
         steps, applied = [], []
         for sub_block in tracer.row.sub_blocks:
             sub_block.apply = lambda x, call, s=sub_block, n=applied: (n.append(1), type(s).apply(s, x, call))[1]
-        found = dict(tracer.walk(trace, CANDIDATES, 0, lambda steps=steps: steps.append(1), stack=stack))
+        found = dict(Walk(tracer)(trace, CANDIDATES, 0, lambda steps=steps: steps.append(1), stack=stack))
         for sub_block in tracer.row.sub_blocks:
             del sub_block.apply
         assert len(steps) == forwards(8, CANDIDATES) and len(applied) < len(steps) / 2, "nothing was stacked"
@@ -158,30 +159,30 @@ def test_stacked_streams_wait_and_start_late_as_others_do(limit):
     module = small.build("llama")
     tracer = Tracer(module, families.find(module))
     trace = tracer.trace(small.batch("llama", IDS).run)
-    alone = dict(tracer.walk(trace, CANDIDATES))
+    alone = dict(Walk(tracer)(trace, CANDIDATES))
     store, places = Store(10**9), set()
     for found in range(3):  # the first leaves its states, the others start from them
         shelf = Shelf(store, "trace", 99, {3, 6}, places, stacked=True)
         steps = []
-        for i, reading in tracer.walk(trace, CANDIDATES, limit, lambda steps=steps: steps.append(1), shelf, 60):
+        for i, reading in Walk(tracer)(trace, CANDIDATES, limit, lambda steps=steps: steps.append(1), shelf, 60):
             torch.testing.assert_close(reading[0][0], alone[i][0][0], rtol=1e-5, atol=1e-5)
         assert len(steps) < forwards(8, CANDIDATES) if found else len(steps) == forwards(8, CANDIDATES)
     exact = Shelf(store, "trace", 99, {3, 6}, places)
-    for i, reading in tracer.walk(trace, CANDIDATES, limit, shelf=exact):
+    for i, reading in Walk(tracer)(trace, CANDIDATES, limit, shelf=exact):
         assert torch.equal(reading[0][0], alone[i][0][0]), "an exact walk took a stacked one's states"
 
 
 def test_prefixes_are_one_object_where_candidates_remove_the_same_before():
     torch.manual_seed(0)
     standin = StandIn("rms", torch.zeros(1, 2), torch.zeros(2, 1), torch.zeros(2))
-    actions = [None, 2, 4, standin]
+    actions = [SKIP, Reuse(2), Reuse(4), standin]
     drawn = [{int(i): actions[i % 4] for i in torch.randperm(8)[:4]} for _ in range(30)]
     found = [prefixes(candidate, 8) for candidate in drawn]
     for (one, a), (two, b) in itertools.product(zip(drawn, found, strict=True), repeat=2):
         for index in range(8):
             before = [{i: action for i, action in c.items() if i < index} for c in (one, two)]
             assert (a[index] is b[index]) == (before[0] == before[1])
-            assert a[index].repairs == {action for action in before[0].values() if action is standin}
+            assert a[index].fitted == {action for action in before[0].values() if action is standin}
     standin = weakref.ref(standin)
     del actions, drawn, found, one, two, a, b, before
     gc.collect()
@@ -196,20 +197,20 @@ def test_a_small_error_beside_a_large_stream_is_seen():
         block.layer[0].layer_norm.weight[0] = 0
     tracer = Tracer(module, families.find(module))
     trace = tracer.trace(padded("t5", IDS, [0, 6]))
-    assert tracer.boundaries is None and dict(tracer.walk(trace, CANDIDATES, stack=10**6))
-    assert list(tracer._stackable.values()) == [(True, True)]
+    walk = Walk(tracer)
+    assert tracer.boundaries is None and dict(walk(trace, CANDIDATES, stack=10**6))
+    assert list(walk._stackable.values()) == [(True, True)]
     wrong = lambda self, prompts, times: Call(kwargs={"position_bias": torch.zeros(1, 4, 11, 11)})  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Call, "stacked", wrong)
-        tracer._stackable.clear()
-        assert tracer._can_stack(trace) == (False, True)
+        assert Walk(tracer).can_stack(trace) == (False, True)
 
 
 def test_a_later_attention_that_refuses_is_called_singly():
     module = small.build("t5")
     tracer = Tracer(module, families.find(module))
     trace = tracer.trace(small.batch("t5", IDS).run)
-    wanted = dict(tracer.walk(trace, CANDIDATES))
+    wanted = dict(Walk(tracer)(trace, CANDIDATES))
     inner = tracer.row.sub_blocks[4].apply
 
     def refusing(x, call):
@@ -217,7 +218,7 @@ def test_a_later_attention_that_refuses_is_called_singly():
         return inner(x, call)
 
     tracer.row.sub_blocks[4].apply = refusing
-    for i, reading in tracer.walk(trace, CANDIDATES, stack=10**6):
+    for i, reading in Walk(tracer)(trace, CANDIDATES, stack=10**6):
         torch.testing.assert_close(reading[0][0], wanted[i][0][0], rtol=1e-5, atol=1e-5)
 
 
@@ -228,8 +229,8 @@ def test_streams_of_several_dtypes():
         block.layer[1].DenseReluDense.wo.float()
     tracer = Tracer(module, families.find(module))
     trace = tracer.trace(small.batch("t5", IDS).run)
-    wanted = dict(tracer.walk(trace, CANDIDATES))
-    for i, reading in tracer.walk(trace, CANDIDATES, stack=10**6):
+    wanted = dict(Walk(tracer)(trace, CANDIDATES))
+    for i, reading in Walk(tracer)(trace, CANDIDATES, stack=10**6):
         torch.testing.assert_close(reading[0][0], wanted[i][0][0], rtol=0, atol=1e-3)
 
 
@@ -244,8 +245,9 @@ def test_picked_tokens_are_stacked_where_the_run_takes_copies(takes_times):
         return [(hidden[torch.arange(len(hidden)), torch.tensor([4, 7] * times)].unsqueeze(1), None)]
 
     trace = tracer.trace(picking if takes_times else lambda module: picking(module))
-    alone, found = dict(tracer.walk(trace, CANDIDATES)), dict(tracer.walk(trace, CANDIDATES, stack=10**6))
-    assert list(tracer._stackable.values()) == [(True, takes_times)]
+    walk = Walk(tracer)
+    alone, found = dict(walk(trace, CANDIDATES)), dict(walk(trace, CANDIDATES, stack=10**6))
+    assert list(walk._stackable.values()) == [(True, takes_times)]
     for i in range(len(CANDIDATES)):
         torch.testing.assert_close(found[i][0][0], alone[i][0][0], rtol=1e-5, atol=1e-5)
 
@@ -255,7 +257,7 @@ def test_attention_that_cannot_be_stacked_is_not():
     module = small.build("t5")
     tracer = Tracer(module, families.find(module))
     trace = tracer.trace(small.batch("t5", IDS).run)
-    wanted = dict(tracer.walk(trace, CANDIDATES))
+    wanted = dict(Walk(tracer)(trace, CANDIDATES))
 
     def with_bias(call, change):
         return Call(call.args, {**call.kwargs, "position_bias": change(call.kwargs["position_bias"])}, call.hidden)
@@ -264,8 +266,9 @@ def test_attention_that_cannot_be_stacked_is_not():
         apply = sub_block.apply
         sub_block.apply = lambda x, call, a=apply: a(x, with_bias(call, lambda bias: bias.unflatten(0, (-1, 4))))
     calls = [with_bias(c, lambda b: b.expand(2, -1, -1, -1).flatten(0, 1)) if c.kwargs else c for c in trace.calls]
-    found = dict(tracer.walk(Trace(trace.run, trace.x, tuple(calls)), CANDIDATES, stack=10**6))
-    assert list(tracer._stackable.values()) == [(False, True)]
+    walk = Walk(tracer)
+    found = dict(walk(Trace(trace.run, trace.x, tuple(calls)), CANDIDATES, stack=10**6))
+    assert list(walk._stackable.values()) == [(False, True)]
     for i in range(len(CANDIDATES)):
         torch.testing.assert_close(found[i][0][0], wanted[i][0][0], rtol=1e-5, atol=1e-5)
 
@@ -283,4 +286,4 @@ def test_unknown_encoder():
 
 
 def test_assignment():
-    assert assignment([4, 1], {1: 3}) == {4: None, 1: 3}
+    assert assignment([4, 1], {1: 3}) == {4: SKIP, 1: Reuse(3)}

@@ -95,9 +95,10 @@ def test_the_command_line_measures_what_the_node_measures(kind, folder, pack, bu
     own = bench.meter(bench.prompts)
     conditioning = host("nodes.host.clip.prompts").Conditioning(clip, view)
     tracer = host("skrr_engine.encoder.trace").Tracer(conditioning.encoder, view.row, "transformer.")
-    meter = host("skrr_engine.measure.meter").Meter(
-        conditioning.encoder, tracer, conditioning.batches(TEXT.splitlines()), conditioning.null(), bench.projection
+    calibration = host("skrr_engine.measure.calibration").Calibration(
+        conditioning.encoder, tracer, conditioning.batches(TEXT.splitlines()), conditioning.null()
     )
+    meter = host("skrr_engine.measure.meter").Meter(calibration, bench.projection)
     for a, b in zip(own.measure(CANDIDATES), meter.measure(CANDIDATES), strict=True):
         assert (a.conditional, a.null) == pytest.approx((b.conditional, b.null), rel=1e-4)
     if WIDTHS[kind] > 1:
@@ -106,7 +107,7 @@ def test_the_command_line_measures_what_the_node_measures(kind, folder, pack, bu
         asked = prepare(
             parser().parse_args(["discrepancy", "--plan", "-", "--pad", "300", *options(folder, comfyui_root)])
         )
-        assert asked.meter(["a dog"]).null_trace().x.shape[1] == 300
+        assert asked.calibration(["a dog"]).trace(0).x.shape[1] == 300
 
 
 def test_clips_are_padded_as_comfyui_pads_them(comfy, comfyui_root):

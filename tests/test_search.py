@@ -7,6 +7,7 @@ import reference
 import small
 import torch
 
+from skrr_engine.measure.calibration import Calibration
 from skrr_engine.plan.text import PlanError
 from skrr_engine.search import reuse, skip
 from skrr_engine.search.run import measure_level, search
@@ -73,7 +74,7 @@ def test_smollm2_first_removals(smollm2_folder):
     from skrr_engine.encoder.trace import Tracer
     from skrr_engine.measure.meter import Meter
 
-    meter = Meter(encoder.module, Tracer(encoder.module, encoder.row), batches, null)
+    meter = Meter(Calibration(encoder.module, Tracer(encoder.module, encoder.row), batches, null))
     plan = search(meter, Settings(0.012, (), 2))
     run = lambda: [tokens for batch in batches for tokens in batch.run(encoder.module)[0][0]]  # noqa: E731
     discrepancy = reference.naive_discrepancy(encoder.module, "llama", run, lambda: null.run(encoder.module)[0][0][0])
@@ -112,7 +113,7 @@ def test_scores_that_differ_by_rounding_tie():
 
 def test_a_reuse_that_wins_by_rounding_alone_is_none():
     scores = {None: 1.0, 1: 1.0 - 1e-7, 5: 0.9}
-    rank = lambda candidates, keep: [scores[c[3]] for c in candidates]  # noqa: E731
+    rank = lambda candidates, keep: [scores[c[3].target] for c in candidates]  # noqa: E731
     assert reuse.search(rank, (3,), 8, 1e-5)[0] == {3: 5}
     scores[5] = 1.5
     assert reuse.search(rank, (3,), 8, 1e-5)[0] == {} and reuse.search(rank, (3,), 8)[0] == {3: 1}

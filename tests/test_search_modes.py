@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from skrr_engine import memory as budget
 from skrr_engine.encoder import families
-from skrr_engine.encoder.actions import assignment
+from skrr_engine.encoder.actions import SKIP, assignment
 from skrr_engine.encoder.rewire import rewire, undo
 from skrr_engine.encoder.row import EncoderError
 from skrr_engine.encoder.trace import Tracer
 from skrr_engine.errors import SearchError
-from skrr_engine.measure.calibration import Batch
+from skrr_engine.measure.calibration import Batch, Calibration
 from skrr_engine.measure.meter import Meter
+from skrr_engine.measure.walk import Walk
 from skrr_engine.memory import Store, batch_tokens, free_memory, nbytes
 from skrr_engine.search import baselines, skip
 from skrr_engine.search.resume import State, StateError, fingerprint
@@ -130,9 +131,8 @@ def test_a_step_starts_from_the_states_of_the_one_before(name):
     batches, found = small.prompts([5, 7, 9] * 3), {}
     for memory in (2**30, 0):
         tracer = Tracer(module, families.find(module))
-        meter = Meter(
-            module, tracer, [small.batch(name, ids) for ids in batches], small.batch(name, [[2]]), memory=memory
-        )
+        prompts = [small.batch(name, ids) for ids in batches]
+        meter = Meter(Calibration(module, tracer, prompts, small.batch(name, [[2]]), memory))
         steps, passed = [], []
         for beam in skip.search(
             lambda c, keep, meter=meter, passed=passed: meter.rank(c, keep, tick=passed.append),
@@ -171,7 +171,7 @@ def test_little_memory_same_plan():
     batches = [small.batch("t5", ids) for ids in small.prompts([5, 7, 9, 12] * 3)]
     tracer, null = Tracer(module, families.find(module)), small.batch("t5", [[2]])
     plans = [
-        search(Meter(module, tracer, batches, null, memory=memory), Settings(0.3, (0.1,), 3, True, 0.0))
+        search(Meter(Calibration(module, tracer, batches, null, memory)), Settings(0.3, (0.1,), 3, True, 0.0))
         for memory in (2**30, 200_000, 1)
     ]
     assert plans[0] == plans[1] == plans[2]
@@ -214,14 +214,14 @@ def test_out_of_memory_halves_the_batch():
         return Batch(run, len(ids), lambda: (batch(ids[:half]), batch(ids[half:])))
 
     roomy = small.meter("llama", module, [ids], [2])
-    scarce = Meter(module, roomy.tracer, [batch(ids)], small.batch("llama", [[2]]))
+    scarce = Meter(Calibration(module, roomy.tracer, [batch(ids)], small.batch("llama", [[2]])))
     wanted = search(roomy, Settings(0.3, (), 2, True, 0.0))
     found = search(scarce, Settings(0.3, (), 2, True, 0.0))
     assert found.order == wanted.order and found.levels[-1].reuse == wanted.levels[-1].reuse
     assert found.levels[-1].discrepancy == pytest.approx(wanted.levels[-1].discrepancy, rel=1e-5)
     assert refused[0] == 4 and set(refused[1:]) == {2}
     with pytest.raises(torch.OutOfMemoryError):  # nothing left to halve
-        Meter(module, roomy.tracer, [Batch(batch(ids).run, 4)], small.batch("llama", [[2]]))
+        Meter(Calibration(module, roomy.tracer, [Batch(batch(ids).run, 4)], small.batch("llama", [[2]])))
 
 
 def test_out_of_memory_halves_the_stack():
@@ -330,7 +330,7 @@ def overflowing():
         second.mlp.down_proj.weight.data[0].neg_()
         batches = small.prompts([5, 7, 9, 12])
         if all(small.forward("llama", ids)(module).isfinite().all() for ids in batches):
-            found = small.meter("llama", module, batches, [2]).measure([{i: None} for i in range(8)])
+            found = small.meter("llama", module, batches, [2]).measure([{i: SKIP} for i in range(8)])
             if not all(math.isfinite(d.total) for d in found):
                 return module, batches, [d.total for d in found]
     raise AssertionError("no scale overflows: the test shows nothing")
@@ -340,7 +340,7 @@ def test_an_overflow_is_no_small_discrepancy():
     module, batches, found = overflowing()
     row = families.find(module)
     for i, d in enumerate(found):
-        replaced = rewire(module, row, {i: None})
+        replaced = rewire(module, row, {i: SKIP})
         whole = all(bool(small.forward("llama", ids)(module).isfinite().all()) for ids in [*batches, [[2]]])
         undo(module, replaced)
         assert math.isfinite(d) == whole
@@ -401,13 +401,13 @@ def test_exact_searches_go_by_what_prompts_told():
 @pytest.mark.parametrize("limit", [2, 5])
 def test_no_more_streams_go_on_together_than_the_limit(limit, monkeypatch):
     module = small.build("llama", 8)
-    together, advance = [], Tracer._advance
+    together, advance = [], Walk._advance
 
     def counting(self, streams, *args):
         together.append(len(streams))
         return advance(self, streams, *args)
 
-    monkeypatch.setattr(Tracer, "_advance", counting)
+    monkeypatch.setattr(Walk, "_advance", counting)
     found = []
     for bound in (0, limit):
         meter = small.meter("llama", module, small.prompts([7] * 3), [2], limit=bound)
@@ -437,7 +437,7 @@ def test_t5_in_fp16_is_clamped_as_its_own_blocks_do():
         infinite = infinite or bool(raw.isinf().any())
         x = sub_block.apply(x, call)
     assert infinite, "nothing overflows: the test shows nothing"
-    ((_, reading),) = tracer.walk(trace, [{}])
+    ((_, reading),) = Walk(tracer)(trace, [{}])
     assert torch.equal(reading[0][0], small.forward("t5", ids)(module)) and bool(reading[0][0].isfinite().all())
     assert search(small.meter("t5", module, [ids], [2]), Settings(0.2, (), 1)).order
 
@@ -450,10 +450,11 @@ def test_a_null_prompt_of_which_nothing_is_read():
     def unread(module, times=1):
         return [(t, torch.zeros(t.shape[:2])) for t, _ in null.run(module, times)]
 
-    meter = Meter(module, tracer, [small.batch("t5", ids) for ids in small.prompts([5, 7])], Batch(unread, 1))
-    found = meter.measure([{3: None}])[0]
+    prompts = [small.batch("t5", ids) for ids in small.prompts([5, 7])]
+    meter = Meter(Calibration(module, tracer, prompts, Batch(unread, 1)))
+    found = meter.measure([{3: SKIP}])[0]
     assert found.null == 0.0 and 0 < found.conditional < math.inf and found.null_norm == 0.0
-    standins, _ = standin.fit(meter, {3: None}, standin.Fitting(3))  # nor does a fit fall over it
+    standins, _ = standin.fit(meter.calibration, {3: SKIP}, standin.Fitting(3))  # nor does a fit fall over it
     assert meter.measure([standins])[0].total < found.total
 
 
@@ -469,9 +470,9 @@ def test_an_overflow_of_what_does_not_count_is_none():
 
     criterion = dataclasses.replace(baselines.ANGLE_OF_OUTPUT, errors=overflowing)
     batches = [small.batch("t5", ids) for ids in small.prompts([5, 7])]
-    meter = Meter(module, tracer, batches, small.batch("t5", [[2]]), criterion=criterion)
-    (found,) = meter.measure([{1: None}])
-    assert found.null == 0.0 and meter.rank([{1: None}], 1) == [found.total] and found.total < math.inf
+    meter = Meter(Calibration(module, tracer, batches, small.batch("t5", [[2]])), criterion=criterion)
+    (found,) = meter.measure([{1: SKIP}])
+    assert found.null == 0.0 and meter.rank([{1: SKIP}], 1) == [found.total] and found.total < math.inf
 
 
 def test_what_is_held_already_pushes_nothing_out():

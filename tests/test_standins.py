@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from skrr_engine.cli.parser import main
 from skrr_engine.encoder import families
-from skrr_engine.encoder.actions import assignment
+from skrr_engine.encoder.actions import KEEP, SKIP, Reuse, assignment
 from skrr_engine.encoder.rewire import rewire, undo
-from skrr_engine.encoder.standin import NORMS, Repair, StandIn
+from skrr_engine.encoder.standin import NORMS, StandIn, StandInModule
 from skrr_engine.encoder.trace import Tracer
 from skrr_engine.errors import SearchError
 from skrr_engine.files import companion as standin_file
 from skrr_engine.files.companion import StandInError
-from skrr_engine.measure.calibration import Batch
+from skrr_engine.measure.calibration import Batch, Calibration
 from skrr_engine.measure.elimination import ROUNDING
 from skrr_engine.measure.meter import Meter
-from skrr_engine.measure.walk import forwards
+from skrr_engine.measure.walk import Walk, forwards
 from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
 from skrr_engine.plan.text import PlanError
 from skrr_engine.search import skip
@@ -63,14 +63,14 @@ def test_walk_equals_forward_and_definition(name):
     """At block 0's attention, in the middle and at the end, beside a skip and a re-use."""
     module = small.build(name)
     row = families.find(module)
-    removed = {0: noise(name, 3), 3: noise(name, 5, 1), 4: None, 5: 1, 7: noise(name, 1, 2)}
+    removed = {0: noise(name, 3), 3: noise(name, 5, 1), 4: SKIP, 5: Reuse(1), 7: noise(name, 1, 2)}
     run = small.batch(name, IDS).run
     tracer = Tracer(module, row)
     trace = tracer.trace(run)
-    ((_, walked),) = tracer.walk(trace, [removed])
+    ((_, walked),) = Walk(tracer)(trace, [removed])
     keys, before = list(module.state_dict()), run(module)[0][0]
     replaced = rewire(module, row, removed)
-    added = sum(p.numel() for m in module.modules() if isinstance(m, Repair) for p in m.parameters())
+    added = sum(p.numel() for m in module.modules() if isinstance(m, StandInModule) for p in m.parameters())
     assert added == sum(32 * (2 * s.rank + 1) for s in removed.values() if isinstance(s, StandIn))
     assert (
         sum(p.numel() for p in module.parameters()) == row.total - sum(row.parameter_counts[i] for i in removed) + added
@@ -82,11 +82,11 @@ def test_walk_equals_forward_and_definition(name):
 
     x = trace.x
     for i in range(len(row)):
-        action = removed.get(i, i)
+        action = removed.get(i, KEEP)
         if isinstance(action, StandIn):
             x = by_hand(action, x).float()
-        elif action is not None:
-            x = row.sub_blocks[action].apply(x, trace.calls[i])
+        elif action != SKIP:
+            x = row.sub_blocks[i if action == KEEP else action.target].apply(x, trace.calls[i])
     (expected,) = tracer.read(trace, {row.blocks: x})
     torch.testing.assert_close(walked[0][0], expected[0], rtol=1e-4, atol=1e-5)
 
@@ -96,14 +96,14 @@ def test_candidates_share_states_only_with_the_same_stand_in():
     tracer = Tracer(module, families.find(module))
     trace = tracer.trace(small.batch("t5", IDS).run)
     one, other = noise("t5", 3), noise("t5", 3)
-    candidates = [{3: one}, {3: other}, {3: one, 6: None}, {3: None}]
+    candidates = [{3: one}, {3: other}, {3: one, 6: SKIP}, {3: SKIP}]
     steps = []
-    found = dict(tracer.walk(trace, candidates, 0, lambda: steps.append(1)))
+    found = dict(Walk(tracer)(trace, candidates, 0, lambda: steps.append(1)))
     assert len(steps) == forwards(8, candidates) == 3 + 3 * 4 + 1
     for i, candidate in enumerate(candidates):
-        ((_, alone),) = tracer.walk(trace, [candidate])
+        ((_, alone),) = Walk(tracer)(trace, [candidate])
         assert torch.equal(found[i][0][0], alone[0][0])
-    for i, reading in tracer.walk(trace, candidates, stack=10**6):
+    for i, reading in Walk(tracer)(trace, candidates, stack=10**6):
         torch.testing.assert_close(reading[0][0], found[i][0][0], rtol=1e-5, atol=1e-5)
     assert torch.equal(found[0][0][0], found[1][0][0]) and not torch.equal(found[0][0][0], found[3][0][0])
 
@@ -183,8 +183,8 @@ def test_a_linear_sub_block_is_repaired_exactly():
     matrix = torch.randn(32, 4, generator=torch.Generator().manual_seed(0)) @ torch.randn(4, 32)
     mlp.forward = lambda x: x @ matrix
     meter = small.meter("llama", module, small.prompts([20] * 30), [2])
-    skipped, _ = meter.measure([{3: None}, {}])
-    found, _ = standin.fit(meter, {3: None}, Fitting(rank=4, ridges=(1e-6,)))
+    skipped, _ = meter.measure([{3: SKIP}, {}])
+    found, _ = standin.fit(meter.calibration, {3: SKIP}, Fitting(rank=4, ridges=(1e-6,)))
     (repaired,) = meter.measure([found])
     assert repaired.total < 1e-4 * skipped.total
 
@@ -195,11 +195,11 @@ def test_fits_in_any_memory_and_helps(name):
     module = small.build(name)
     prompts = small.prompts(LENGTHS * 6)
     meter = small.meter(name, module, prompts, [2])
-    removed = {3: None, 6: None, 4: 2}
-    roomy, trials = standin.fit(meter, removed, Fitting(rank=4), tried={1, 5})
+    removed = {3: SKIP, 6: SKIP, 4: Reuse(2)}
+    roomy, trials = standin.fit(meter.calibration, removed, Fitting(rank=4), tried={1, 5})
     assert set(roomy) == {3, 6} and set(trials) == {1, 5}
-    meter.memory = 0
-    tight, again = standin.fit(meter, removed, Fitting(rank=4), tried={1, 5})
+    meter.calibration.memory = 0
+    tight, again = standin.fit(meter.calibration, removed, Fitting(rank=4), tried={1, 5})
     for a, b in ((roomy, tight), ({k: t.standin for k, t in trials.items()}, {k: t.standin for k, t in again.items()})):
         for place, s in a.items():
             assert torch.equal(s.down, b[place].down) and torch.equal(s.up, b[place].up)
@@ -232,14 +232,14 @@ def test_fits_halve_the_batches_where_memory_runs_out():
         return Batch(small.batch("t5", ids).run, len(ids), lambda: (batch(ids[:half]), batch(ids[half:])))
 
     def meter():
-        return Meter(module, Tracer(module, row), [batch(ids) for ids in batches], batch([[2]]))
+        return Meter(Calibration(module, Tracer(module, row), [batch(ids) for ids in batches], batch([[2]])))
 
-    removed, tried = {2: None, 3: None, 5: None}, {4}
-    wanted = standin.fit(meter(), removed, Fitting(3), tried)
+    removed, tried = {2: SKIP, 3: SKIP, 5: SKIP}, {4}
+    wanted = standin.fit(meter().calibration, removed, Fitting(3), tried)
     short = meter()
     for sub_block in row.sub_blocks:
         sub_block.apply = scarce(sub_block)
-    found = standin.fit(short, removed, Fitting(3), tried)
+    found = standin.fit(short.calibration, removed, Fitting(3), tried)
     assert refused == [8, 4]
     for index in removed:
         x = torch.randn(2, 6, 32)
@@ -249,16 +249,16 @@ def test_fits_halve_the_batches_where_memory_runs_out():
     batches = [[[5, 6, 2]]]
     least = 0
     with pytest.raises(torch.OutOfMemoryError):  # nothing left to halve
-        standin.fit(meter(), removed, Fitting(3))
+        standin.fit(meter().calibration, removed, Fitting(3))
 
 
 def test_each_fit_corrects_what_earlier_ones_left():
     """The stand-in of a later place is fitted on the pruned stream, not on the dense one."""
     module = small.build("t5")
     meter = small.meter("t5", module, small.prompts(LENGTHS * 6), [2])
-    both, _ = standin.fit(meter, {1: None, 5: None}, Fitting(rank=8))
-    alone, _ = standin.fit(meter, {5: None}, Fitting(rank=8))
-    first, _ = standin.fit(meter, {1: None}, Fitting(rank=8))
+    both, _ = standin.fit(meter.calibration, {1: SKIP, 5: SKIP}, Fitting(rank=8))
+    alone, _ = standin.fit(meter.calibration, {5: SKIP}, Fitting(rank=8))
+    first, _ = standin.fit(meter.calibration, {1: SKIP}, Fitting(rank=8))
     assert torch.equal(first[1].down, both[1].down) and not torch.equal(alone[5].down, both[5].down)
     together, apart = meter.measure([both, {**first, **alone}])
     assert together.total < apart.total
@@ -268,10 +268,10 @@ def test_harm_is_what_the_stream_behind_loses():
     module = small.build("llama")
     meter = small.meter("llama", module, small.prompts([8] * 10), [2])
     fitting = Fitting(rank=2, null=1e-12, held_out=0)
-    _, trials = standin.fit(meter, {2: None}, fitting, tried={5})
-    found, _ = standin.fit(meter, {2: None}, fitting)
+    _, trials = standin.fit(meter.calibration, {2: SKIP}, fitting, tried={5})
+    found, _ = standin.fit(meter.calibration, {2: SKIP}, fitting)
     row, total = meter.tracer.row, 0.0
-    for trace in meter.calibration_traces():
+    for trace in meter.calibration.traces():
         dense = pruned = trace.x
         for i in range(6):
             before, dense = pruned, row.sub_blocks[i].apply(dense, trace.calls[i])
@@ -287,17 +287,18 @@ def test_heal_is_the_naive_greedy_loop(name, monkeypatch):
     """Every candidate fitted and measured on its own, the least added discrepancy per parameter wins."""
     monkeypatch.setattr(heal, "SCREENED", 99)
     module = small.build(name)
-    fitted = small.meter(name, module, small.prompts(LENGTHS * 3), [2])
+    fitted = small.meter(name, module, small.prompts(LENGTHS * 3), [2]).calibration
     ranked = small.meter(name, module, small.prompts(LENGTHS, seed=5), [2])
     fitting, row = Fitting(rank=3, swaps=0), fitted.tracer.row
     settings = Settings(0.4, (), 1, False, 0.0)
     order: list[int] = []
     while row.sparsity(order) < 0.4:
-        current = ranked.measure([standin.fit(fitted, dict.fromkeys(order), fitting)[0]])[0].total if order else 0.0
+        now = standin.fit(fitted, assignment(order), fitting)[0]
+        current = ranked.measure([now])[0].total if order else 0.0
         costs = {}
         for i in range(len(row)):
             if i not in order:
-                now, trials = standin.fit(fitted, dict.fromkeys(order), fitting, tried={i})
+                now, trials = standin.fit(fitted, assignment(order), fitting, tried={i})
                 (d,) = ranked.measure([{**now, i: trials[i].standin}])
                 costs[i] = (d.total - current) / row.parameter_counts[i]
         order.append(min(costs, key=lambda i: (costs[i], i)))
@@ -321,9 +322,9 @@ def test_states_of_repairs_that_are_gone_are_let_go():
     module = small.build("t5")
     meter = small.meter("t5", module, small.prompts(LENGTHS * 3), [2])
     for _ in range(3):
-        fitted, _ = standin.fit(meter, {2: None, 5: None}, Fitting(3))
-        meter.rank([fitted, {**fitted, 6: None}], 1)
-        held = {repair for place in meter._states._held for repair in place.repairs}
+        fitted, _ = standin.fit(meter.calibration, {2: SKIP, 5: SKIP}, Fitting(3))
+        meter.rank([fitted, {**fitted, 6: SKIP}], 1)
+        held = {action for place in meter._states._held for action in place.fitted}
         assert held == set(fitted.values())
 
 
@@ -332,7 +333,7 @@ def test_exchange_is_the_best_of_its_kind(name, monkeypatch):
     """One removed sub-block comes back, another of its kind goes, where that lowers D: against trying all of them."""
     monkeypatch.setattr(heal, "SCREENED", 99)
     module = small.build(name)
-    fitted = small.meter(name, module, small.prompts(LENGTHS * 3), [2])
+    fitted = small.meter(name, module, small.prompts(LENGTHS * 3), [2]).calibration
     ranked = small.meter(name, module, small.prompts(LENGTHS, seed=5), [2])
     fitting, tried = Fitting(rank=3), 0
     for order in ((0, 1, 6), (2, 5, 3), (7, 4)):
@@ -344,7 +345,7 @@ def test_exchange_is_the_best_of_its_kind(name, monkeypatch):
         costs = {}
         for i in range(place % 2, 8, 2):
             if i not in left:
-                now, trials = standin.fit(fitted, dict.fromkeys(left), fitting, tried={i})
+                now, trials = standin.fit(fitted, assignment(left), fitting, tried={i})
                 costs[i] = ranked.measure([{**now, i: trials[i].standin}])[0].total
         best = min(costs, key=lambda i: (costs[i], i))
         found = search.exchanged(place)
@@ -357,7 +358,7 @@ def test_exchange_is_the_best_of_its_kind(name, monkeypatch):
 
 def test_heal_goes_on_where_it_was_stopped():
     module = small.build("t5")
-    fitted = small.meter("t5", module, small.prompts(LENGTHS * 2), [2])
+    fitted = small.meter("t5", module, small.prompts(LENGTHS * 2), [2]).calibration
     ranked = small.meter("t5", module, small.prompts(LENGTHS, seed=5), [2])
     settings, fitting, saved, lines = Settings(0.4, (0.2,), 1, True, 0.05), Fitting(rank=2), [], []
     whole = heal.search(fitted, ranked, settings, fitting, lambda p: lines.append(p), lambda beam: saved.append(beam))
@@ -383,7 +384,7 @@ def test_what_a_tick_raises_ends_a_fit():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        standin.fit(meter, {3: None, 6: None}, Fitting(rank=2), tick=tick)
+        standin.fit(meter.calibration, {3: SKIP, 6: SKIP}, Fitting(rank=2), tick=tick)
     assert len(shares) == 17 and shares == sorted(shares) and 0 <= shares[0] <= shares[-1] < 1
     assert len({round(share, 6) for share in shares}) == 2, "a tick for every batch, 11 of them, at every place"
 
@@ -398,7 +399,7 @@ def test_a_stopped_search_claims_no_discrepancy():
 
 def test_auto_takes_the_least_rank_that_is_enough():
     module = small.build("llama")
-    fitted = small.meter("llama", module, small.prompts([10] * 40), [2])
+    fitted = small.meter("llama", module, small.prompts([10] * 40), [2]).calibration
     ranked = small.meter("llama", module, small.prompts([10] * 10, seed=3), [2])
     fitting = Fitting(ranks=(1, 2, 4, 8, 16))
     healed = heal.best_rank(fitted, ranked, [3, 6], Settings(0.1, (), 1, False, 0.0), fitting, {})
@@ -406,7 +407,7 @@ def test_auto_takes_the_least_rank_that_is_enough():
     (rank,) = {s.rank for s in standins.values()}
     order, found = list(standins), {}
     for r in fitting.ranks:
-        fits, _ = standin.fit(fitted, dict.fromkeys(order), Fitting(rank=r))
+        fits, _ = standin.fit(fitted, assignment(order), Fitting(rank=r))
         found[r] = ranked.measure([fits])[0].total
     assert rank == min(r for r, d in found.items() if d <= heal.ENOUGH * min(found.values()))
 

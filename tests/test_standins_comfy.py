@@ -108,11 +108,11 @@ def test_sizes_and_where_they_go(comfy, builders, host, monkeypatch):  # noqa: F
     assert derived.patcher.model_size() == clip.patcher.model_size() - gone + pruned.standin_bytes
     encode_text(derived)
     assert derived.patcher.loaded_size() == derived.patcher.model_size()
-    repairs = [m for m in derived.cond_stage_model.modules() if type(m).__name__ == "Repair"]
-    assert len(repairs) == 3 and not any(type(m).__name__ == "Repair" for m in clip.cond_stage_model.modules())
+    planted = [m for m in derived.cond_stage_model.modules() if type(m).__name__ == "StandInModule"]
+    assert len(planted) == 3 and not any(type(m).__name__ == "StandInModule" for m in clip.cond_stage_model.modules())
     moved = []
-    for repair in repairs:
-        monkeypatch.setattr(repair, "to", lambda device, repair=repair: moved.append((repair, device)))
+    for standin in planted:
+        monkeypatch.setattr(standin, "to", lambda device, standin=standin: moved.append((standin, device)))
     derived.patcher.detach()
     assert [device for _, device in moved] == [derived.patcher.offload_device] * 3, "offloaded with the encoder"
     moved.clear()

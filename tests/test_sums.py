@@ -10,9 +10,9 @@ import small
 import torch
 
 from skrr_engine.encoder import families
-from skrr_engine.encoder.actions import assignment
+from skrr_engine.encoder.actions import SKIP, assignment
 from skrr_engine.encoder.trace import Tracer
-from skrr_engine.measure.calibration import Batch
+from skrr_engine.measure.calibration import Batch, Calibration
 from skrr_engine.measure.compare import difference
 from skrr_engine.measure.discrepancy import COSINE
 from skrr_engine.measure.meter import Meter
@@ -40,11 +40,12 @@ def everything(module) -> list:
     """All kinds of sums that a search takes."""
     batches = [batch(ids) for ids in small.prompts([5, 7, 9, 6])]
     null, tracer = batch([[2, 2]]), Tracer(module, families.find(module))
-    meter = Meter(module, tracer, batches, null, memory=2**24)
+    calibration = Calibration(module, tracer, batches, null, 2**24)
+    meter = Meter(calibration)
     candidates = [assignment([i, 3]) for i in (1, 2, 4, 5)]
     found = [meter.measure(candidates), meter.rank(candidates, 2), meter.rank(candidates, 2, 0.05), meter.null_norm()]
-    found.append(Meter(module, tracer, batches, null, memory=2**24, criterion=COSINE).measure(candidates))
-    standins, trials = standin.fit(meter, {3: None}, Fitting(rank=2, held_out=2), {1, 4})
+    found.append(Meter(calibration, criterion=COSINE).measure(candidates))
+    standins, trials = standin.fit(calibration, {3: SKIP}, Fitting(rank=2, held_out=2), {1, 4})
     found += [meter.measure([assignment([3], standins=standins)]), [trials[i].harm for i in (1, 4)]]
     (dense,), (pruned,) = (batches[0].run(module) for _ in range(2))
     found += [baselines.block_influence(meter), difference("", [dense], [pruned]).cosine.tolist()]
@@ -72,6 +73,8 @@ def test_sums_stay_where_float64_is():
 PEAK = """
 import torch
 torch.set_num_threads(1)
+from skrr_engine.encoder.actions import SKIP
+from skrr_engine.measure.calibration import Calibration
 from skrr_engine.standin import Fitting, Gram, best_ridge, fit_bytes, solve
 def fit(width):
     kept, held = (Gram.of(width, torch.device("cpu")) for _ in range(2))

@@ -78,11 +78,13 @@ def test_llama_layers(builders, host, smollm2_folder, layer, index, gone):
 def test_a_reused_layer_stays(builders, host):
     encoders = host("nodes.host.clip.views")
     pruned = encoders.Pruned(None, None, (6, 7))
-    assert pruned.removed == {6: None, 7: None}
+    actions = host("skrr_engine.encoder.actions")
+    skip, reuse = actions.SKIP, actions.Reuse
+    assert pruned.removed == {6: skip, 7: skip}
     plan = host("skrr_engine.plan.model")
     level = plan.Level(skipped=1, reuse={4: 6}, sparsity=0.1)
     entry = plan.EncoderPlan(family="clip", blocks=4, width=64, order=(4,), levels=(level,))
-    assert encoders.Pruned(entry, level, (6, 7)).removed == {4: 6, 7: None}
+    assert encoders.Pruned(entry, level, (6, 7)).removed == {4: reuse(6), 7: skip}
 
 
 def test_writing_text_is_refused(builders, host):
@@ -98,9 +100,10 @@ def test_search_leaves_unread_layers_alone(builders, host):
     view = encoders.choose(clip, "clip_l")
     conditioning = host("nodes.host.clip.prompts").Conditioning(clip, view)
     tracer = trace.Tracer(conditioning.encoder, view.row, encoders.TRANSFORMER)
-    meter = host("skrr_engine.measure.meter").Meter(
+    calibration = host("skrr_engine.measure.calibration").Calibration(
         conditioning.encoder, tracer, conditioning.batches(["a cat", "two dogs"]), conditioning.null()
     )
+    meter = host("skrr_engine.measure.meter").Meter(calibration)
     search = host("skrr_engine.search.run")
     plan = search.search(meter, host("skrr_engine.search.settings").Settings(0.015, (), 2))
     assert meter.readable() == 6 and plan.order and max(plan.order) < 6

@@ -28,7 +28,7 @@ from skrr_engine.encoder.actions import Assignment
 from skrr_engine.encoder.rewire import rewire, undo
 from skrr_engine.encoder.trace import Tracer
 from skrr_engine.files.folder import Encoder, load
-from skrr_engine.measure.calibration import grouped
+from skrr_engine.measure.calibration import Calibration, grouped
 from skrr_engine.measure.meter import Meter
 from skrr_engine.measure.projection import TextProjection, from_file
 
@@ -115,9 +115,12 @@ class Studio:
     def meter(self, captions: Sequence[str], race: bool = False, **options) -> Meter:
         """A Meter on these captions, through the denoiser's projection unless another (or None) is given. race: in the
         order of a race."""
-        options = {"projection": self.projection, **options}
+        return Meter(self.calibration(captions, race), **{"projection": self.projection, **options})
+
+    def calibration(self, captions: Sequence[str], race: bool = False) -> Calibration:
+        """These captions as the encoder is measured and fitted on them."""
         batches, null = self.encoder.batches(captions, race=race), self.encoder.batch([self.encoder.tokenize("")])
-        return Meter(self.encoder.module, self.tracer, batches, null, **options)
+        return Calibration(self.encoder.module, self.tracer, batches, null)
 
     @torch.no_grad()
     def embed(self, module: nn.Module, removed: Assignment) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -98,7 +98,7 @@ class Laboratory:
 
     def verdict(self, removed: Assignment, module: nn.Module | None = None, what: Sequence = ()) -> dict:
         """The verdict on an assignment. module: a changed copy of the encoder; what: how it was changed."""
-        key = ("verdict", *what, sorted(removed.items()))
+        key = ("verdict", *what, sorted((place, action.target) for place, action in removed.items()))
         return self.kept(key, lambda: asdict(self.studio.judge(removed, module)[0]))
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ...skrr_engine.encoder.actions import KEEP
 from ...skrr_engine.plan.words import in_words
 
-COLOURS = {"kept": (70, 130, 180), "skipped": (48, 48, 52), "re-used": (230, 160, 60), "repaired": (0, 160, 120)}
+COLOURS = {"kept": (70, 130, 180), "skipped": (48, 48, 52), "re-used": (230, 160, 60), "stand-in": (0, 160, 120)}
 """Told apart by the colour-blind, too: blue, near black, orange, bluish green."""
 
 BACKGROUND, TEXT, FAINT = (24, 24, 27), (235, 235, 235), (150, 150, 155)
@@ -67,19 +68,16 @@ def places(e) -> str:
 
 
 def state_of(encoder, index: int) -> tuple[str, int | None]:
-    """What is at a sub-block's place: kept, skipped, repaired by a stand-in, or re-used, and then which one is."""
+    """What is at a sub-block's place: kept, skipped, a stand-in, or re-used, and then which one is."""
     removed = encoder.pruned.removed if encoder.pruned else {}
-    if index not in removed:
-        return "kept", None
-    if encoder.pruned and index in encoder.pruned.standins:
-        return "repaired", None
-    return ("skipped", None) if removed[index] is None else ("re-used", removed[index])
+    action = removed.get(index, KEEP)
+    return action.word, action.target
 
 
 def map_lines(encoder) -> list[str]:
-    """Attention above feed-forward, one sign a block: `#` kept, `.` skipped, `r` re-used, `~` repaired by a stand-in;
+    """Attention above feed-forward, one sign a block: `#` kept, `.` skipped, `r` re-used, `~` a stand-in;
     then who re-uses whom, and what the stand-ins take."""
-    signs = {"kept": "#", "skipped": ".", "re-used": "r", "repaired": "~"}
+    signs = {"kept": "#", "skipped": ".", "re-used": "r", "stand-in": "~"}
     lines = []
     for kind, label in enumerate(("attention   ", "feed-forward")):
         row = "".join(signs[state_of(encoder, 2 * block + kind)[0]] for block in range(encoder.blocks))
@@ -141,7 +139,7 @@ def draw_bar(draw, y: int, width: int, now: int, longest: int, dense: int) -> No
 def draw_cell(draw, x: int, y: int, state: str, stand_in: int | None, block: int, font) -> None:
     """One sub-block: its block's number, or the number of the block that stands in."""
     draw.rectangle((x, y, x + CELL, y + CELL), fill=COLOURS[state])
-    text = {"skipped": "", "repaired": "~"}.get(state, str(block if stand_in is None else stand_in // 2))
+    text = {"skipped": "", "stand-in": "~"}.get(state, str(block if stand_in is None else stand_in // 2))
     draw.text((x + CELL // 2, y + CELL // 2), text, (0, 0, 0) if state == "re-used" else TEXT, font, anchor="mm")
 
 
@@ -149,7 +147,7 @@ def draw_legend(draw, y: int, font) -> None:
     """What the colours mean."""
     x = MARGIN
     reused = "re-uses the block of that number"
-    for state, words in {"kept": "kept", "skipped": "skipped", "re-used": reused, "repaired": "stand-in"}.items():
+    for state, words in {"kept": "kept", "skipped": "skipped", "re-used": reused, "stand-in": "stand-in"}.items():
         draw.rectangle((x, y, x + 12, y + 12), fill=COLOURS[state])
         draw.text((x + 18, y), words, FAINT, font)
         x += 32 + int(font.getlength(words))

@@ -11,6 +11,7 @@ from ...skrr_engine import __version__
 from ...skrr_engine.encoder.trace import Tracer
 from ...skrr_engine.errors import SkrrError
 from ...skrr_engine.files import companion as standin_file
+from ...skrr_engine.measure.calibration import Calibration
 from ...skrr_engine.measure.meter import Meter
 from ...skrr_engine.measure.prompts import sha256 as prompts_sha256
 from ...skrr_engine.memory import batch_tokens, free_memory
@@ -69,11 +70,11 @@ def find_plan(
     memory = free_memory(device) if device.type == "cpu" else comfy.model_management.get_free_memory(device) * 9 // 10
     null, share = conditioning.null(), int(memory) if fitting is None else meter_bytes(int(memory), row.width)
 
-    def meter_on(texts: Sequence[str], race: bool = False) -> Meter:
+    def calibration(texts: Sequence[str], race: bool = False) -> Calibration:
         batches = conditioning.batches(texts, batch_tokens(share, row.width, device), race)
-        return Meter(conditioning.encoder, tracer, batches, null, projection, memory=share)
+        return Calibration(conditioning.encoder, tracer, batches, null, share)
 
-    meter = meter_on(prompts, settings.delta > 0)
+    meter = Meter(calibration(prompts, settings.delta > 0), projection)
     state = library.state(key)
     try:
         beam = state.load(meter.readable())
@@ -107,7 +108,7 @@ def find_plan(
         if fitting is None:
             entry = engine.search(meter, settings, reporter, save, beam)
         else:
-            healed = heal.search(meter_on(fitted_on), meter, settings, fitting, reporter, save, beam)
+            healed = heal.search(calibration(fitted_on), meter, settings, fitting, reporter, save, beam)
             entry, standins = healed.plan, {view.name: healed.standins}
     except comfy.model_management.InterruptProcessingException:
         if best is not None:

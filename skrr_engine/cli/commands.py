@@ -22,6 +22,7 @@ from ..plan.words import describe_plan, duration
 
 if TYPE_CHECKING:
     from ..files.folder import Encoder, Padding
+    from ..measure.calibration import Calibration
     from ..measure.meter import Meter
     from ..measure.processes import Team
     from ..measure.projection import TextProjection
@@ -73,7 +74,7 @@ def run_search(options) -> None:
     report = (lambda progress: None) if options.quiet or not leads else Reporter()
     fitted_on, ranked_on = (None, bench.prompts) if fitting is None else halved(bench.prompts)
     ranked = bench.meter(ranked_on, race=delta > 0)
-    fitted = bench.meter(fitted_on) if fitted_on else None
+    fitted = bench.calibration(fitted_on) if fitted_on else None
     inputs = inputs_sha256(bench)
     state, save, beam = resumed(options, bench, inputs, settings, fitting, method)
     facts = [__version__, settings, fitting, method, options.seed, options.dtype, bench.encoder.row.parameter_counts]
@@ -171,12 +172,9 @@ def baseline(method: str, seed: int, settings, meter, report, save, beam):
     elif method == "shortgpt":
         order = baselines.shortgpt_order(meter)
     else:
-        batches, null = meter.batches()  # as they may have been halved, on one device and not on another
+        batches, _ = meter.calibration.batches()  # they may have been halved on one device and not on another
         meter.team.agree(repr([batch.prompts for batch in batches]))
-        own = Meter(
-            meter.encoder, meter.tracer, batches, null, memory=meter.memory, team=meter.team,
-            criterion=baselines.ANGLE_OF_OUTPUT,
-        )  # fmt: skip
+        own = Meter(meter.calibration, team=meter.team, criterion=baselines.ANGLE_OF_OUTPUT)
         order = baselines.finercut_order(own, settings.sparsity, report, save, beam=beam)
     return baselines.plan_of(meter, order, [*settings.levels, settings.sparsity], method)
 
@@ -302,8 +300,8 @@ def run_verify(options) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the commands work on. tokens: in a batch, at most; padding: of prompts; meter: prompts -> a meter on them;
-    race: in the order of a race."""
+    """What the commands work on. tokens: in a batch, at most; padding: of prompts; calibration: prompts -> as they are
+    measured and fitted on; race: in the order of a race."""
 
     encoder: "Encoder"
     prompts: list[str]
@@ -311,7 +309,13 @@ class Bench:
     team: "Team"
     tokens: int
     padding: "Padding"
-    meter: "Callable[..., Meter]"
+    calibration: "Callable[..., Calibration]"
+
+    def meter(self, prompts: Sequence[str], race: bool = False) -> "Meter":
+        """Measures on prompts."""
+        from ..measure.meter import Meter
+
+        return Meter(self.calibration(prompts, race), self.projection, team=self.team)
 
 
 def prepare(options, broad: bool = False) -> Bench:
@@ -320,7 +324,7 @@ def prepare(options, broad: bool = False) -> Bench:
 
     from ..encoder.trace import Tracer
     from ..files.folder import MAX_PADDING, gigabytes, load, padding
-    from ..measure.meter import Meter
+    from ..measure.calibration import Calibration
     from ..measure.processes import join
     from ..measure.projection import from_file
     from ..memory import batch_tokens, free_memory
@@ -360,17 +364,17 @@ def prepare(options, broad: bool = False) -> Bench:
                 f"--standins: fitting them takes {least / 1e9:.2g} GB beside the weights: give --memory"
                 f" {gigabytes(shares * least)} (GB) or more"
             )
-        share = min(share, beside - fit_bytes(encoder.row.width)) // 2  # for two meters
+        share = min(share, beside - fit_bytes(encoder.row.width)) // 2  # stand-ins take prompts of their own
     tokens = batch_tokens(memory, encoder.row.width, options.device)
 
     padded = padding(encoder.row.family, projection and projection.denoiser, options.pad)
 
-    def meter(chosen: Sequence[str], race: bool = False) -> Meter:
+    def calibration(chosen: Sequence[str], race: bool = False) -> Calibration:
         batches = encoder.batches(chosen, tokens, race, padded)
         (null,) = encoder.batches([""], padding=padded)
-        return Meter(encoder.module, tracer, batches, null, projection, memory=share, team=team)
+        return Calibration(encoder.module, tracer, batches, null, share)
 
-    return Bench(encoder, prompts, projection, team, tokens, padded, meter)
+    return Bench(encoder, prompts, projection, team, tokens, padded, calibration)
 
 
 def parsed_levels(text: str) -> tuple[float, ...]:

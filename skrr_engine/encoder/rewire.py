@@ -7,13 +7,13 @@ encoder that someone else owns.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from .actions import Assignment
+from .actions import Assignment, Layer
 from .row import Row
-from .standin import Linear, Repair, StandIn
+from .standin import Linear
 
 
 def fork(root: nn.Module, paths: Iterable[str]) -> nn.Module:
@@ -44,18 +44,16 @@ def shallow(module: nn.Module) -> nn.Module:
 
 
 def rewire(
-    encoder: nn.Module, row: Row, removed: Assignment, linear: Callable[..., nn.Linear] = Linear
+    encoder: nn.Module, row: Row, removed: Assignment, linear: Layer = Linear
 ) -> dict[str, nn.Module]:
     """Put placeholders in place of the removed sub-blocks of `encoder` (whose row is `row`), in place.
 
-    linear: class of the stand-ins' layers (see repair.Repair). Returns path -> module that stood there; give it to
-    `undo` to have the encoder as it was.
+    linear: class of the layers of what is put in. Returns path -> module that stood there; give it to `undo` to have
+    the encoder as it was.
     """
     replaced = {}
-    for index, action in removed.items():
-        repair = Repair(action, linear) if isinstance(action, StandIn) else None
-        reused = row.sub_blocks[action] if isinstance(action, int) else None
-        for path, placeholder in row.sub_blocks[index].placeholders(reused, repair).items():
+    for place, action in removed.items():
+        for path, placeholder in action.placeholders(row, place, linear).items():
             replaced[path] = replace(encoder, path, placeholder)
     return replaced
 

@@ -88,27 +88,29 @@ class SubBlock:
         """`x + F(norm(x))`, with `[batch, tokens, width]` in and out; never writes into `x`."""
         raise NotImplementedError
 
-    def placeholders(self, reused: "SubBlock | None", repair: nn.Module | None = None) -> dict[str, nn.Module]:
+    def placeholders(
+        self, reused: "SubBlock | None" = None, standin: nn.Module | None = None
+    ) -> dict[str, nn.Module]:
         """Path -> module, for each path in `parts`: leaves the residual stream unchanged, or adds to it what a
-        `reused`, kept sub-block (its norm and weights) makes of it, or what a `repair` does (repair.py). Only a repair
-        has parameters."""
+        `reused`, kept sub-block (its norm and weights) makes of it, or what a `standin` does (standin.py). Only a
+        stand-in has parameters."""
         raise NotImplementedError
 
 
 class Placeholder(nn.Module):
     """Stands where a sub-block's body stood. Holds a re-used sub-block unregistered, so that none of its bytes counts
-    twice; a repair, the only thing here with parameters, is registered. `record`, where set, receives `(x, call)` of
+    twice; a stand-in, the only thing here with parameters, is registered. `record`, where set, receives `(x, call)` of
     every call (see trace.py)."""
 
-    def __init__(self, reused: SubBlock | None = None, repair: nn.Module | None = None):
+    def __init__(self, reused: SubBlock | None = None, standin: nn.Module | None = None):
         super().__init__()
         self.__dict__["reused"] = reused
-        self.repair = repair
+        self.standin = standin
         self.record = None
         self.idle = False  # True in a hollow encoder that is not recorded: what it hands on to attention is not used
 
     def extra_repr(self) -> str:
-        if self.repair is not None:
+        if self.standin is not None:
             return ""  # it is shown itself
         return "skipped" if self.reused is None else f"re-uses sub-block {self.reused.index}"
 

@@ -1,16 +1,22 @@
-"""A linear stand-in: the small map that repairs the residual stream where a sub-block was removed.
+"""A linear stand-in: the small map that stands at a place from which a sub-block was removed.
 
 At its place the stream becomes `x + norm(x) down up + bias`, with `down` `[width, rank]` and `up` `[rank, width]`. The
 norm is of the kind that the family's own norms are, without weights: those are part of `down`. So a stand-in needs
-nothing of the sub-block that it stands for, and one serves every precision of an encoder. standin.py fits them.
+nothing of the sub-block that it stands for, and one serves every precision of an encoder. standins/fit.py fits them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .actions import Action, Layer
+
+if TYPE_CHECKING:
+    from .row import Row
 
 EPSILON = 1e-6
 NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -21,7 +27,7 @@ NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class StandIn:
+class StandIn(Action):
     """One fitted map. norm: a key of NORMS; down `[rank, width]`, up `[width, rank]`, bias `[width]`: as linear layers
     hold them. Two stand-ins are equal only where they are the same object: a walk may share its states then."""
 
@@ -29,6 +35,9 @@ class StandIn:
     down: torch.Tensor
     up: torch.Tensor
     bias: torch.Tensor
+
+    word = "stand-in"
+    fitted = True
 
     @property
     def rank(self) -> int:
@@ -38,10 +47,13 @@ class StandIn:
     def nbytes(self) -> int:
         return self.down.nbytes + self.up.nbytes + self.bias.nbytes
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """The repaired stream, `[batch, tokens, width]` in and out."""
+    def apply(self, x: torch.Tensor, *where) -> torch.Tensor:
+        """The stream `[batch, tokens, width]` behind the place, whichever (`where`) that is."""
         down, up, bias = (t.to(x) for t in (self.down, self.up, self.bias))
         return x + F.linear(F.linear(NORMS[self.norm](x), down), up, bias)
+
+    def placeholders(self, row: "Row", place: int, linear: Layer) -> dict[str, nn.Module]:
+        return row.sub_blocks[place].placeholders(standin=StandInModule(self, linear))
 
     def to(self, device: torch.device | str) -> "StandIn":
         """The same on a device."""
@@ -55,13 +67,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x), None if self.bias is None else self.bias.to(x))
 
 
-class Repair(nn.Module):
+class StandInModule(nn.Module):
     """A stand-in in an encoder's module tree: what it adds to the stream.
 
-    linear: the class of its two layers, called as `torch.nn.Linear` is; ComfyUI's operations bring their own.
+    linear: the class of its two layers.
     """
 
-    def __init__(self, standin: StandIn, linear: Callable[..., nn.Linear] = Linear):
+    def __init__(self, standin: StandIn, linear: Layer = Linear):
         super().__init__()
         self.norm, (rank, width) = standin.norm, standin.down.shape
         # No dtype is named: ComfyUI might cast the bias to it, too, and T5's huge channels do not survive float16.
@@ -76,4 +88,4 @@ class Repair(nn.Module):
         return self.up(self.down(NORMS[self.norm](x)))
 
     def extra_repr(self) -> str:
-        return f"repaired by a stand-in of rank {self.down.weight.shape[0]}"
+        return f"stand-in of rank {self.down.weight.shape[0]}"

@@ -1,10 +1,14 @@
 """The prompts that an encoder is measured and fitted on, as batches of one length."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..encoder.trace import Run
+import torch
+from torch import nn
+
+from ..encoder.trace import Run, Trace, Tracer
+from ..memory import Store, free_memory
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,74 @@ class Batch:
 
     def halves(self) -> Sequence["Batch"]:
         return [self] if self.split is None or self.prompts < 2 else self.split()
+
+
+class Calibration:
+    """The prompts that an encoder is measured or fitted on: embedded, traced, halved where a device runs out of memory.
+
+    encoder: the dense encoder, as `Batch.run` takes it; never changed. tracer: of the encoder whose sub-blocks are left
+    out: the same, or a twin of it in another precision. batches: of the prompts, in the order in which a race sees them
+    (see `grouped`); null: of the empty prompt. memory: bytes that all work on these prompts may take beside the encoder
+    (None: see memory.free_memory); what does not fit is computed again when it is needed.
+
+    Batches are numbered, 0 is the null prompt's. Each may have come to consist of several pieces.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, tracer: Tracer, batches: Sequence[Batch], null: Batch, memory: int | None = None
+    ):
+        self.encoder, self.tracer = encoder, tracer
+        self.device = next(encoder.parameters()).device
+        self.memory = free_memory(self.device) if memory is None else memory
+        self.pieces = [[batch] for batch in (null, *batches)]
+        self._traces = Store(self.memory // 8)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    @property
+    def held(self) -> int:
+        """Bytes of the traces that are held."""
+        return self._traces.used
+
+    def batches(self) -> tuple[list[Batch], Batch]:
+        """The prompts' batches and the null prompt's, as they are split now."""
+        null, *others = self.pieces
+        return [piece for pieces in others for piece in pieces], null[0]
+
+    def trace(self, batch: int, piece: int = 0) -> Trace:
+        """A piece of a batch, embedded."""
+        return self._traces.get((batch, piece), lambda: self.tracer.trace(self.pieces[batch][piece].run))
+
+    def traces(self) -> Iterator[Trace]:
+        """All prompts but the null prompt, embedded."""
+        for batch in range(1, len(self.pieces)):
+            for piece in range(len(self.pieces[batch])):
+                yield self.trace(batch, piece)
+
+    def tokens(self, batch: int) -> int:
+        """Number of tokens that a sub-block's forward on this batch takes."""
+        return sum(self.trace(batch, piece).x.shape[:2].numel() for piece in range(len(self.pieces[batch])))
+
+    def readable(self) -> int:
+        """How many sub-blocks stand before the last state that the conditioning reads; those behind change nothing."""
+        return 2 * max(self.tracer.know_boundaries(self.trace(0)), default=0)
+
+    def shrink(self, batches: Iterable[int] | None = None) -> bool:
+        """After an out-of-memory error: hold half as much and halve some batches (all, where None); whether there is
+        any sense in another try."""
+        self._traces.clear()
+        self._traces.capacity //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.memory //= 2
+        smaller = self.memory > 2**20
+        for batch in range(len(self.pieces)) if batches is None else batches:
+            halves = [half for piece in self.pieces[batch] for half in piece.halves()]
+            smaller = smaller or len(halves) > len(self.pieces[batch])
+            self.pieces[batch] = halves
+        return smaller
+
 
 FIRST_LOOK, GROWTH = 8, 1.5
 """Prompts that a race measures before its first look, and by how much their number grows from look to look."""

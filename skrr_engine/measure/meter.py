@@ -2,33 +2,28 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..encoder.actions import Assignment
 from ..encoder.row import EncoderError
-from ..encoder.standin import StandIn
-from ..encoder.trace import Reading, Trace, Tracer
-from ..memory import Store, batch_tokens, free_memory, out_of_memory
-from .calibration import Batch
+from ..encoder.trace import Reading, Tracer
+from ..memory import Store, batch_tokens, out_of_memory
+from .calibration import Calibration
 from .discrepancy import Criterion, Discrepancy, Projection, features, read_only, token_norm, tokens_read
 from .elimination import Board, rank
 from .processes import Team
-from .walk import Prefix, Shelf, agree, forwards
+from .walk import Prefix, Shelf, Walk, agree, forwards
 
 
 class Meter:
     """Measures candidates' discrepancies on one encoder and one set of prompts.
 
-    encoder: the dense encoder, as `Batch.run` takes it; never changed. tracer: of the encoder whose sub-blocks are left
-    out: the same, or a twin of it in another precision; then `against` is a tracer of the dense one. batches: of the
-    calibration prompts, in the order in which a race sees them (see race.grouped); null: of the empty one. projection:
-    see `Projection`. limit: states held at once by the walk (0: as many as the memory allows). memory: bytes that all
-    of this may take beside the encoder (None: see budget.free_memory); what does not fit is computed again when it is
-    needed. team: processes that share the work. criterion: what is measured.
+    calibration: the prompts. projection: see `Projection`. limit: states held at once by the walk (0: as many as the
+    memory allows). team: processes that share the work. criterion: what is measured. against: a tracer of the dense
+    encoder, where the calibration's encoder is a twin of it in another precision.
 
     The dense conditioning is measured when it is first needed, so that this, too, is told step by step and can be
     stopped. What is not finite (an overflow in half precision) makes a candidate's discrepancy infinite. Raises
@@ -39,38 +34,33 @@ class Meter:
 
     def __init__(
         self,
-        encoder: nn.Module,
-        tracer: Tracer,
-        batches: Sequence[Batch],
-        null: Batch,
+        calibration: Calibration,
         projection: Projection | None = None,
         limit: int = 0,
-        memory: int | None = None,
         team: Team | None = None,
         criterion: Criterion = Criterion(),  # noqa: B008 - frozen
         against: Tracer | None = None,
     ):
-        self.against = against or tracer
-        self.criterion = criterion
-        self.encoder, self.tracer, self.projection, self.limit = encoder, tracer, projection, limit
-        self.team = team or Team()
-        device = next(encoder.parameters()).device
-        self.memory = free_memory(device) if memory is None else memory
-        self._dense, self._traces, self._states = Store(self.memory // 4), Store(self.memory // 8), Store(0)
-        self._stack = batch_tokens(self.memory // 2, tracer.row.width, device)  # tokens that streams may pass together
-        self._pieces = [[batch] for batch in (null, *batches)]
+        self.calibration, self.projection, self.limit = calibration, projection, limit
+        self.team, self.criterion = team or Team(), criterion
+        self.tracer, self.row = calibration.tracer, calibration.tracer.row
+        self.against, self._walk = against or self.tracer, Walk(self.tracer)
+        memory = calibration.memory
+        self._dense, self._states = Store(memory // 4), Store(0)
+        self._stack = batch_tokens(memory // 2, self.row.width, calibration.device)  # that streams may pass together
         self._known: dict[tuple[bool, frozenset], tuple[float, np.ndarray]] = {}  # by whether streams were stacked, too
         self._expected: np.ndarray | None = None  # the prompts' shares of the best candidates' discrepancies so far
         self.share, self._work = 0.5, Stepping(None, 0, 0)
         self._dense_size = 0
-        elements = [self._guarded(b, functools.partial(self._elements, b)) for b in range(len(self._pieces))]
+        numbers = range(len(calibration))
+        elements = [self._guarded(b, functools.partial(self._elements, b)) for b in numbers]
         totals = np.concatenate([elements[0], *elements[1:]], axis=1)[:, elements[0].shape[1] :].sum(axis=1)
-        self._scale = [elements[0].sum(axis=1), *[totals] * len(batches)]
+        self._scale = [elements[0].sum(axis=1), *[totals] * (len(calibration) - 1)]
         self._weights = [e[0] / totals[0] for e in elements[1:]]
-        self._tokens = [self._guarded(b, functools.partial(self._width, b)) for b in range(len(self._pieces))]
+        self._tokens = [self._guarded(b, functools.partial(calibration.tokens, b)) for b in numbers]
         # States take what the dense features and the traces leave of five eighths.
         dense = min(self._dense_size, self._dense.capacity)
-        self._states.capacity = max(0, self.memory * 5 // 8 - dense - self._traces.used)
+        self._states.capacity = max(0, calibration.memory * 5 // 8 - dense - calibration.held)
         self._landmarks: frozenset[int] = frozenset()
         self._places: set[int] = set()
         self._prefixes: dict[int, list[Prefix]] = {}
@@ -79,8 +69,9 @@ class Meter:
     def _elements(self, batch: int) -> np.ndarray:
         """Number of read elements, `[tensors, prompts]`."""
         pieces, size = [], 0
-        for piece in range(len(self._pieces[batch])):
-            reading = self.tracer.read(self._trace(batch, piece), {})  # of nothing: the shapes, for next to no work
+        for piece in range(len(self.calibration.pieces[batch])):
+            # Of nothing: the shapes, for next to no work.
+            reading = self.tracer.read(self.calibration.trace(batch, piece), {})
             one_token = features([(t[:1, :1], None) for t, _ in reading], self.projection)
             widths = [t.shape[2] for t, _ in one_token]
             size += sum(t.shape[:2].numel() * w * 4 for (t, _), w in zip(reading, widths, strict=True))
@@ -92,7 +83,7 @@ class Meter:
     def _check(self) -> None:
         """Hold the walk against the encoder's own forward, on the null prompt: an encoder that does more between its
         sub-blocks than was seen of it must not be searched."""
-        own = features(self._pieces[0][0].run(self.encoder), self.projection)
+        own = features(self.calibration.pieces[0][0].run(self.calibration.encoder), self.projection)
         walked = self._dense_features(0, 0)
         if not agree([t for t, _ in own], [t for t, _ in walked]):
             raise EncoderError(
@@ -100,15 +91,13 @@ class Meter:
                 " nothing was changed; please report which file and loader it comes from"
             )
 
-    def _width(self, batch: int) -> int:
-        """Number of tokens that a sub-block's forward on this batch takes."""
-        return sum(self._trace(batch, piece).x.shape[:2].numel() for piece in range(len(self._pieces[batch])))
-
     def _dense_features(self, batch: int, piece: int, step: Callable[[], None] | None = None) -> Reading:
         def make() -> Reading:
             same = self.against is self.tracer
-            trace = self._trace(batch, piece) if same else self.against.trace(self._pieces[batch][piece].run)
-            ((_, reading),) = self.against.walk(trace, [{}], step=step)
+            run = self.calibration.pieces[batch][piece].run
+            trace = self.calibration.trace(batch, piece) if same else self.against.trace(run)
+            walk = self._walk if same else Walk(self.against)
+            ((_, reading),) = walk(trace, [{}], step=step)
             dense = [(t.float(), mask) for t, mask in features(reading, self.projection)]
             if not all(bool(read_only(t, mask).isfinite().all()) for t, mask in dense):
                 raise EncoderError(
@@ -119,29 +108,9 @@ class Meter:
 
         return self._dense.get((batch, piece), make)
 
-    def _trace(self, batch: int, piece: int) -> Trace:
-        return self._traces.get((batch, piece), lambda: self.tracer.trace(self._pieces[batch][piece].run))
-
-    def batches(self) -> tuple[list[Batch], Batch]:
-        """The calibration prompts' batches and the null prompt's, as they are split now."""
-        null, *others = self._pieces
-        return [piece for pieces in others for piece in pieces], null[0]
-
-    def calibration_traces(self) -> Iterator[Trace]:
-        """The calibration prompts' batches, embedded."""
-        for batch in range(1, len(self._pieces)):
-            for piece in range(len(self._pieces[batch])):
-                yield self._trace(batch, piece)
-
-    def null_trace(self) -> Trace:
-        """The null prompt, embedded."""
-        return self._trace(0, 0)
-
     def readable(self) -> int:
-        """How many sub-blocks stand before the last state that the conditioning reads; those behind change nothing."""
-        if self.tracer.boundaries is None:
-            self.tracer.boundaries = self.tracer.find_boundaries(self.null_trace())
-        return 2 * max(self.tracer.boundaries, default=0)
+        """See Calibration.readable."""
+        return self.calibration.readable()
 
     def null_norm(self) -> float:
         """Of the dense encoder."""
@@ -154,8 +123,8 @@ class Meter:
         work that is done; what it raises ends the measurement."""
         board = Board(len(candidates), self._weights)
         step = self._stepping(candidates, tick, 1.0)
-        self._forget_repairs(candidates)
-        everyone, pieces = range(len(candidates)), range(len(self._pieces))
+        self._forget_fitted(candidates)
+        everyone, pieces = range(len(candidates)), range(len(self.calibration.pieces))
         norms = self._fill(board, candidates, everyone, pieces, len(candidates), step, stack=False)
         return [Discrepancy(board.conditional(c), float(board.null[c]), norm) for c, norm in enumerate(norms)]
 
@@ -168,7 +137,7 @@ class Meter:
         tick: Callable[[float], None] | None = None,
     ) -> list[float]:
         """The total discrepancies of the `keep` best candidates (and of what ties with them); infinity for the others,
-        which are measured only as far as needed (see race.py).
+        which are measured only as far as needed (see elimination.py).
 
         delta: 0 for exactly the best, with bit for bit the discrepancies that `measure` gives; above it they race, and
         it is about how likely one of the best is lost; streams are then stacked, so the last bits may differ. below:
@@ -180,7 +149,7 @@ class Meter:
             if known is not None:
                 board.null[c], board.values[c] = known
         step = self._stepping(candidates, tick, self.share)
-        self._forget_repairs(candidates)
+        self._forget_fitted(candidates)
         self._states.turn()
 
         def evaluate(members: Sequence[int], batches: Sequence[int]) -> None:
@@ -192,7 +161,7 @@ class Meter:
             evaluate(unknown, [0])
         found = rank(board, lambda members, batches: evaluate(members, [b + 1 for b in batches]), keep, delta, below)
         for c, candidate in enumerate(candidates):
-            if found[c] < math.inf and not any(isinstance(action, StandIn) for action in candidate.values()):
+            if found[c] < math.inf and not any(action.fitted for action in candidate.values()):
                 self._known[delta > 0, frozenset(candidate.items())] = board.null[c], board.values[c].copy()
         self._expected = board.shares()
         self.share = min(max(step.share(), 0.01), 1.0)
@@ -203,22 +172,22 @@ class Meter:
         as there is room to keep every candidate's state in front of."""
         if np.isnan(board.values).all():
             return self._landmarks  # nothing is known yet: those of the step before
-        state = sum(self._tokens) * self.tracer.row.width * 4
+        state = sum(self._tokens) * self.row.width * 4
         room = self._states.capacity // 2 // max(1, state * len(candidates) // 2)
         best = sorted(range(len(candidates)), key=board.estimate)[: min(room, 4 * keep)]
         common = frozenset.intersection(*map(frozenset, candidates))
         return frozenset().union(*(candidates[c] for c in best)) - common
 
     def _stepping(self, candidates: Sequence[Assignment], tick, share: float) -> "Stepping":
-        work = forwards(len(self.tracer.row), candidates) * sum(self._tokens)
+        work = forwards(len(self.row), candidates) * sum(self._tokens)
         missing = sum(tokens for b, tokens in enumerate(self._tokens) if (b, 0) not in self._dense)
-        self._work = Stepping(tick, work, share, len(self.tracer.row) * missing)
+        self._work = Stepping(tick, work, share, len(self.row) * missing)
         return self._work
 
-    def _forget_repairs(self, candidates: Sequence[Assignment]) -> None:
-        """Let go of the states of stand-ins that none of these candidates has: a fit is never made twice."""
-        repairs = {a for candidate in candidates for a in candidate.values() if isinstance(a, StandIn)}
-        self._states.drop(lambda place: not place.repairs <= repairs)
+    def _forget_fitted(self, candidates: Sequence[Assignment]) -> None:
+        """Let go of the states of fitted actions that none of these candidates has: a fit is never made twice."""
+        fitted = {action for candidate in candidates for action in candidate.values() if action.fitted}
+        self._states.drop(lambda place: not place.fitted <= fitted)
         self._prefixes = {}
 
     @property
@@ -254,14 +223,17 @@ class Meter:
         """Of each candidate: what each prompt of a batch adds to its discrepancy, and its readings' token norm."""
 
         def act() -> np.ndarray:
-            numbers = range(len(self._pieces[batch]))
-            pieces = [self._walk(batch, piece, candidates, few, step, stack) for piece in numbers]
+            numbers = range(len(self.calibration.pieces[batch]))
+            pieces = [self._errors(batch, piece, candidates, few, step, stack) for piece in numbers]
             return np.array([np.concatenate([v for v, _ in p] + [[p[0][1]]]) for p in zip(*pieces, strict=True)])
 
         return self._guarded(batch, act)
 
-    def _walk(self, batch: int, piece: int, candidates: Sequence[Assignment], few: int, step: "Stepping", stack: bool):
-        trace = self._trace(batch, piece)
+    def _errors(
+        self, batch: int, piece: int, candidates: Sequence[Assignment], few: int, step: "Stepping", stack: bool
+    ) -> list[tuple[np.ndarray, float]]:
+        """Of each candidate, on a piece of a batch: the prompts' contributions, and the readings' token norm."""
+        trace = self.calibration.trace(batch, piece)
         step.tokens = trace.x.shape[:2].numel()
         dense = self._dense_features(batch, piece, step)
         shelf = Shelf(self._states, (batch, piece), few, self._landmarks, self._places, stack, self._prefixes)
@@ -269,9 +241,9 @@ class Meter:
         # A forward takes about 16 times its stream; the walk holds each state twice where it passes a sub-block, and
         # up to as many streams again may wait.
         passing = max(trace.x.nbytes, together * trace.x[0, 0].nbytes)
-        limit = self.limit or max(4, (self.memory // 4 - 16 * passing) // (4 * trace.x.nbytes))
+        limit = self.limit or max(4, (self.calibration.memory // 4 - 16 * passing) // (4 * trace.x.nbytes))
         found: list = [None] * len(candidates)
-        for member, reading in self.tracer.walk(trace, candidates, limit, step, shelf, together):
+        for member, reading in self._walk(trace, candidates, limit, step, shelf, together):
             pruned = features(reading, self.projection)
             errors = self.criterion.errors(dense, pruned)
             # A prompt of which nothing is read contributes nothing.
@@ -292,19 +264,11 @@ class Meter:
     def shrink(self, batches: Iterable[int] | None = None) -> bool:
         """After an out-of-memory error: let go of what can be had again, hold and stack fewer states and halve some
         batches (all, where None); whether there is any sense in another try."""
-        for store in (self._dense, self._traces, self._states):
+        for store in (self._dense, self._states):
             store.clear()
             store.capacity //= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.memory //= 2
         self._stack //= 2
-        smaller = self.memory > 2**20
-        for batch in range(len(self._pieces)) if batches is None else batches:
-            halves = [half for piece in self._pieces[batch] for half in piece.halves()]
-            smaller = smaller or len(halves) > len(self._pieces[batch])
-            self._pieces[batch] = halves
-        return smaller
+        return self.calibration.shrink(batches)
 
 
 class Stepping:

@@ -1,14 +1,15 @@
 """The walk: many candidates through one pass over an encoder's sub-blocks, states shared and kept."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 
-from ..encoder.actions import Action, Assignment
-from ..encoder.standin import StandIn
+from ..encoder.actions import KEEP, Action, Assignment
+from ..encoder.row import Call
+from ..encoder.trace import Reading, Trace, Tracer
 from ..memory import Store, out_of_memory
 from .sums import double
 
@@ -36,10 +37,10 @@ def agree(found: Sequence[torch.Tensor] | None, expected: Sequence[torch.Tensor]
 
 
 def parted(members: Sequence[int], index: int, candidates: Sequence[Assignment]) -> dict[Action, tuple[int, ...]]:
-    """Candidates by what they do at a sub-block: keep it (its own index), or an action in its place."""
+    """Candidates by what they do at a sub-block."""
     groups: dict[Action, list[int]] = {}
     for member in members:
-        groups.setdefault(candidates[member].get(index, index), []).append(member)
+        groups.setdefault(candidates[member].get(index, KEEP), []).append(member)
     return {action: tuple(group) for action, group in groups.items()}
 
 
@@ -50,7 +51,7 @@ def forwards(length: int, candidates: Sequence[Assignment]) -> int:
     for index in range(length):
         groups = [parted(members, index, candidates) for members in streams]
         streams = [members for group in groups for members in group.values()]
-        total += sum(isinstance(action, int) for group in groups for action in group)
+        total += sum(action.through(index) is not None for group in groups for action in group)
     return total
 
 
@@ -69,13 +70,13 @@ STRIDE = 4
 
 class Prefix:
     """What candidates remove before a sub-block: those that remove the same share their state there. Equal ones are
-    one object (see `of`), so that nothing but its address is hashed where it is looked for. repairs: its stand-ins."""
+    one object (see `of`), so that nothing but its address is hashed where it is looked for. fitted: its fitted actions."""
 
     _known: ClassVar[WeakValueDictionary] = WeakValueDictionary()
 
-    def __init__(self, parent: "Prefix | None" = None, action: Action = None):
-        repairs = frozenset() if parent is None else parent.repairs
-        self.parent, self.repairs = parent, repairs | {action} if isinstance(action, StandIn) else repairs
+    def __init__(self, parent: "Prefix | None" = None, action: Action = KEEP):
+        fitted = frozenset() if parent is None else parent.fitted
+        self.parent, self.fitted = parent, fitted | {action} if action.fitted else fitted
 
     def of(self, index: int, action: Action) -> "Prefix":
         """The one that also does `action` at `index`, behind all that this one removes."""
@@ -109,9 +110,9 @@ class Place(NamedTuple):
     prefix: Prefix
 
     @property
-    def repairs(self) -> frozenset[StandIn]:
-        """The stand-ins that made its state."""
-        return self.prefix.repairs
+    def fitted(self) -> frozenset[Action]:
+        """The fitted actions that made its state."""
+        return self.prefix.fitted
 
 
 class Shelf:
@@ -154,3 +155,136 @@ class Shelf:
             prefix = self._of(candidates[stream.members[0]], index + 1)[index]
             self.store.put(Place(self.tag, self.stacked, index, prefix), (stream.x, stream.taps))
             self.places.add(index)
+
+
+class Walk:
+    """Walks candidates over the row of one encoder. tracer: of it."""
+
+    def __init__(self, tracer: Tracer):
+        self.tracer, self.row = tracer, tracer.row
+        self._stackable: dict[torch.Size, tuple[bool, bool]] = {}
+
+    def __call__(
+        self,
+        trace: Trace,
+        candidates: Sequence[Assignment],
+        limit: int = 0,
+        step: Callable[[], None] | None = None,
+        shelf: "Shelf | None" = None,
+        stack: int = 0,
+    ) -> Iterator[tuple[int, Reading]]:
+        """Yield `(candidate's position, its conditioning)` for every candidate, in the order in which they finish.
+
+        Candidates share every state up to their first difference: the row is walked once, and a state is forked where
+        candidates part. limit: how many streams go on together (0: any number); where it is reached, those that most
+        candidates share wait at their place while the others go to the end, and what starts later (from states that
+        are held anyway) starts in a later round. step: called once for each stream before it passes a sub-block.
+        shelf: states that earlier walks over this trace left, to start from. stack: streams may pass a sub-block
+        together, so many tokens at most: far quicker where batches are small, but other sums, in the last bits, than
+        those of each stream alone (0: never together).
+        """
+        self.tracer.know_boundaries(trace)
+        together = max(1, stack // trace.x.shape[:2].numel())
+        passes, reads = self.can_stack(trace) if together > 1 else (False, False)
+        starts = self._starts(trace, candidates, shelf)
+        room = max(2, limit) if limit else len(candidates) + 1  # one may fork
+        waiting: list[tuple[int, list[Stream]]] = []
+        while waiting or starts:
+            index, streams = waiting.pop() if waiting else (min(starts), [])
+            while index < len(self.row):
+                arriving = starts.pop(index, [])
+                fitting = max(0, room - 1 - len(streams))
+                streams += arriving[:fitting]
+                if arriving[fitting:]:
+                    starts[index] = arriving[fitting:]
+                if shelf is not None:
+                    for stream in streams:
+                        shelf.leave(index, stream, candidates)
+                if len(streams) >= room:
+                    streams.sort(key=lambda stream: len(stream.members))
+                    waiting.append((index, streams[room - 1 :]))
+                    streams = streams[: room - 1]
+                streams = self._advance(streams, index, trace, candidates, step, together if passes else 1)
+                index += 1
+            while streams:
+                chunk, streams = streams[:together], streams[together:]
+                taps = [stream.taps for stream in chunk]
+                read = self.tracer.read_stacked if reads else self._read_singly
+                for stream, reading in zip(chunk, read(trace, taps), strict=True):
+                    for member in stream.members:
+                        yield member, reading
+
+    def _read_singly(self, trace: Trace, states: Sequence[dict[int, torch.Tensor]]) -> Iterator[Reading]:
+        return (self.tracer.read(trace, state) for state in states)
+
+    def _starts(self, trace: Trace, candidates: Sequence[Assignment], shelf: "Shelf | None") -> dict[int, list]:
+        """Sub-block index -> the streams that start before it: each candidate as late as the shelf allows."""
+        groups: dict[Place | None, list[int]] = {}
+        for member, candidate in enumerate(candidates):
+            place = None if shelf is None else shelf.latest(candidate, len(self.row))
+            groups.setdefault(place, []).append(member)
+        starts: dict[int, list[Stream]] = {}
+        for place, members in groups.items():
+            index = 0 if place is None else place.index
+            x, taps = (trace.x, {}) if place is None else shelf.store.get(place)
+            starts.setdefault(index, []).append(Stream(x, tuple(members), taps))
+        return starts
+
+    def _advance(
+        self, streams: Sequence[Stream], index: int, trace: Trace, candidates: Sequence[Assignment], step,
+        together: int,
+    ) -> list[Stream]:  # fmt: skip
+        """The streams behind sub-block `index`, forked where their candidates treat that sub-block differently."""
+        forks = [(s, *fork) for s in streams for fork in parted(s.members, index, candidates).items()]
+        # (a sub-block, a dtype) -> the states that pass it, in the order of the forks. Dtypes may differ where one
+        # sub-block hands on another than the rest (transformers' T5 in fp16).
+        through: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+        for stream, action, _ in forks:
+            if (sub_block := action.through(index)) is not None:
+                through.setdefault((sub_block, stream.x.dtype), []).append(stream.x)
+        call = trace.calls[index]
+        passed = {key: self._pass(key[0], xs, trace, call, step, together) for key, xs in through.items()}
+        behind = (index + 1) // 2 if index % 2 and (index + 1) // 2 in self.tracer.boundaries else None
+        advanced = []
+        for stream, action, members in forks:
+            if (sub_block := action.through(index)) is None:
+                x = action.apply(stream.x, self.row, index, call)
+            else:
+                x = next(passed[sub_block, stream.x.dtype])
+            advanced.append(Stream(x, members, stream.taps if behind is None else {**stream.taps, behind: x}))
+        return advanced
+
+    def _pass(
+        self, sub_block: int, states: Sequence[torch.Tensor], trace: Trace, call: Call, step, together: int
+    ) -> Iterator[torch.Tensor]:
+        """The states behind a sub-block, in their order; `together` of them at a time are one batch."""
+        apply, prompts = self.row.sub_blocks[sub_block].apply, trace.x.shape[0]
+        for i in range(0, len(states), together):
+            chunk = states[i : i + together]
+            if step is not None:
+                for _ in chunk:
+                    step()
+            stacked = None
+            if len(chunk) > 1:
+                stacked = attempt(lambda chunk=chunk: apply(torch.cat(chunk), call.stacked(prompts, len(chunk))))
+            if stacked is None:
+                yield from (apply(x, call) for x in chunk)
+            else:  # as a view, each would hold all of them in memory
+                yield from (x.clone() for x in stacked.split(prompts))
+
+    def can_stack(self, trace: Trace) -> tuple[bool, bool]:
+        """Whether the encoder's attention takes copies of this batch as one batch, and whether the conditioning can be
+        read of them together: arguments and wrappers may have a batch size of their own. Tried once for each shape, on
+        the first attention; one that then refuses is called singly."""
+        if trace.x.shape not in self._stackable:
+            attention, call, x = self.row.sub_blocks[0], trace.calls[0], trace.x
+            # What attention adds is compared: beside the stream itself, which may be large, it would not be seen.
+            added = attention.apply(x, call) - x
+            both = torch.cat([x, x])
+            found = attempt(lambda: [attention.apply(both, call.stacked(x.shape[0], 2)) - both])
+            passes = agree(found, [torch.cat([added, added])])
+            states = [dict.fromkeys(self.tracer.boundaries, state) for state in (x, x.roll(1, -1))]
+            alone = [t for state in states for t, _ in self.tracer.read(trace, state)]
+            found = attempt(lambda: [t for reading in self.tracer.read_stacked(trace, states) for t, _ in reading])
+            self._stackable[x.shape] = passes, agree(found, alone)
+        return self._stackable[trace.x.shape]

@@ -36,9 +36,9 @@ def random_order(meter: Meter, seed: int = 0) -> list[int]:
 def block_influence(meter: Meter) -> list[float]:
     """Of each block, 1 - mean cosine between what goes in and what comes out, over the calibration prompts' tokens.
     Processes of one team may round differently: they take each other's numbers."""
-    row = meter.tracer.row
+    row = meter.row
     sums, tokens = torch.zeros(row.blocks, dtype=torch.float64), 0
-    for trace in meter.calibration_traces():
+    for trace in meter.calibration.traces():
         x = trace.x
         tokens += x.shape[0] * x.shape[1]
         for block in range(row.blocks):
@@ -66,7 +66,7 @@ def finercut_order(meter: Meter, target: float, *watch, beam: Sequence[skip.Path
 
 def plan_of(meter: Meter, order: Sequence[int], targets: Sequence[float], method: str) -> EncoderPlan:
     """An order as an encoder's entry of a plan: a level for each target, with its discrepancy by `meter`."""
-    row = meter.tracer.row
+    row = meter.row
     costs = row.parameter_counts
     ends = sorted({skip.reaching(order, costs, row.total, target) for target in targets})
     short = row.sparsity(order[: ends[-1]])

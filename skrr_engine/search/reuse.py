@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..encoder.actions import assignment
+from ..encoder.actions import SKIP, Reuse, assignment
 from .skip import Rank
 
 
@@ -24,9 +24,9 @@ def search(rank: Rank, order: Sequence[int], length: int, rounding: float = 0.0)
     reuse: dict[int, int] = {}
     (current,) = rank([assignment(order)], 1)
     for index in order:
-        options = [None, *neighbours(index, skipped, length)]
-        scores = rank([{**assignment(order, reuse), index: j} for j in options], 1)
+        options = [SKIP, *map(Reuse, neighbours(index, skipped, length))]
+        scores = rank([{**assignment(order, reuse), index: option} for option in options], 1)
         best = next(i for i, score in enumerate(scores) if score <= min(scores) * (1 + rounding))
-        if options[best] is not None:
-            reuse[index], current = options[best], scores[best]
+        if options[best] != SKIP:
+            reuse[index], current = options[best].target, scores[best]
     return reuse, current

@@ -29,7 +29,7 @@ def search(
     called with the beam after each step. beam: a saved one, to go on from. Raises SearchError where the target can't be
     reached.
     """
-    row = meter.tracer.row
+    row = meter.row
     total, length = row.total, meter.readable()  # what nothing reads needs no search, and no place in a plan
     costs = row.parameter_counts[:length]
     clock, shares = Clock(), Shares(settings, meter, step_work(length, 0, settings.beam))
@@ -125,7 +125,7 @@ def unfinished(row: Row, path: Path, settings: Settings, repaired: bool = False)
 def find_level(meter: Meter, order: Sequence[int], settings: Settings, ticking, work: float, ahead: float) -> Level:
     """The level of a skip list: its re-use map (empty where none is asked for), sparsity and discrepancy. work: the
     sub-block forwards that are expected of it; ahead: of what comes after it."""
-    row = meter.tracer.row
+    row = meter.row
     length = meter.readable()
     calls = 0
     expected = len(order) + 1 if settings.reuse else 1

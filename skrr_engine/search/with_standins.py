@@ -19,6 +19,7 @@ import numpy as np
 
 from ..encoder.actions import assignment
 from ..encoder.standin import StandIn
+from ..measure.calibration import Calibration
 from ..measure.meter import Meter
 from ..plan.model import EncoderPlan, Level
 from ..standins import fit as standin
@@ -49,13 +50,13 @@ class Healed:
 class Search:
     """A search under way.
 
-    fitted: a meter on the prompts that stand-ins are fitted on; ranked: one on others, which candidates are ranked on;
-    both of one encoder. report: called before every sub-block's forward; what it raises ends the search.
+    fitted: the prompts that stand-ins are fitted on; ranked: a meter on others, which candidates are ranked on; both of
+    one encoder. report: called before every sub-block's forward; what it raises ends the search.
     """
 
-    def __init__(self, fitted: Meter, ranked: Meter, settings: Settings, fitting: Fitting, report: Report):
+    def __init__(self, fitted: Calibration, ranked: Meter, settings: Settings, fitting: Fitting, report: Report):
         self.fitted, self.ranked, self.settings, self.fitting, self.report = fitted, ranked, settings, fitting, report
-        self.row = fitted.tracer.row
+        self.row = ranked.row
         self.length = ranked.readable()
         self.costs = self.row.parameter_counts[: self.length]
         self.clock = Clock()
@@ -78,7 +79,7 @@ class Search:
         order = self.path.order
         if not count or len(order) < 2:
             return []
-        found, _ = standin.fit(self.fitted, dict.fromkeys(order), self.fitting, tick=self.tick(0.0, 0.3))
+        found, _ = standin.fit(self.fitted, assignment(order), self.fitting, tick=self.tick(0.0, 0.3))
         now = assignment(order, standins=found)
         without = [{i: action for i, action in now.items() if i != place} for place in order]
         current, *scores = self.ranked.measure([now, *without], self.tick(0.3, 0.7))
@@ -90,7 +91,7 @@ class Search:
         discrepancy; None where it does not."""
         order = tuple(i for i in self.path.order if i != place)
         kept = {i for i in range(place % 2, self.length, 2) if i not in order}
-        found, trials = standin.fit(self.fitted, dict.fromkeys(order), self.fitting, kept, self.tick(0.0, 0.4))
+        found, trials = standin.fit(self.fitted, assignment(order), self.fitting, kept, self.tick(0.0, 0.4))
         now = assignment(order, standins=found)
         chosen = sorted({place, *self.by_harm(trials)[:SCREENED]})
         candidates = [{**now, i: trials[i].standin} for i in chosen]
@@ -104,7 +105,7 @@ class Search:
         self.clock.mark()
         order, trail = self.path.order, self.path.trail
         found, trials = standin.fit(
-            self.fitted, dict.fromkeys(order), self.fitting, set(range(self.length)) - set(order), self.tick(0.0, 0.3)
+            self.fitted, assignment(order), self.fitting, set(range(self.length)) - set(order), self.tick(0.0, 0.3)
         )
         now = assignment(order, standins=found)
         current = self.ranked.measure([now], self.tick(0.3, 0.05))[0].total if order else 0.0
@@ -161,7 +162,7 @@ class Search:
 
 
 def search(
-    fitted: Meter,
+    fitted: Calibration,
     ranked: Meter,
     settings: Settings,
     fitting: Fitting,
@@ -179,18 +180,18 @@ def search(
 
 
 def best_rank(
-    fitted: Meter, ranked: Meter, order: Sequence[int], settings: Settings, fitting: Fitting, told: dict,
+    fitted: Calibration, ranked: Meter, order: Sequence[int], settings: Settings, fitting: Fitting, told: dict,
     tick: Callable[[float], None] = lambda share: None,
 ) -> Healed:  # fmt: skip
     """`repaired` with the fitting's rank; where it has several to choose from, with the least of them whose strongest
     level is within ENOUGH of the best one's discrepancy."""
     if not fitting.ranks:
         return repaired(fitted, ranked, order, settings, fitting, told, tick)
-    row = fitted.tracer.row
+    row = ranked.row
     order = order[: skip.reaching(order, row.parameter_counts, row.total, settings.sparsity)]
     fits, found = {}, {}
     for rank in fitting.ranks:
-        fits[rank], _ = standin.fit(fitted, dict.fromkeys(order), replace(fitting, rank=rank), tick=tick)
+        fits[rank], _ = standin.fit(fitted, assignment(order), replace(fitting, rank=rank), tick=tick)
         found[rank] = ranked.measure([assignment(order, standins=fits[rank])], tick)[0].total
     rank = min(rank for rank, d in found.items() if d <= ENOUGH * min(found.values()))
     chosen = replace(fitting, rank=rank)
@@ -198,18 +199,18 @@ def best_rank(
 
 
 def repaired(
-    fitted: Meter, ranked: Meter, order: Sequence[int], settings: Settings, fitting: Fitting, told: dict,
+    fitted: Calibration, ranked: Meter, order: Sequence[int], settings: Settings, fitting: Fitting, told: dict,
     tick: Callable[[float], None] = lambda share: None, fits: Mapping[int, dict[int, StandIn]] | None = None,
 ) -> Healed:  # fmt: skip
     """Stand-ins for an order, however it was found: a level for each target. told: what the plan says of the search;
     fits: those already fitted, by the length of the prefix that they repair."""
-    row, length = fitted.tracer.row, ranked.readable()
+    row, length = ranked.row, ranked.readable()
     targets = sorted({*settings.levels, settings.sparsity})
     ends = sorted({skip.reaching(order, row.parameter_counts, row.total, target) for target in targets})
     levels, standins = [], dict(fits or {})
     for end in ends:
         if end not in standins:
-            standins[end], _ = standin.fit(fitted, dict.fromkeys(order[:end]), fitting, tick=tick)
+            standins[end], _ = standin.fit(fitted, assignment(order[:end]), fitting, tick=tick)
         found = standins[end]
         (d,) = ranked.measure([assignment(order[:end], standins=found)], tick)
         mapping = {}

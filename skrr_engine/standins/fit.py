@@ -24,11 +24,11 @@ from typing import ClassVar
 import torch
 
 from ..encoder import families
-from ..encoder.actions import Action
+from ..encoder.actions import KEEP, SKIP, Action
 from ..encoder.standin import NORMS, StandIn
 from ..encoder.trace import Trace
 from ..errors import SearchError
-from ..measure.meter import Meter
+from ..measure.calibration import Calibration
 from ..measure.sums import double, place
 from ..memory import free_memory, out_of_memory
 from ..plan.model import MAX_RANK
@@ -210,15 +210,15 @@ class Pair:
 
 
 class Streams:
-    """The dense and the pruned stream of every batch of a meter, taken from sub-block to sub-block.
+    """The dense and the pruned stream of every batch of a calibration, taken from sub-block to sub-block.
 
-    They are held on their device up to a quarter of the meter's memory, beyond that in RAM, and beyond that not at all:
+    They are held on their device up to a quarter of its memory, beyond that in RAM, and beyond that not at all:
     then they are computed anew, from the first sub-block, when they are asked for. passed: what is done at the places
     behind us. tick: called before every batch.
     """
 
-    def __init__(self, meter: Meter, tick: Callable[[], None]):
-        self.meter, self.row, self.tick = meter, meter.tracer.row, tick
+    def __init__(self, calibration: Calibration, tick: Callable[[], None]):
+        self.calibration, self.row, self.tick = calibration, calibration.tracer.row, tick
         self.passed: list[Action] = []
         self._held: dict[int, Pair] = {}
         self._masks: dict[int, torch.Tensor | None] = {}
@@ -227,20 +227,20 @@ class Streams:
     def _rooms(self) -> dict[str, int]:
         """Bytes that may be held on the device, and beside it in RAM."""
         beside = 0
-        if self.meter.null_trace().x.device.type != "cpu":  # where it computes: its weights may lie elsewhere
+        if self.calibration.trace(0).x.device.type != "cpu":  # where it computes: its weights may lie elsewhere
             beside = free_memory("cpu") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return {"device": self.meter.memory // 4, "cpu": beside}
+        return {"device": self.calibration.memory // 4, "cpu": beside}
 
     def traces(self) -> Iterable[tuple[int, Trace]]:
         """Every batch, numbered; number 0 is the null prompt's."""
-        yield 0, self.meter.null_trace()
-        yield from enumerate(self.meter.calibration_traces(), 1)
+        yield 0, self.calibration.trace(0)
+        yield from enumerate(self.calibration.traces(), 1)
 
     def mask(self, number: int, trace: Trace) -> torch.Tensor | None:
         """Which of a batch's tokens the conditioning reads, `[batch, tokens]`; None where all, as far as is known."""
         if number not in self._masks:
-            self.meter.readable()  # finds where the conditioning is read
-            reading = self.meter.tracer.read(trace, dict.fromkeys(self.meter.tracer.boundaries, trace.x))
+            tracer = self.calibration.tracer
+            reading = tracer.read(trace, dict.fromkeys(tracer.know_boundaries(self.calibration.trace(0)), trace.x))
             masks = [mask for _, mask in reading if mask is not None and mask.shape == trace.x.shape[:2]]
             self._masks[number] = masks[0] if masks else None
         return self._masks[number]
@@ -280,7 +280,7 @@ class Streams:
                 if not out_of_memory(error):
                     raise
                 self._held, self._masks = {}, {}
-                if not self.meter.shrink():
+                if not self.calibration.shrink():
                     raise
                 self._room = self._rooms()
 
@@ -290,18 +290,13 @@ class Streams:
     def _passed(self, pair: Pair, trace: Trace) -> Pair:
         """One place further."""
         place, action = pair.place, self.passed[pair.place]
-        row, call = self.row.sub_blocks, trace.calls[place]
-        behind = pair.behind if pair.behind is not None else row[place].apply(pair.dense, call)
-        if isinstance(action, StandIn):
-            pruned = action.apply(pair.pruned)
-        elif action is None:
-            pruned = pair.pruned
-        elif action == place and pair.pruned is pair.dense:
+        behind = pair.behind if pair.behind is not None else self._apply(place, pair.dense, trace)
+        if action == KEEP and pair.pruned is pair.dense:
             pruned = behind
-        elif action == place and pair.kept is not None:
+        elif action == KEEP and pair.kept is not None:
             pruned = pair.kept
         else:
-            pruned = row[action].apply(pair.pruned, call)
+            pruned = action.apply(pair.pruned, self.row, place, trace.calls[place])
         return Pair(place + 1, behind, pruned)
 
     def _hold(self, number: int, pair: Pair) -> None:
@@ -321,12 +316,12 @@ class Streams:
             pass
 
     def go_on(self, action: Action) -> None:
-        """To the next place; action: what is done at this one, its own index where it is kept."""
+        """To the next place; action: what is done at this one."""
         self.passed.append(action)
 
 
 def fit(
-    meter: Meter,
+    calibration: Calibration,
     removed: Mapping[int, Action],
     fitting: Fitting,
     tried: Iterable[int] = (),
@@ -334,25 +329,25 @@ def fit(
 ) -> tuple[dict[int, StandIn], dict[int, Trial]]:
     """Stand-ins for removed sub-blocks; and for others that are kept, each as if it alone were removed on top.
 
-    meter: its prompts are fitted on. removed: sub-block -> None where a stand-in is to be fitted; a stand-in or a
-    re-used sub-block stays what it is. tried: kept sub-blocks to fit a stand-in for as well. tick: called before every
-    sub-block of every batch with the share of the work that is done; what it raises ends the fit.
+    calibration: the prompts that are fitted on. removed: sub-block -> SKIP where a stand-in is to be fitted; a stand-in
+    or a re-used sub-block stays what it is. tried: kept sub-blocks to fit a stand-in for as well. tick: called before
+    every sub-block of every batch with the share of the work that is done; what it raises ends the fit.
     """
-    row = meter.tracer.row
+    row = calibration.tracer.row
     norm, tried = families.by_name(row.family).NORM, set(tried)
     last = max([*removed, *tried], default=-1)
-    streams = Streams(meter, lambda: tick(len(streams.passed) / (last + 1)))
+    streams = Streams(calibration, lambda: tick(len(streams.passed) / (last + 1)))
     found, trials = {}, {}
     for index in range(last + 1):
-        action = removed.get(index, index)
-        if action is None or index in tried:
+        action = removed.get(index, KEEP)
+        if action == SKIP or index in tried:
             trial = streams.guarded(functools.partial(fit_here, streams, norm, fitting, index in tried))
-            if action is None:
+            if action == SKIP:
                 found[index] = action = trial.standin
             else:
                 trials[index] = trial
         else:
-            streams.guarded(functools.partial(streams.pass_by, action == index))
+            streams.guarded(functools.partial(streams.pass_by, action == KEEP))
         streams.go_on(action)
     return found, trials
 
@@ -364,7 +359,7 @@ def fit_here(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> Tri
     kept.join(held)
     del held  # of a wide encoder these matrices are large: see `fit_bytes`
     chosen = solve(kept, fitting.rank, ridge)
-    fitted = stand_in(chosen, norm).to(streams.meter.null_trace().x.device)
+    fitted = stand_in(chosen, norm).to(streams.calibration.trace(0).x.device)
     return Trial(fitted, kept.error(chosen) - harm)
 
 

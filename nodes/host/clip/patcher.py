@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from ....skrr_engine.encoder.standin import Repair
+from ....skrr_engine.encoder.standin import StandInModule
 from .derive import refusing
 from .tree import make_tree
 from .views import ATTACHMENT, TRANSFORMER, Pruned, View, size, views_of
@@ -48,15 +48,15 @@ class PrunedPatcher:
         return {id(m) for name, m in self.model.named_modules() if id(m) not in kept and name not in names}
 
     @functools.cached_property
-    def _repairs(self) -> list[nn.Module]:
+    def _standins(self) -> list[nn.Module]:
         """The stand-ins in the fork, which ComfyUI does not see: it looks at the dense tree."""
-        return [module for module in self.skrr_tree.modules() if isinstance(module, Repair)]
+        return [module for module in self.skrr_tree.modules() if isinstance(module, StandInModule)]
 
     def model_patches_to(self, device):
         super().model_patches_to(device)
         if isinstance(device, torch.device):  # ComfyUI calls it with a dtype, too
-            for repair in self._repairs:
-                repair.to(device)
+            for standin in self._standins:
+                standin.to(device)
 
     def model_size(self):
         if self.size == 0:

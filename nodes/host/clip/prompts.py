@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
+from ....skrr_engine.encoder.actions import assignment
 from ....skrr_engine.encoder.rewire import fork, rewire
 from ....skrr_engine.encoder.row import EncoderError
 from ....skrr_engine.encoder.trace import Reading
@@ -73,7 +74,7 @@ class Conditioning:
         paths = [view.prefix + path for view in whole for s in view.row.sub_blocks for path in s.parts]
         hollow = fork(self.wrapper, [*paths, *(f"{view.prefix}x" for view in all_views)])
         for view in whole:
-            everything = dict.fromkeys(range(len(view.row)))
+            everything = assignment(range(len(view.row)))
             rewire(hollow.get_submodule(view.path).transformer, view.row, everything)
         return hollow
 

@@ -9,7 +9,7 @@ import comfy.sd1_clip
 from torch import nn
 
 from ....skrr_engine.encoder import families
-from ....skrr_engine.encoder.actions import Action, assignment
+from ....skrr_engine.encoder.actions import SKIP, Action, assignment
 from ....skrr_engine.encoder.rewire import fork
 from ....skrr_engine.encoder.row import EncoderError, Row
 from ....skrr_engine.encoder.standin import StandIn
@@ -76,7 +76,7 @@ class Shape:
 class Pruned:
     """What is left out of one encoder. plan, level: by a plan (None: no plan); unread: sub-blocks that no conditioning
     reads; shape: of the dense encoder where that was never in memory; file: that it was loaded from, where known;
-    standins: place -> what repairs it, empty where the level has none or their file is missing."""
+    standins: place -> what stands there, empty where the level has none or their file is missing."""
 
     plan: EncoderPlan | None = None
     level: Level | None = None
@@ -90,7 +90,8 @@ class Pruned:
         """Removed sub-block -> what is done at its place. An unread one that another re-uses stays."""
         order = self.plan.order[: self.level.skipped] if self.level else ()
         by_plan = assignment(order, self.level.reuse if self.level else None, self.standins)
-        return {**{i: None for i in self.unread if i not in by_plan.values()}, **by_plan}
+        needed = {action.through(place) for place, action in by_plan.items()}
+        return {**{i: SKIP for i in self.unread if i not in needed}, **by_plan}
 
     @property
     def standin_bytes(self) -> int:

@@ -6,7 +6,7 @@ from ..row import EncoderError, Row, parameter_count
 from . import clip, gemma, llama, t5
 
 FAMILIES = (t5, clip, gemma, llama)
-"""Each is a module with NAME, NORM (what kind its norms are: repair.NORMS), FILE_KEY, FILE_WIDTH and FILE_UNUSED (names
+"""Each is a module with NAME, NORM (what kind its norms are: standin.NORMS), FILE_KEY, FILE_WIDTH and FILE_UNUSED (names
 in files: of a block's tensors, of one as wide as the encoder, and what follows a prefix but no text encoder uses),
 `find_blocks(encoder) -> (path, ModuleList) | None`, `width(block)` and
 `sub_blocks(blocks, path)`, which

@@ -29,28 +29,30 @@ class ResidualSubBlock(SubBlock):
     def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         return x + self.branch(x, call)
 
-    def placeholders(self, reused: "ResidualSubBlock | None", repair: nn.Module | None = None) -> dict[str, nn.Module]:
+    def placeholders(
+        self, reused: "ResidualSubBlock | None" = None, standin: nn.Module | None = None
+    ) -> dict[str, nn.Module]:
         norm, body, *post = self.paths
-        place = Body(reused, repair, self.tuple_out)
+        place = Body(reused, standin, self.tuple_out)
         if hasattr(self.body, "is_sliding"):  # read by transformers' Gemma 3 blocks
             place.is_sliding = self.body.is_sliding
         return {norm: nn.Identity(), body: place, **{p: nn.Identity() for p in post}}
 
 
 class Body(Placeholder):
-    """In place of an attention or feed-forward module: adds nothing, a re-used branch, or a repair. Its block's norms
+    """In place of an attention or feed-forward module: adds nothing, a re-used branch, or a stand-in. Its block's norms
     are identities, so it sees the residual stream itself."""
 
-    def __init__(self, reused: ResidualSubBlock | None, repair: nn.Module | None, tuple_out: bool):
-        super().__init__(reused, repair)
+    def __init__(self, reused: ResidualSubBlock | None, standin: nn.Module | None, tuple_out: bool):
+        super().__init__(reused, standin)
         self.tuple_out = tuple_out
 
     def forward(self, *args, **kwargs):
         x, call = Call.split(args, kwargs)
         if self.record is not None:
             self.record(x, call)
-        if self.repair is not None:
-            out = self.repair(x)
+        if self.standin is not None:
+            out = self.standin(x)
         else:
             out = x.new_zeros(()) if self.reused is None else self.reused.branch(x, call)
         return (out, advanced(call.kwargs.get("past_key_value"), x.shape[1])) if self.tuple_out else out

@@ -63,14 +63,16 @@ class T5FeedForward(SubBlock):
         (body,) = self.parts.values()
         return clamped(body(x.clone()), body)  # ComfyUI's adds into its input
 
-    def placeholders(self, reused: "T5FeedForward | None", repair: nn.Module | None = None) -> dict[str, nn.Module]:
-        return {path: FeedForwardPlaceholder(reused, repair) for path in self.parts}
+    def placeholders(
+        self, reused: "T5FeedForward | None" = None, standin: nn.Module | None = None
+    ) -> dict[str, nn.Module]:
+        return {path: FeedForwardPlaceholder(reused, standin) for path in self.parts}
 
 
 class FeedForwardPlaceholder(Placeholder):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if self.repair is not None:
-            return x + self.repair(x)
+        if self.standin is not None:
+            return x + self.standin(x)
         return x if self.reused is None else self.reused.apply(x, Call())
 
 
@@ -92,9 +94,11 @@ class T5Attention(SubBlock):
     def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         return clamped(call.again(self.body, x.clone())[0], self.body)  # ComfyUI's adds into its input
 
-    def placeholders(self, reused: "T5Attention | None", repair: nn.Module | None = None) -> dict[str, nn.Module]:
+    def placeholders(
+        self, reused: "T5Attention | None" = None, standin: nn.Module | None = None
+    ) -> dict[str, nn.Module]:
         kept = BiasKeeper(self.body.SelfAttention) if self.shared_bias else None
-        return {self.path: AttentionPlaceholder(reused, repair, kept)}
+        return {self.path: AttentionPlaceholder(reused, standin, kept)}
 
 
 class BiasKeeper(nn.Module):
@@ -127,8 +131,8 @@ class AttentionPlaceholder(Placeholder):
 
     BIAS = ("past_bias", "position_bias")  # ComfyUI's name and transformers'
 
-    def __init__(self, reused: T5Attention | None, repair: nn.Module | None, kept: BiasKeeper | None):
-        super().__init__(reused, repair)
+    def __init__(self, reused: T5Attention | None, standin: nn.Module | None, kept: BiasKeeper | None):
+        super().__init__(reused, standin)
         self.SelfAttention = kept
 
     def forward(self, *args, **kwargs):
@@ -138,8 +142,8 @@ class AttentionPlaceholder(Placeholder):
         call, bias = self.with_bias(x, call)
         if self.record is not None:
             self.record(x, call)
-        if self.repair is not None:
-            return self.handed(x + self.repair(x), bias, call)
+        if self.standin is not None:
+            return self.handed(x + self.standin(x), bias, call)
         return self.handed(x if self.reused is None else self.reused.apply(x, call), bias, call)
 
     @staticmethod
