@@ -1,4 +1,4 @@
-"""An independent, slow reference: skip and re-use by hooks in an encoder's own forward, both algorithms as printed.
+"""An independent, slow reference: skip and re-use by hooks in an encoder's own forward.
 
 It shares no code with the engine. Every sub-block still runs; its result is thrown away afterwards.
 """
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+
+from skrr_engine.encoder.actions import Action
 
 BLOCKS = {"t5": "encoder.block", "clip": "text_model.encoder.layers", "llama": "model.layers", "gemma": "model.layers"}
 NAMES = {
@@ -97,56 +99,16 @@ def residual_hooks(blocks, family, index, target):
 
 def naive_discrepancy(
     encoder, family: str, run_all: Callable[[], list[torch.Tensor]], run_null: Callable[[], torch.Tensor], project=None
-) -> Callable[[Mapping[int, int | None]], float]:
+) -> Callable[[Mapping[int, Action]], float]:
     """`D(removed)` by whole passes. run_all: features of each prompt `[tokens, width]`; run_null: of the empty one."""
     project = project or (lambda x: x)
     dense, dense_null = [project(f) for f in run_all()], project(run_null())
 
-    def discrepancy(removed: Mapping[int, int | None]) -> float:
-        with skipping(encoder, family, removed):
+    def discrepancy(removed: Mapping[int, Action]) -> float:
+        with skipping(encoder, family, {i: action.target for i, action in removed.items()}):
             pruned, pruned_null = [project(f) for f in run_all()], project(run_null())
         error = sum(float((p.double() - d.double()).square().sum()) for p, d in zip(pruned, dense, strict=True))
         conditional = error / sum(d.numel() for d in dense)
         return conditional + float((pruned_null.double() - dense_null.double()).square().mean())
 
     return discrepancy
-
-
-def naive_skip(discrepancy, costs: list[int], total: int, target: float, width: int) -> tuple[list[int], float]:
-    """Algorithm 1 as printed, equal sets merged; the list cut at the first prefix that reaches the target."""
-    beam = [([], 0.0)]
-    while sum(costs[i] for i in beam[0][0]) / total < target:
-        candidates = []
-        for parent, (removed, _) in enumerate(beam):
-            for index in range(len(costs)):
-                if index in removed:
-                    continue
-                if any(set(known) == {*removed, index} for known, *_ in candidates):
-                    continue
-                new = [*removed, index]
-                candidates.append((new, discrepancy(dict.fromkeys(new)), index, parent))
-        candidates.sort(key=lambda c: (c[1], c[2], c[3]))
-        beam = [(order, score) for order, score, *_ in candidates[:width]]
-    order, score = beam[0]
-    for length in range(len(order) + 1):
-        if sum(costs[i] for i in order[:length]) / total >= target:
-            return order[:length], score
-    return order, score
-
-
-def naive_reuse(discrepancy, order: list[int], length: int) -> tuple[dict[int, int], float]:
-    """Algorithm 2 as printed."""
-    reuse: dict[int, int] = {}
-    removed = dict.fromkeys(order)
-    for i in order:
-        kept = [j for j in range(length) if j not in order and j % 2 == i % 2]
-        left, right = [j for j in kept if j < i], [j for j in kept if j > i]
-        stay = discrepancy({**removed, **reuse})
-        options = []
-        if left:
-            options.append((discrepancy({**removed, **reuse, i: max(left)}), max(left)))
-        if right:
-            options.append((discrepancy({**removed, **reuse, i: min(right)}), min(right)))
-        if options and min(options)[0] < stay:
-            reuse[i] = min(options)[1]
-    return reuse, discrepancy({**removed, **reuse})

@@ -9,7 +9,7 @@ import torch
 
 from skrr_engine.measure.calibration import Calibration
 from skrr_engine.plan.text import PlanError
-from skrr_engine.search import reuse, skip
+from skrr_engine.search import naive, reuse, skip
 from skrr_engine.search.run import measure_level, search
 from skrr_engine.search.settings import Settings
 
@@ -25,7 +25,7 @@ def project(x: torch.Tensor) -> torch.Tensor:
     return x @ torch.linspace(-1, 1, x.shape[-1] * 20).reshape(x.shape[-1], 20).sin()
 
 
-def naive(name, module, prompts, null, projection=None):
+def by_passes(name, module, prompts, null, projection=None):
     runs = [small.forward(name, ids) for ids in prompts]
     empty = small.forward(name, [null])
     run_all = lambda: [features for run in runs for features in run(module)]  # noqa: E731
@@ -41,13 +41,13 @@ def test_same_plan_as_the_naive_loop(name, projection):
     meter = small.meter(name, module, prompts, null, projection)
     row = meter.tracer.row
     plan = search(meter, Settings(0.4, (0.15,), 3))
-    discrepancy = naive(name, module, prompts, null, projection)
-    order, _ = reference.naive_skip(discrepancy, list(row.parameter_counts), row.total, 0.4, 3)
+    discrepancy = by_passes(name, module, prompts, null, projection)
+    order, _ = naive.skip(discrepancy, list(row.parameter_counts), row.total, 0.4, 3)
     assert list(plan.order) == order
     assert row.sparsity(order) >= 0.4 > row.sparsity(order[:-1])
     assert len(plan.levels) == 2 and plan.levels[0].sparsity >= 0.15
     for level in plan.levels:
-        reuse, score = reference.naive_reuse(discrepancy, order[: level.skipped], len(row))
+        reuse, score = naive.reuse(discrepancy, order[: level.skipped], len(row))
         assert level.reuse == reuse
         assert level.discrepancy == pytest.approx(score, rel=1e-5)
         assert level.sparsity == pytest.approx(row.sparsity(order[: level.skipped]), abs=1e-6)
@@ -79,9 +79,9 @@ def test_smollm2_first_removals(smollm2_folder):
     run = lambda: [tokens for batch in batches for tokens in batch.run(encoder.module)[0][0]]  # noqa: E731
     discrepancy = reference.naive_discrepancy(encoder.module, "llama", run, lambda: null.run(encoder.module)[0][0][0])
     costs = list(encoder.row.parameter_counts)
-    order, _ = reference.naive_skip(discrepancy, costs, encoder.row.total, 0.012, 2)
+    order, _ = naive.skip(discrepancy, costs, encoder.row.total, 0.012, 2)
     assert list(plan.order) == order and len(order) == 2
-    assert plan.levels[-1].reuse == reference.naive_reuse(discrepancy, order, 60)[0]
+    assert plan.levels[-1].reuse == naive.reuse(discrepancy, order, 60)[0]
 
 
 def test_equal_sets_are_one_candidate():

@@ -22,7 +22,7 @@ from skrr_engine.measure.calibration import Batch, Calibration
 from skrr_engine.measure.meter import Meter
 from skrr_engine.measure.walk import Walk
 from skrr_engine.memory import Store, batch_tokens, free_memory, nbytes
-from skrr_engine.search import baselines, skip
+from skrr_engine.search import baselines, naive, skip
 from skrr_engine.search.resume import State, StateError, fingerprint
 from skrr_engine.search.run import search
 from skrr_engine.search.settings import Settings
@@ -56,15 +56,15 @@ def double(row, pairs):
                 tensor.data.copy_(other)
 
 
-def naive(name, module, row, batches, null, target, width):
+def printed(name, module, row, batches, null, target, width):
     """The plan of the printed algorithms by whole passes: `(order, D, re-use, D with it)`."""
     runs = [small.forward(name, ids) for ids in batches]
     run_null = small.forward(name, [null])
     discrepancy = reference.naive_discrepancy(
         module, small.family_of(name), lambda: [run(module) for run in runs], lambda: run_null(module)
     )
-    order, d = reference.naive_skip(discrepancy, row.parameter_counts, row.total, target, width)
-    return order, d, *reference.naive_reuse(discrepancy, order, len(row))
+    order, d = naive.skip(discrepancy, row.parameter_counts, row.total, target, width)
+    return order, d, *naive.reuse(discrepancy, order, len(row))
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -82,7 +82,7 @@ def test_exact_is_the_naive_loop(name, data):
     target = data.draw(st.sampled_from([0.1, 0.3, 0.4]), "target")
     meter = small.meter(name, module, batches, [2], limit=data.draw(st.sampled_from([0, 2, 5])))
     plan = search(meter, Settings(target, (), width, True, 0.0))
-    order, d, reuse, d_reuse = naive(name, module, row, batches, [2], target, width)
+    order, d, reuse, d_reuse = printed(name, module, row, batches, [2], target, width)
     level = plan.levels[-1]
     assert list(plan.order) == order
     assert level.reuse == reuse

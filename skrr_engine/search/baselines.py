@@ -18,9 +18,10 @@ from ..encoder.row import Row
 from ..measure.discrepancy import COSINE, Criterion
 from ..measure.meter import Meter
 from ..measure.sums import double
-from ..plan.model import EncoderPlan, Level
+from ..plan.model import EncoderPlan
 from . import run as search
 from . import skip
+from .entry import entry_of, level_of
 
 ANGLE_OF_OUTPUT = Criterion(COSINE.errors, COSINE.elementwise, null=0.0)
 """FinerCut's criterion, for a Meter without a projection."""
@@ -75,14 +76,8 @@ def plan_of(meter: Meter, order: Sequence[int], targets: Sequence[float], method
             f"a sparsity of {max(targets):.0%} can't be reached: removing everything comes to {short:.1%}; ask for less"
         )
     found = meter.measure([assignment(order[:end]) for end in ends])
-    levels = tuple(
-        Level(skipped=end, reuse={}, sparsity=round(row.sparsity(order[:end]), 6), discrepancy=d.finite)
-        for end, d in zip(ends, found, strict=True)
-    )
-    return EncoderPlan(
-        family=row.family, blocks=row.blocks, width=row.width, order=tuple(order[: ends[-1]]), levels=levels,
-        extensions={"search": {"mode": method}},
-    )  # fmt: skip
+    levels = [level_of(row, order[:end], d.finite) for end, d in zip(ends, found, strict=True)]
+    return entry_of(row, levels, order, {"mode": method})
 
 
 def laco(

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 
+from ..errors import SearchError
 from ..measure.elimination import ROUNDING
-from . import skip
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a search is asked for. sparsity: target, as a fraction of all encoder parameters; levels: further
     sparsities to give re-use maps for; beam: width k; reuse: whether algorithm 2 runs; delta: about how likely a step
-    may lose one of its best candidates (race.py), and how likely a level's re-use map has a mistake; 0 for the exact
-    search."""
+    may lose one of its best candidates (measure/elimination.py), and how likely a level's re-use map has a mistake; 0
+    for the exact search."""
 
     sparsity: float = 0.42
     levels: tuple[float, ...] = ()
@@ -22,22 +22,27 @@ class Settings:
     def __post_init__(self):
         for value in (self.sparsity, *self.levels):
             if not 0 < value < 1:
-                raise skip.SearchError(
+                raise SearchError(
                     f"a sparsity of {value} makes no sense: give a fraction between 0 and 1, like 0.42"
                 )
         if max(self.levels, default=0) > self.sparsity:
-            raise skip.SearchError(
+            raise SearchError(
                 f"level {max(self.levels)} is above the target sparsity {self.sparsity}: raise the target or drop it"
             )
         if not 1 <= self.beam <= 64:
-            raise skip.SearchError(f"a beam of {self.beam} makes no sense: use 1 to 64 (the paper uses 3)")
+            raise SearchError(f"a beam of {self.beam} makes no sense: use 1 to 64 (the paper uses 3)")
         if not 0 <= self.delta < 0.5:
-            raise skip.SearchError(f"a delta of {self.delta} makes no sense: use 0 (exact) to 0.5, like 0.05")
+            raise SearchError(f"a delta of {self.delta} makes no sense: use 0 (exact) to 0.5, like 0.05")
 
     def reuse_delta(self, skipped: int) -> float:
         """How likely each of a level's re-uses may be a mistake. They are few candidates each, but unlike a beam's list
         nothing makes up for a wrong one."""
         return self.delta / max(1, skipped)
+
+    @property
+    def targets(self) -> list[float]:
+        """The sparsities that levels are wanted for, rising."""
+        return sorted({*self.levels, self.sparsity})
 
     @property
     def rounding(self) -> float:

@@ -21,12 +21,13 @@ from ..encoder.actions import assignment
 from ..encoder.standin import StandIn
 from ..measure.calibration import Calibration
 from ..measure.meter import Meter
-from ..plan.model import EncoderPlan, Level
+from ..plan.model import EncoderPlan
 from ..standins import fit as standin
 from ..standins.fit import Fitting, Trial
 from . import reuse, skip
+from .entry import entry_of, level_of, steps_of
 from .progress import Clock, Progress, step_line
-from .run import EXTENSION, how, steps_of
+from .run import how
 from .settings import Settings
 from .skip import Path
 
@@ -205,8 +206,7 @@ def repaired(
     """Stand-ins for an order, however it was found: a level for each target. told: what the plan says of the search;
     fits: those already fitted, by the length of the prefix that they repair."""
     row, length = ranked.row, ranked.readable()
-    targets = sorted({*settings.levels, settings.sparsity})
-    ends = sorted({skip.reaching(order, row.parameter_counts, row.total, target) for target in targets})
+    ends = sorted({skip.reaching(order, row.parameter_counts, row.total, target) for target in settings.targets})
     levels, standins = [], dict(fits or {})
     for end in ends:
         if end not in standins:
@@ -217,10 +217,5 @@ def repaired(
         if settings.reuse:
             rank = functools.partial(ranked.rank, delta=settings.reuse_delta(end), tick=tick)
             mapping, _ = reuse.search(rank, order[:end], length, settings.rounding)
-        sparsity = round(row.sparsity(order[:end]), 6)
-        levels.append(Level(skipped=end, reuse=mapping, sparsity=sparsity, discrepancy=d.finite))
-    plan = EncoderPlan(
-        family=row.family, blocks=row.blocks, width=row.width, order=tuple(order[: ends[-1]]), levels=tuple(levels),
-        extensions={EXTENSION: told},
-    )  # fmt: skip
-    return Healed(plan, standins)
+        levels.append(level_of(row, order[:end], d.finite, mapping))
+    return Healed(entry_of(row, levels, order, told), standins)
