@@ -55,9 +55,9 @@ class SkrrEditPlan(io.ComfyNode):
         from comfy_execution.graph_utils import ExecutionBlocker
 
         from ..skrr_engine.plan.model import Plan
-        from .drawing.plan_map import of_clip, plan_of, shown
         from .host.clip.derive import derive
         from .host.clip.views import pruning
+        from .host.maps import of_clip, plan_of, shown
         from .host.plans.match import replaced
 
         if edited.strip():

@@ -68,8 +68,8 @@ class LoadCLIP(io.ComfyNode):
     def execute(
         cls, plan, sparsity, type="sd3", size_gb=0.0, plan_json="", trim=True, device="default", **files
     ) -> io.NodeOutput:
-        from .drawing.plan_map import shown
         from .host.files.load import load, path_of
+        from .host.maps import shown
 
         known = features.encoder_files()
         names = [features.listed(files[key], known) or files[key] for key in cls.file_inputs()]

@@ -43,9 +43,9 @@ class SkrrLoadPlan(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, plan, sparsity, size_gb=0.0, plan_json="") -> io.NodeOutput:
-        from .drawing.plan_map import shown
         from .host.clip.derive import derive
         from .host.clip.views import views
+        from .host.maps import shown
         from .host.plans.match import match
         from .host.talk import say
 

@@ -35,9 +35,9 @@ class SkrrMemoryReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, model=None, vae=None) -> io.NodeOutput:
-        from .drawing.plan_map import shown
         from .drawing.report import as_image, as_text
         from .host.clip import memory
+        from .host.maps import shown
         from .host.talk import show
 
         encoders = memory.encoders(clip)

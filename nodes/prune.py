@@ -113,10 +113,10 @@ class SkrrPrune(io.ComfyNode):
         from ..skrr_engine.measure.prompts import broad, from_text, generate
         from ..skrr_engine.search.settings import Settings
         from ..skrr_engine.standins.fit import Fitting
-        from .drawing.plan_map import shown
         from .host.clip.derive import derive
         from .host.clip.trim import trimmed
         from .host.clip.views import Pruned, choose
+        from .host.maps import shown
         from .host.plans.folder import folders
         from .host.search import find_plan
         from .host.talk import say

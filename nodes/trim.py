@@ -33,11 +33,11 @@ class SkrrTrimUnread(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip) -> io.NodeOutput:
-        from .drawing.plan_map import shown
         from .drawing.report import human
         from .host.clip.derive import derive
         from .host.clip.trim import trimmed
         from .host.clip.views import views
+        from .host.maps import shown
         from .host.talk import say
 
         whole = [view for view in views(clip).values() if view.whole is not None]

@@ -213,7 +213,7 @@ def test_report_and_map(comfy, host, small_heads, text_encoders, files, plans): 
     text = report.as_text([encoder], {}, 0)
     assert "repaired by linear stand-ins: 3 (~), rank 4" in text and text.count("~") == 4
     assert report.as_image([encoder], {}).shape[0] == 1
-    (drawn,) = host("nodes.drawing.plan_map").of_clip(loaded)
+    (drawn,) = host("nodes.host.maps").of_clip(loaded)
     assert drawn["standins"] == {str(i): 4 for i in standins} and drawn["now"] == encoder.now - (
         whole.dense - layout.total_bytes
     )
@@ -230,7 +230,7 @@ def test_editing_one_encoder_keeps_the_stand_ins_of_the_others(comfy, builders, 
     level = pruned.level.model_copy(update={"standins": named})
     pruned = encoders.Pruned(pruned.plan.model_copy(update={"levels": (level,)}), level, standins=pruned.standins)
     derived = apply.derive(clip, {"t5xxl": pruned})
-    (drawn,) = [m for m in host("nodes.drawing.plan_map").of_clip(derived) if m["name"] == "t5xxl"]
+    (drawn,) = [m for m in host("nodes.host.maps").of_clip(derived) if m["name"] == "t5xxl"]
     assert drawn["standins_sha256"] == "a" * 64 and drawn["standins"] == {"2": 4, "5": 4}
 
     other = plan.EncoderPlan(

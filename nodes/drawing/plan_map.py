@@ -11,16 +11,10 @@ encoder.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ...skrr_engine.plan.model import EncoderPlan, Level, Plan
-    from ..host.clip.views import Pruned, Shape
-
-MAP, PLAN, BASE = "skrr_map", "skrr_plan", "skrr_base"
-"""Names in a node's `ui` output, and of the properties that the browser keeps them in."""
-
 
 def costs(entry: "EncoderPlan", skipped: int) -> list[float | None]:
     """The discrepancy after each of the first steps of an order, None where the plan does not say it."""
@@ -57,62 +51,3 @@ def of_level(name: str, entry: "EncoderPlan", level: "Level") -> dict:
 def of_plan(plan: "Plan", sparsity: float) -> list[dict]:
     """The encoders of a plan, each at the level that a run would choose for a sparsity. Raises PlanError."""
     return [of_level(name, entry, entry.choose(sparsity)) for name, entry in plan.encoders.items()]
-
-
-def of_encoder(name: str, shape: "Shape", pruned: "Pruned | None") -> dict:
-    """An encoder of a CLIP; pruned: what is left out of it."""
-    removed = pruned.removed if pruned else {}
-    by_plan = pruned is not None and pruned.level is not None
-    level = of_level(name, pruned.plan, pruned.level) if by_plan else {}
-    order = level.get("order", [])
-    return {
-        "order": [],
-        "costs": [],
-        "reuse": {},
-        "discrepancy": None,
-        **level,
-        "name": name,
-        "family": shape.family,
-        "blocks": shape.blocks,
-        "width": shape.width,
-        "standins": {str(place): standin.rank for place, standin in pruned.standins.items()} if pruned else {},
-        "standins_sha256": level["standins_sha256"] if by_plan and pruned.standins else None,
-        "unread": sorted(set(removed) - set(order)),
-        "sparsity": round(shape.sparsity(order), 6),
-        "total": shape.total,
-        "counts": list(shape.parameter_counts),
-        "dense": shape.total_bytes,
-        "now": shape.total_bytes - shape.bytes_of(removed) + (pruned.standin_bytes if pruned else 0),
-        "bytes": list(shape.sub_block_bytes),
-    }
-
-
-def of_clip(clip) -> list[dict]:
-    """Every text encoder of a CLIP, the largest first."""
-    from ..host.clip.views import pruning, views
-
-    known = pruning(clip)
-    maps = [of_encoder(view.name, view.shape, known.get(view.name)) for view in views(clip).values()]
-    return sorted(maps, key=lambda m: -m["dense"])
-
-
-def plan_of(pruned: Mapping[str, "Pruned"]) -> "Plan | None":
-    """The plan that stands for what a CLIP leaves out by plans; None where it leaves out nothing so."""
-    from ...skrr_engine.plan.model import Plan, Provenance
-
-    entries = {name: entry.plan for name, entry in pruned.items() if entry.plan is not None and entry.level is not None}
-    return Plan(encoders=entries, provenance=Provenance(source="manual")) if entries else None
-
-
-def shown(clip, hidden, plan: "Plan | None" = None, before: Sequence[dict] | None = None) -> dict:
-    """A node's `ui` output: the map of its CLIP and the plan as text, which the workflow that is being run keeps, too.
-
-    plan: by default the one that the CLIP's own pruning stands for; before: the map that an editor started from.
-    """
-    from ..host.clip.views import pruning
-    from ..host.talk import remember
-
-    plan = plan or plan_of(pruning(clip))
-    found = {MAP: of_clip(clip), PLAN: [plan.to_json()] if plan else [], **({BASE: before} if before else {})}
-    remember(hidden, {MAP: found[MAP], PLAN: plan.to_json()} if plan else {MAP: found[MAP]})
-    return found
