@@ -42,8 +42,7 @@ from skrr_engine.measure import prompts
 from skrr_engine.measure.calibration import Calibration
 from skrr_engine.measure.meter import Meter
 from skrr_engine.plan.model import Plan
-from skrr_engine.search import skip
-from skrr_engine.search import with_standins as heal
+from skrr_engine.search import skip, with_standins
 from skrr_engine.search.settings import Settings
 from skrr_engine.search.skip import Path as SkipList
 from skrr_engine.standins import fit as standin
@@ -132,7 +131,7 @@ class Bench:
 
 
 def aware_order(bench: Bench, again: bool = False) -> list[int]:
-    """The order that heals best, to MOST."""
+    """The order that stand-ins make up for best, to MOST."""
     if ORDER.exists() and not again:
         return json.loads(ORDER.read_text(encoding="utf-8"))["order"]
     fitted, ranked = meters(bench)
@@ -144,7 +143,7 @@ def aware_order(bench: Bench, again: bool = False) -> list[int]:
         print(f"{duration(time.monotonic() - start):>8}  {len(path.order)} removed, {path.order[-1]} last", flush=True)
         ORDER.write_text(json.dumps({"order": path.order, "steps": path.trail}) + "\n", encoding="utf-8")
 
-    search = heal.Search(fitted, ranked, Settings(MOST * share), Fitting(), lambda progress: None)
+    search = with_standins.Search(fitted, ranked, Settings(MOST * share), Fitting(), lambda progress: None)
     return list(search.run(SkipList((), 0.0), save).order)
 
 
@@ -158,7 +157,7 @@ def levels(bench: Bench, aware: Sequence[int], chosen: Sequence[float] = LEVELS)
     """As printed, unaware and aware, at every level that the orders reach."""
     rows = []
     for share in chosen:
-        printed, healed = bench.prefix(bench.printed.order, share), bench.prefix(aware, share)
+        printed, aware_prefix = bench.prefix(bench.printed.order, share), bench.prefix(aware, share)
         if printed:
             level = next((x for x in bench.printed.levels if x.skipped == len(printed)), None)
             if level is not None:
@@ -166,9 +165,9 @@ def levels(bench: Bench, aware: Sequence[int], chosen: Sequence[float] = LEVELS)
             else:
                 rows.append(bench.measured("as printed, without re-use", printed, pictures=True))
             rows.append(bench.measured("printed order, rank 16", printed, 16, pictures=share == MIDDLE))
-        if healed:
-            rows.append(bench.measured("aware order, skipped only", healed))
-            rows.append(bench.measured("aware order, rank 16", healed, 16, pictures=True))
+        if aware_prefix:
+            rows.append(bench.measured("aware order, skipped only", aware_prefix))
+            rows.append(bench.measured("aware order, rank 16", aware_prefix, 16, pictures=True))
     return rows
 
 
@@ -190,7 +189,7 @@ def refined(bench: Bench, aware: Sequence[int]) -> list[dict]:
     order, settings = bench.prefix(aware, MIDDLE), Settings(MIDDLE)
 
     def exchanges() -> dict:
-        search = heal.Search(*meters(bench), settings, Fitting(), lambda progress: None)
+        search = with_standins.Search(*meters(bench), settings, Fitting(), lambda progress: None)
         search.path, accepted = SkipList(tuple(order), 0.0), 0
         for place in search.least_at_home(2):
             better = search.exchanged(place)

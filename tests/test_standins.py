@@ -1,4 +1,4 @@
-"""Linear stand-ins: the fits against plain linear algebra, walks against forwards, files, and the search that heals."""
+"""Linear stand-ins: the fits against plain linear algebra, walks against forwards, files, and the search that goes by them."""
 
 import json
 import math
@@ -25,8 +25,7 @@ from skrr_engine.measure.meter import Meter
 from skrr_engine.measure.walk import Walk, forwards
 from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
 from skrr_engine.plan.text import PlanError
-from skrr_engine.search import skip
-from skrr_engine.search import with_standins as heal
+from skrr_engine.search import skip, with_standins
 from skrr_engine.search.settings import Settings
 from skrr_engine.search.skip import Path as SkipList
 from skrr_engine.standins import fit as standin
@@ -283,9 +282,9 @@ def test_harm_is_what_the_stream_behind_loses():
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_heal_is_the_naive_greedy_loop(name, monkeypatch):
+def test_search_is_the_naive_greedy_loop(name, monkeypatch):
     """Every candidate fitted and measured on its own, the least added discrepancy per parameter wins."""
-    monkeypatch.setattr(heal, "SCREENED", 99)
+    monkeypatch.setattr(with_standins, "SCREENED", 99)
     module = small.build(name)
     fitted = small.meter(name, module, small.prompts(LENGTHS * 3), [2]).calibration
     ranked = small.meter(name, module, small.prompts(LENGTHS, seed=5), [2])
@@ -302,12 +301,12 @@ def test_heal_is_the_naive_greedy_loop(name, monkeypatch):
                 (d,) = ranked.measure([{**now, i: trials[i].standin}])
                 costs[i] = (d.total - current) / row.parameter_counts[i]
         order.append(min(costs, key=lambda i: (costs[i], i)))
-    healed = heal.search(fitted, ranked, settings, fitting)
-    assert list(healed.plan.order) == order
-    (level,) = healed.plan.levels
-    (wanted,) = ranked.measure([assignment(order, standins=healed.standins[len(order)])])
-    assert level.discrepancy == wanted.total and level.reuse == {} and set(healed.standins[len(order)]) == set(order)
-    assert len(healed.plan.extensions["search"]["steps"]) == len(order)
+    searched = with_standins.search(fitted, ranked, settings, fitting)
+    assert list(searched.entry.order) == order
+    (level,) = searched.entry.levels
+    (wanted,) = ranked.measure([assignment(order, standins=searched.standins[len(order)])])
+    assert level.discrepancy == wanted.total and level.reuse == {} and set(searched.standins[len(order)]) == set(order)
+    assert len(searched.entry.extensions["search"]["steps"]) == len(order)
 
 
 def test_equals_but_for_rounding():
@@ -331,13 +330,13 @@ def test_states_of_repairs_that_are_gone_are_let_go():
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_exchange_is_the_best_of_its_kind(name, monkeypatch):
     """One removed sub-block comes back, another of its kind goes, where that lowers D: against trying all of them."""
-    monkeypatch.setattr(heal, "SCREENED", 99)
+    monkeypatch.setattr(with_standins, "SCREENED", 99)
     module = small.build(name)
     fitted = small.meter(name, module, small.prompts(LENGTHS * 3), [2]).calibration
     ranked = small.meter(name, module, small.prompts(LENGTHS, seed=5), [2])
     fitting, tried = Fitting(rank=3), 0
     for order in ((0, 1, 6), (2, 5, 3), (7, 4)):
-        search = heal.Search(fitted, ranked, Settings(0.3, (), 1, False, 0.0), fitting, lambda progress: None)
+        search = with_standins.Search(fitted, ranked, Settings(0.3, (), 1, False, 0.0), fitting, lambda progress: None)
         search.path = SkipList(order, 0.0)
         (place,) = search.least_at_home(1)
         assert place in order
@@ -356,21 +355,21 @@ def test_exchange_is_the_best_of_its_kind(name, monkeypatch):
     assert tried, "no exchange was worth it: the test shows nothing"
 
 
-def test_heal_goes_on_where_it_was_stopped():
+def test_search_goes_on_where_it_was_stopped():
     module = small.build("t5")
     fitted = small.meter("t5", module, small.prompts(LENGTHS * 2), [2]).calibration
     ranked = small.meter("t5", module, small.prompts(LENGTHS, seed=5), [2])
     settings, fitting, saved, lines = Settings(0.4, (0.2,), 1, True, 0.05), Fitting(rank=2), [], []
-    whole = heal.search(fitted, ranked, settings, fitting, lambda p: lines.append(p), lambda beam: saved.append(beam))
+    whole = with_standins.search(fitted, ranked, settings, fitting, lambda p: lines.append(p), lambda beam: saved.append(beam))
     lengths = [len(beam[0].order) for beam in saved]
     assert lengths == list(range(1, len(saved) + 1)), "a save after each step"
     assert all(0 <= p.done < 1 for p in lines) and lines[-1].line.startswith("step ")
-    again = heal.search(fitted, ranked, settings, fitting, beam=saved[1])
-    assert again.plan.order == whole.plan.order
-    assert [x.sparsity for x in whole.plan.levels] == [x.sparsity for x in again.plan.levels]
-    assert len(whole.plan.levels) == 2 and whole.plan.levels[0].reuse is not None
+    again = with_standins.search(fitted, ranked, settings, fitting, beam=saved[1])
+    assert again.entry.order == whole.entry.order
+    assert [x.sparsity for x in whole.entry.levels] == [x.sparsity for x in again.entry.levels]
+    assert len(whole.entry.levels) == 2 and whole.entry.levels[0].reuse is not None
     with pytest.raises(SearchError, match="can't be reached"):
-        heal.search(fitted, ranked, Settings(0.99, (), 1, False, 0.0), fitting)
+        with_standins.search(fitted, ranked, Settings(0.99, (), 1, False, 0.0), fitting)
 
 
 def test_what_a_tick_raises_ends_a_fit():
@@ -402,14 +401,14 @@ def test_auto_takes_the_least_rank_that_is_enough():
     fitted = small.meter("llama", module, small.prompts([10] * 40), [2]).calibration
     ranked = small.meter("llama", module, small.prompts([10] * 10, seed=3), [2])
     fitting = Fitting(ranks=(1, 2, 4, 8, 16))
-    healed = heal.best_rank(fitted, ranked, [3, 6], Settings(0.1, (), 1, False, 0.0), fitting, {})
-    (standins,) = healed.standins.values()
+    searched = with_standins.best_rank(fitted, ranked, [3, 6], Settings(0.1, (), 1, False, 0.0), fitting, {})
+    (standins,) = searched.standins.values()
     (rank,) = {s.rank for s in standins.values()}
     order, found = list(standins), {}
     for r in fitting.ranks:
         fits, _ = standin.fit(fitted, assignment(order), Fitting(rank=r))
         found[r] = ranked.measure([fits])[0].total
-    assert rank == min(r for r, d in found.items() if d <= heal.ENOUGH * min(found.values()))
+    assert rank == min(r for r, d in found.items() if d <= with_standins.ENOUGH * min(found.values()))
 
 
 def made(tmp_path: Path, name: str = "t5", rank: int = 3) -> tuple[Plan, dict[int, StandIn], Path]:
@@ -568,7 +567,7 @@ def test_command_line_search(found, folder, capsys):
     plan = Plan.read(found)
     entry = plan.encoder("t5")
     assert len(entry.levels) == 2 and all(level.standins is not None for level in entry.levels)
-    assert plan.provenance.source == "search" and entry.extensions["search"]["healing"] == 4
+    assert plan.provenance.source == "search" and entry.extensions["search"]["rank"] == 4
     assert main(["show", str(found)]) == 0
     assert "stand-ins" in capsys.readouterr().out
 
@@ -639,7 +638,7 @@ def test_apply_writes_them_into_the_file(found, folder, tmp_path, capsys):
     [
         (["--standins", "many"], "--standins many: give a rank, like 16, or auto"),
         (["--standins", "0"], "a rank of 0 makes no sense"),
-        (["--method", "heal"], "--method heal: measures stand-ins; give their rank"),
+        (["--method", "standins"], "the method standins fits stand-ins: give their rank"),
         (["--standins", "4", "--prompts", "FEW"], "8 prompts are too few"),
     ],
 )

@@ -1,12 +1,22 @@
 """An encoder's entry in a plan, made of what a search has found: the one place where entries and levels are built."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ..encoder.row import Row
+from ..encoder.standin import StandIn
 from ..plan.model import EncoderPlan, Level
 
 EXTENSION = "search"
 """In an encoder's `extensions`: how its plan was searched."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has found: the encoder's entry, and the stand-ins of each of its levels (by their length)."""
+
+    entry: EncoderPlan
+    standins: Mapping[int, Mapping[int, StandIn]] = field(default_factory=dict)
 
 
 def level_of(

@@ -1,11 +1,11 @@
-"""Which sub-blocks to skip when linear stand-ins repair their places: greedy, candidates measured *after* their repair.
+"""Which sub-blocks to skip where linear stand-ins take their places: greedy, candidates measured with their stand-ins.
 
-The order that heals best is not the one that hurts least: a sub-block may matter and yet be nearly linear. At each step
-one pass over the encoder fits the stand-ins of what is removed anew, and one for every sub-block that is kept;
-the candidates whose repaired stream is nearest to the dense one are then ranked by their discrepancy, on prompts that
-nothing was fitted on. Attention and feed-forward differ in size: of the best attention and the best feed-forward, the
-one goes that adds less discrepancy per parameter. At the end, some of the removed sub-blocks are brought back, one at a
-time, to see whether another of their kind can go instead at less cost.
+The order that stand-ins make up for best is not the one that hurts least: a sub-block may matter and yet be nearly
+linear. At each step one pass over the encoder fits the stand-ins of what is removed anew, and one for every sub-block
+that is kept; the candidates whose stream is then nearest to the dense one are ranked by their discrepancy, on prompts
+that nothing was fitted on. Attention and feed-forward differ in size: of the best attention and the best feed-forward,
+the one goes that adds less discrepancy per parameter. At the end, some of the removed sub-blocks are brought back, one
+at a time, to see whether another of their kind can go instead at less cost.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,11 +21,10 @@ from ..encoder.actions import assignment
 from ..encoder.standin import StandIn
 from ..measure.calibration import Calibration
 from ..measure.meter import Meter
-from ..plan.model import EncoderPlan
 from ..standins import fit as standin
-from ..standins.fit import Fitting, Trial
+from ..standins.fit import Fitting, Tried
 from . import reuse, skip
-from .entry import entry_of, level_of, steps_of
+from .entry import Found, entry_of, level_of, steps_of
 from .progress import Clock, Progress, step_line
 from .run import how
 from .settings import Settings
@@ -38,14 +37,6 @@ SCREENED = 12
 """How many attentions, and how many feed-forwards, are ranked at each step: those least harmed right behind them."""
 
 Report = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class Healed:
-    """A search's outcome: the encoder's entry, and for each of its levels (by length of prefix) the stand-ins."""
-
-    plan: EncoderPlan
-    standins: dict[int, dict[int, StandIn]]
 
 
 class Search:
@@ -112,7 +103,7 @@ class Search:
         current = self.ranked.measure([now], self.tick(0.3, 0.05))[0].total if order else 0.0
         if not current < math.inf:
             raise skip.SearchError(skip.NOT_FINITE)
-        if trail:  # the repairs of the last step's removal are fitted only now
+        if trail:  # the stand-ins of the last step's removal are fitted only now
             trail = (*trail[:-1], current)
         by_harm = self.by_harm(trials)
         kinds = [sorted([i for i in by_harm if i % 2 == kind][:SCREENED]) for kind in (0, 1)]
@@ -130,7 +121,7 @@ class Search:
         known = len(trail) == len(order)
         return Path((*order, place), scores[place], (*trail, scores[place]) if known else ())
 
-    def by_harm(self, trials: Mapping[int, Trial]) -> list[int]:
+    def by_harm(self, trials: Mapping[int, Tried]) -> list[int]:
         """Places, the least harmed first. Processes fit on their own, and may round differently: they take each other's
         numbers, so that all of them go on with the same candidates."""
         places = sorted(trials)
@@ -170,24 +161,24 @@ def search(
     report: Report = lambda progress: None,
     save: Callable[[Sequence[Path]], None] = lambda beam: None,
     beam: Sequence[Path] = (),
-) -> Healed:
+) -> Found:
     """Search one encoder's plan with stand-ins. settings.beam is not used: the search is greedy. Re-use maps are for
     where the stand-ins' file is missing. save, beam: as for search.search. Raises SearchError.
     """
     run = Search(fitted, ranked, settings, fitting, report)
     path = run.run(beam[0] if beam else Path((), 0.0), save)
-    told = {**how(settings), "healing": fitting.rank, **steps_of(path.trail)}
+    told = {**how(settings), "rank": fitting.rank, **steps_of(path.trail)}
     return best_rank(fitted, ranked, path.order, settings, fitting, told, run.tick(0, 1))
 
 
 def best_rank(
     fitted: Calibration, ranked: Meter, order: Sequence[int], settings: Settings, fitting: Fitting, told: dict,
     tick: Callable[[float], None] = lambda share: None,
-) -> Healed:  # fmt: skip
-    """`repaired` with the fitting's rank; where it has several to choose from, with the least of them whose strongest
+) -> Found:  # fmt: skip
+    """`levels_of` with the fitting's rank; where it has several to choose from, with the least of them whose strongest
     level is within ENOUGH of the best one's discrepancy."""
     if not fitting.ranks:
-        return repaired(fitted, ranked, order, settings, fitting, told, tick)
+        return levels_of(fitted, ranked, order, settings, fitting, told, tick)
     row = ranked.row
     order = order[: skip.reaching(order, row.parameter_counts, row.total, settings.sparsity)]
     fits, found = {}, {}
@@ -196,15 +187,15 @@ def best_rank(
         found[rank] = ranked.measure([assignment(order, standins=fits[rank])], tick)[0].total
     rank = min(rank for rank, d in found.items() if d <= ENOUGH * min(found.values()))
     chosen = replace(fitting, rank=rank)
-    return repaired(fitted, ranked, order, settings, chosen, told, tick, {len(order): fits[rank]})
+    return levels_of(fitted, ranked, order, settings, chosen, told, tick, {len(order): fits[rank]})
 
 
-def repaired(
+def levels_of(
     fitted: Calibration, ranked: Meter, order: Sequence[int], settings: Settings, fitting: Fitting, told: dict,
     tick: Callable[[float], None] = lambda share: None, fits: Mapping[int, dict[int, StandIn]] | None = None,
-) -> Healed:  # fmt: skip
+) -> Found:  # fmt: skip
     """Stand-ins for an order, however it was found: a level for each target. told: what the plan says of the search;
-    fits: those already fitted, by the length of the prefix that they repair."""
+    fits: those already fitted, by the length of the prefix that they are for."""
     row, length = ranked.row, ranked.readable()
     ends = sorted({skip.reaching(order, row.parameter_counts, row.total, target) for target in settings.targets})
     levels, standins = [], dict(fits or {})
@@ -218,4 +209,4 @@ def repaired(
             rank = functools.partial(ranked.rank, delta=settings.reuse_delta(end), tick=tick)
             mapping, _ = reuse.search(rank, order[:end], length, settings.rounding)
         levels.append(level_of(row, order[:end], d.finite, mapping))
-    return Healed(entry_of(row, levels, order, told), standins)
+    return Found(entry_of(row, levels, order, told), standins)

@@ -326,7 +326,7 @@ def fit(
     fitting: Fitting,
     tried: Iterable[int] = (),
     tick: Callable[[float], None] = lambda share: None,
-) -> tuple[dict[int, StandIn], dict[int, Trial]]:
+) -> tuple[dict[int, StandIn], dict[int, Tried]]:
     """Stand-ins for removed sub-blocks; and for others that are kept, each as if it alone were removed on top.
 
     calibration: the prompts that are fitted on. removed: sub-block -> SKIP where a stand-in is to be fitted; a stand-in
@@ -352,7 +352,7 @@ def fit(
     return found, trials
 
 
-def fit_here(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> Trial:
+def fit_here(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> Tried:
     """The stand-in for the place where the streams are; see `grams`."""
     kept, held, harm = grams(streams, norm, fitting, trying)
     ridge = best_ridge(kept, held, fitting)
@@ -360,11 +360,11 @@ def fit_here(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> Tri
     del held  # of a wide encoder these matrices are large: see `fit_bytes`
     chosen = solve(kept, fitting.rank, ridge)
     fitted = stand_in(chosen, norm).to(streams.calibration.trace(0).x.device)
-    return Trial(fitted, kept.error(chosen) - harm)
+    return Tried(fitted, kept.error(chosen) - harm)
 
 
 @dataclass(frozen=True)
-class Trial:
+class Tried:
     """A stand-in for a sub-block that is still kept. harm: how much further from the dense stream the stream behind it
     would be with the stand-in than with the sub-block: weighted squared error, in units of the tokens' mean squares."""
 

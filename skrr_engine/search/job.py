@@ -1,0 +1,125 @@
+"""A search as it is asked for, by the node, the command line or a script: set up once, here, for all of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .. import __version__
+from ..errors import SearchError
+from ..measure.calibration import Calibration
+from ..measure.meter import Meter
+from ..measure.processes import Team
+from ..measure.projection import TextProjection
+from ..measure.prompts import sha256 as prompts_sha256
+from ..plan.model import EncoderPlan, Plan, Provenance
+from ..standins.fit import Fitting, halved
+from . import baselines, run, with_standins
+from .entry import Found
+from .progress import Progress
+from .settings import Settings
+from .skip import Path
+
+METHODS = ("skrr", "standins", "finercut", "shortgpt", "random")
+"""How an order is chosen: the paper's way; by what stand-ins make up for; or other papers' ways (baselines.py)."""
+
+RESUMABLE = ("skrr", "standins", "finercut")
+"""Methods that take more than one step."""
+
+Report = Callable[[Progress], None]
+Save = Callable[[Sequence[Path]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """name: of the encoder's entry in the plan. calibration: (prompts, whether in the order of a race) -> how the
+    encoder is measured on them. prompts: all of them. projection: the denoiser's, None for the bare embeddings.
+    fitting: of stand-ins, None for none. method: one of METHODS; "" for the usual one. seed: of the method "random".
+    Raises SearchError."""
+
+    name: str
+    calibration: Callable[[Sequence[str], bool], Calibration]
+    prompts: Sequence[str]
+    settings: Settings = Settings()  # noqa: RUF009 - frozen
+    projection: TextProjection | None = None
+    fitting: Fitting | None = None
+    method: str = ""
+    seed: int = 0
+    team: Team = field(default_factory=Team)
+
+    def __post_init__(self):
+        object.__setattr__(self, "method", self.method or ("standins" if self.fitting else "skrr"))
+        if self.method == "standins" and self.fitting is None:
+            raise SearchError("the method standins fits stand-ins: give their rank, like 16")
+        _ = self.split
+
+    @functools.cached_property
+    def split(self) -> tuple[list[str], list[str]]:
+        """Prompts that stand-ins are fitted on (none without them), and those that candidates are ranked on."""
+        return ([], list(self.prompts)) if self.fitting is None else halved(self.prompts)
+
+    @functools.cached_property
+    def ranked(self) -> Meter:
+        """Measures candidates."""
+        calibration = self.calibration(self.split[1], self.settings.delta > 0)
+        return Meter(calibration, self.projection, team=self.team)
+
+    @functools.cached_property
+    def fitted(self) -> Calibration:
+        """What stand-ins are fitted on."""
+        return self.calibration(self.split[0], False)
+
+    def facts(self) -> list:
+        """What decides the outcome beside encoder, prompts' tokens and projection; see resume.fingerprint."""
+        return [__version__, repr(self.settings), repr(self.fitting), self.method, self.seed]
+
+    def run(
+        self,
+        report: Report = lambda progress: None,
+        save: Save = lambda beam: None,
+        beam: Sequence[Path] = (),
+    ) -> Found:
+        """Search. report: called before every sub-block's forward, what it raises ends the search; save: called with
+        the beam after each step; beam: a saved one to go on from. Raises SearchError."""
+        if self.method == "standins":
+            return with_standins.search(self.fitted, self.ranked, self.settings, self.fitting, report, save, beam)
+        if self.method == "skrr":
+            entry = run.search(self.ranked, self.settings, report, save, beam)
+        else:
+            entry = self._baseline(report, save, beam)
+        if self.fitting is None:
+            return Found(entry)
+        told = entry.extensions["search"]
+        return with_standins.best_rank(self.fitted, self.ranked, entry.order, self.settings, self.fitting, told)
+
+    def _baseline(self, report: Report, save: Save, beam: Sequence[Path]) -> EncoderPlan:
+        """Another method's order; its levels' discrepancies are Skrr's."""
+        meter = self.ranked
+        if self.method == "random":
+            order = baselines.random_order(meter, self.seed)
+        elif self.method == "shortgpt":
+            order = baselines.shortgpt_order(meter)
+        else:
+            batches, _ = meter.calibration.batches()  # they may have been halved on one device and not on another
+            self.team.agree(repr([batch.prompts for batch in batches]))
+            own = Meter(meter.calibration, team=self.team, criterion=baselines.ANGLE_OF_OUTPUT)
+            order = baselines.finercut_order(own, self.settings.sparsity, report, save, beam=beam)
+        return baselines.plan_of(meter, order, self.settings.targets, self.method)
+
+    def unfinished(self, path: Path) -> EncoderPlan:
+        """The entry of a search that was stopped at `path`."""
+        return run.unfinished(self.ranked.row, path, self.settings, self.fitting is not None)
+
+    def plan(self, entry: EncoderPlan) -> Plan:
+        """The plan with this entry, and where it comes from."""
+        provenance = Provenance(
+            source="search" if self.method in ("skrr", "standins") else self.method,
+            projection=self.projection and self.projection.name,
+            denoiser=self.projection and self.projection.denoiser,
+            prompts=len(self.prompts),
+            prompts_sha256=prompts_sha256(self.prompts),
+            beam=1 if self.method == "standins" else self.settings.beam,
+            created_with=f"skrr {__version__}",
+        )
+        return Plan(encoders={self.name: entry}, provenance=provenance)

@@ -1,0 +1,153 @@
+"""What an engineer does with an encoder in memory, in a few verbs: find a plan, measure its discrepancy, prune, write.
+
+Encoders are transformers modules (or ComfyUI's architecture modules) of a family that Skrr knows; tokenizers are
+transformers' or any function of a prompt that gives token ids. Errors are SkrrError, in one line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from .encoder import families
+from .encoder.actions import Assignment, assignment
+from .encoder.rewire import rewire
+from .encoder.row import EncoderError, Row
+from .encoder.standin import StandIn
+from .encoder.trace import Tracer
+from .files import encoder_file
+from .files.folder import Encoder, usual_name
+from .measure.calibration import Calibration
+from .measure.discrepancy import Discrepancy, Projection
+from .measure.meter import Meter
+from .memory import batch_tokens
+from .plan.choose import at_sparsity
+from .plan.model import EncoderPlan, Level, Plan
+from .search.job import Job
+from .search.settings import Settings
+
+Tokenizer = Callable[[str], Sequence[int]]
+"""Prompt -> token ids; transformers' tokenizers are taken, too."""
+
+
+@torch.no_grad()
+def find_plan(
+    encoder: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sparsity: float = 0.42,
+    *,
+    projection: Projection | None = None,
+    **settings,
+) -> Plan:
+    """Search a plan (paper, algorithms 1 and 2).
+
+    encoder: dense, stays as it is. prompts: calibration prompts, 128 or more. sparsity: fraction of the encoder's
+    parameters to remove. projection: the denoiser's, `[batch, tokens, width]` to `[batch, tokens, features]`, see
+    measure.projection.from_file. settings: more of search.settings.Settings. Raises SearchError, EncoderError.
+    """
+    seen = _seen(encoder, tokenizer)
+    wanted = Settings(sparsity, **settings)
+    job = Job(seen.name, lambda texts, race: _calibration(seen, texts, race), prompts, wanted, projection)
+    return job.plan(job.run().entry)
+
+
+@torch.no_grad()
+def discrepancy(
+    encoder: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    plan: Plan,
+    sparsity: float | None = None,
+    *,
+    projection: Projection | None = None,
+) -> Discrepancy:
+    """The discrepancy of a plan's level on prompts.
+
+    sparsity: the strongest level at or below it; None: the strongest of all. Others: as for `find_plan`. Raises
+    PlanError, EncoderError.
+    """
+    seen = _seen(encoder, tokenizer)
+    removed, _ = _removed(seen.row, plan, sparsity)
+    return Meter(_calibration(seen, prompts), projection).measure([removed])[0]
+
+
+def prune(
+    encoder: nn.Module,
+    plan: Plan,
+    sparsity: float | None = None,
+    standins: Mapping[int, StandIn] | None = None,
+) -> nn.Module:
+    """Rewire an encoder by a plan's level, in place: what is left out is freed once nobody else holds it.
+
+    sparsity: see `discrepancy`. standins: of that level (place -> stand-in), see files.companion.read. Returns the
+    encoder. Raises PlanError, EncoderError.
+    """
+    row = families.find(encoder)
+    removed, _ = _removed(row, plan, sparsity, standins)
+    rewire(encoder, row, removed)
+    return encoder
+
+
+def write_pruned(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], plan: Plan, sparsity: float | None = None
+) -> int:
+    """Copy an encoder's .safetensors without what a plan's level leaves out; returns the bytes written.
+
+    sparsity: see `discrepancy`. Raises CheckpointError, PlanError, OSError.
+    """
+    file = encoder_file.Checkpoint(source)
+    name, entry = entry_for(file.layout, plan)
+    return encoder_file.write_pruned(file, out, name, plan, _level(file.layout, entry, sparsity).skipped)
+
+
+def entry_for(shape, plan: Plan) -> tuple[str, EncoderPlan]:
+    """The plan's entry for an encoder and its name: the first that is made for its family, blocks and width. shape: a
+    Row, a file's Layout. Raises PlanError where there is none."""
+    own = shape.family, shape.blocks, shape.width
+    fits = [name for name, entry in plan.encoders.items() if (entry.family, entry.blocks, entry.width) == own]
+    name = fits[0] if fits else next(iter(plan.encoders))
+    entry = plan.encoder(name)
+    entry.check(shape.family, shape.blocks, shape.width, name)
+    return name, entry
+
+
+def _level(shape, entry: EncoderPlan, sparsity: float | None) -> Level:
+    return entry.levels[-1] if sparsity is None else at_sparsity(shape, entry, sparsity)
+
+
+def _removed(
+    row: Row, plan: Plan, sparsity: float | None, standins: Mapping[int, StandIn] | None = None
+) -> tuple[Assignment, Level]:
+    _, entry = entry_for(row, plan)
+    level = _level(row, entry, sparsity)
+    return assignment(entry.order[: level.skipped], level.reuse, standins), level
+
+
+def _seen(encoder: nn.Module, tokenizer: Tokenizer) -> Encoder:
+    row = families.find(encoder)
+    return Encoder(usual_name(row), encoder, row, _ids(tokenizer))
+
+
+def _ids(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """Prompt -> token ids, at least one: the empty prompt may be the BOS token (else EOS, else PAD) alone."""
+
+    def tokenize(prompt: str) -> list[int]:
+        found = tokenizer(prompt)
+        ids = list(getattr(found, "input_ids", found))
+        marks = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
+        ids = ids or [mark for mark in marks if mark is not None][:1]
+        if not ids:
+            raise EncoderError("the tokenizer gives no token for the empty prompt: have it add BOS or EOS")
+        return ids
+
+    return tokenize
+
+
+def _calibration(seen: Encoder, prompts: Sequence[str], race: bool = False) -> Calibration:
+    device = next(seen.module.parameters()).device
+    batches = seen.batches(prompts, batch_tokens(1 << 40, seen.row.width, device), race)
+    return Calibration(seen.module, Tracer(seen.module, seen.row), batches, seen.batch([seen.tokenize("")]))
