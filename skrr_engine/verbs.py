@@ -18,13 +18,13 @@ from .encoder.rewire import rewire
 from .encoder.row import EncoderError, Row
 from .encoder.standin import StandIn
 from .encoder.trace import Tracer
-from .files import encoder_file
+from .files import pruned
+from .files.encoder_file import Checkpoint
 from .files.folder import Encoder, usual_name
 from .measure.calibration import Calibration
 from .measure.discrepancy import Discrepancy, Projection
 from .measure.meter import Meter
 from .memory import batch_tokens
-from .plan.choose import at_sparsity
 from .plan.model import EncoderPlan, Level, Plan
 from .search.job import Job
 from .search.settings import Settings
@@ -99,9 +99,9 @@ def write_pruned(
 
     sparsity: see `discrepancy`. Raises CheckpointError, PlanError, OSError.
     """
-    file = encoder_file.Checkpoint(source)
+    file = Checkpoint(source)
     name, entry = entry_for(file.layout, plan)
-    return encoder_file.write_pruned(file, out, name, plan, _level(file.layout, entry, sparsity).skipped)
+    return pruned.write_pruned(file, out, name, plan, _level(file.layout, entry, sparsity).skipped)
 
 
 def entry_for(shape, plan: Plan) -> tuple[str, EncoderPlan]:
@@ -116,7 +116,7 @@ def entry_for(shape, plan: Plan) -> tuple[str, EncoderPlan]:
 
 
 def _level(shape, entry: EncoderPlan, sparsity: float | None) -> Level:
-    return entry.levels[-1] if sparsity is None else at_sparsity(shape, entry, sparsity)
+    return entry.levels[-1] if sparsity is None else entry.choose(sparsity)
 
 
 def _removed(

@@ -216,7 +216,7 @@ def refused(command: str, *outputs: str, capsys) -> str:
 )
 def test_no_output_is_an_input(command, file, mine, capsys, monkeypatch):
     """However it is spelled or linked, and before any work."""
-    monkeypatch.setattr("skrr_engine.encoders.load", lambda *_: pytest.fail("it has begun"))
+    monkeypatch.setattr("skrr_engine.files.folder.load", lambda *_: pytest.fail("it has begun"))
     (mine / "other").mkdir()
     (mine / "other" / "symlink").symlink_to(mine / file)
     os.link(file, mine / "other" / "hard link")

@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from benchmarks import paper_plans
 from skrr_engine.disk.atomic import replacing
 from skrr_engine.plan import model as plans
-from skrr_engine.plan import text
 from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
-from skrr_engine.plan.text import PlanError
+from skrr_engine.plan.text import MAX_BYTES, MAX_DEPTH, PlanError
 from skrr_engine.plan.words import describe_plan
 
 REPO = Path(__file__).resolve().parents[1]
@@ -350,9 +349,9 @@ def test_refuses_what_is_no_plan_text(text, says):
 
 def test_the_text_is_bounded_in_bytes():
     text = json.dumps(sample())
-    full = text + " " * (text.MAX_BYTES - len(text))
+    full = text + " " * (MAX_BYTES - len(text))
     assert Plan.from_json(full) == Plan.from_json(full.encode())
-    for longer in (full + " ", (full + " ").encode(), " " + "é" * (text.MAX_BYTES // 2)):
+    for longer in (full + " ", (full + " ").encode(), " " + "é" * (MAX_BYTES // 2)):
         assert "expected at most 65536 bytes" in refusal(longer)
 
 
@@ -360,7 +359,7 @@ def test_extensions_nest_up_to_the_bound():
     def nest(depth: int) -> dict[str, Any]:
         return {"a": nest(depth - 1)} if depth else {}
 
-    room = text.MAX_DEPTH - len((*FIRST, "extensions"))
+    room = MAX_DEPTH - len((*FIRST, "extensions"))
     plan = Plan.from_json(json.dumps(changed((*FIRST, "extensions"), nest(room))))
     assert Plan.from_json(plan.to_json()) == plan
     assert "32 levels" in refusal(json.dumps(changed((*FIRST, "extensions"), nest(room + 1))))
@@ -451,7 +450,7 @@ def test_plans_survive_their_text(plan):
     text = plan.to_json()
     assert Plan.from_json(text) == plan
     assert Plan.from_json(text).to_json() == text
-    assert text.isascii() and text.endswith("}\n") and len(text) <= text.MAX_BYTES
+    assert text.isascii() and text.endswith("}\n") and len(text) <= MAX_BYTES
     jsonschema.validate(json.loads(text), plans.json_schema())
 
 
@@ -461,7 +460,7 @@ def test_what_is_read_can_be_written_again(filling):
     data = sample()
     data["encoders"]["t5xxl"]["extensions"] = {"x": filling}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    assert len(text.encode()) < text.MAX_BYTES
+    assert len(text.encode()) < MAX_BYTES
     with pytest.raises(PlanError, match="at most 65536 bytes") as caught:
         Plan.from_json(text)
     checked(caught.value)
@@ -529,7 +528,7 @@ def endless() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "extensions",
     [
-        {"x": "y" * text.MAX_BYTES},
+        {"x": "y" * MAX_BYTES},
         {"x": float("nan")},
         {"x": float("inf")},
         {"x": object()},
@@ -625,7 +624,7 @@ def test_read_names_what_is_no_file(tmp_path, name, says):
 
 def test_read_is_bounded_and_names_the_file(tmp_path):
     file = tmp_path / "big.json"
-    file.write_bytes(b" " * (text.MAX_BYTES + 1))
+    file.write_bytes(b" " * (MAX_BYTES + 1))
     with pytest.raises(PlanError, match="big.json: expected at most 65536 bytes"):
         Plan.read(file)
     file.write_text(json.dumps(changed((*T5, "width"), "4096")))

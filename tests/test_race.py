@@ -177,6 +177,15 @@ def test_overflowing_candidates_are_never_among_the_best(table, keep, delta, dat
         assert any(found[c] < math.inf for c in well)
 
 
+def test_a_race_whose_winner_overflows_in_the_end_goes_on_with_those_that_fell_behind():
+    values = np.full((4, 64), 1.0)
+    values[1:] = np.random.default_rng(0).uniform(2, 3, (3, 64))
+    values[0, -1] = math.inf  # by far the best until the last prompt is seen
+    found, _ = measured([0.0] * 4, values.tolist(), [4] * 16, 1, 0.05)
+    alone, _ = measured([0.0] * 3, values[1:].tolist(), [4] * 16, 1)
+    assert found[0] == math.inf and found[1:] == alone and min(alone) < math.inf
+
+
 def test_a_race_keeps_what_is_equal_but_for_rounding():
     draw = np.random.default_rng(0)
     values = np.outer(np.full(8, 1.0), draw.uniform(1, 2, 64)) * (1 + 1e-7 * draw.standard_normal((8, 64)))

@@ -121,9 +121,9 @@ SAVING = """
     import hashlib, json, os, signal, sys
     from pathlib import Path
     sys.path[:0] = [{repo!r}]
-    from skrr_engine import standin_file
-    from skrr_engine.files import numbered
-    from skrr_engine.plan import Plan
+    from skrr_engine.files import companion as standin_file
+    from skrr_engine.disk.atomic import numbered
+    from skrr_engine.plan.model import Plan
     text = Path({text!r}).read_text()
     def save(data):
         plan = Plan.from_json(text.replace("0" * 64, hashlib.sha256(data).hexdigest()))
@@ -187,7 +187,7 @@ CLAIMING = """
     import sys
     from pathlib import Path
     sys.path[:0] = [{repo!r}]
-    from skrr_engine.files import claim, numbered, unnamed
+    from skrr_engine.disk.atomic import claim, numbered, unnamed
     folder, who = Path({folder!r}), {who!r}
     for n in range(20):
         with unnamed(folder / "x") as whole:

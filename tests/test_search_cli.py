@@ -91,7 +91,7 @@ def test_modes_say_what_they_are(plan, raced):
 DYING = """
 import os, signal, sys
 from skrr_engine import cli
-from skrr_engine.discrepancy import Stepping
+from skrr_engine.measure.meter import Stepping
 
 where, count, *arguments = sys.argv[1:]
 count, written = int(count), 0

@@ -254,7 +254,7 @@ def test_interruption_and_resuming_at_every_step(tmp_path, delta):
         return small.meter("clip", module, batches, [2])
 
     wanted = search(make(), chosen)
-    state = State(tmp_path / "state.json", fingerprint(families.find(module), "facts"))
+    state = State(tmp_path / "state.json", fingerprint([s.tensors() for s in families.find(module).sub_blocks], "facts"))
 
     class Interrupt(Exception):
         pass
@@ -313,8 +313,10 @@ def test_states_that_cannot_be_gone_on_with(tmp_path, text, message):
 
 def test_fingerprint_tells_encoders_apart():
     rows = [families.find(small.build("t5", 3, seed)) for seed in (0, 0, 1)]
-    keys = [fingerprint(row, "x") for row in rows]
-    assert keys[0] == keys[1] != keys[2] and fingerprint(rows[0], "y") != keys[0]
+    weights = [[sub_block.tensors() for sub_block in row.sub_blocks] for row in rows]
+    keys = [fingerprint("x", own) for own in weights]
+    assert keys[0] == keys[1] != keys[2] and fingerprint("y", weights[0]) != keys[0]
+    assert fingerprint("x", (own for own in weights[0])) == keys[0], "from a generator, too"
 
 
 def overflowing():

@@ -73,9 +73,7 @@ def test_sums_stay_where_float64_is():
 PEAK = """
 import torch
 torch.set_num_threads(1)
-from skrr_engine.encoder.actions import SKIP
-from skrr_engine.measure.calibration import Calibration
-from skrr_engine.standin import Fitting, Gram, best_ridge, fit_bytes, solve
+from skrr_engine.standins.fit import Fitting, Gram, best_ridge, fit_bytes, solve
 def fit(width):
     kept, held = (Gram.of(width, torch.device("cpu")) for _ in range(2))
     for gram in (kept, held):

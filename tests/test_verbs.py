@@ -68,7 +68,9 @@ def test_write_pruned(tmp_path):
     assert written == (tmp_path / "pruned.safetensors").stat().st_size
     skrr_engine.prune(encoder, plan)
     found = Checkpoint(tmp_path / "pruned.safetensors")
-    for key, tensor in encoder.state_dict().items():
+    left = {key: t for key, t in encoder.state_dict().items() if key != "encoder.embed_tokens.weight"}  # held once
+    assert {key for key, entry in found.entries.items() if entry.kept} == left.keys()
+    for key, tensor in left.items():
         assert torch.equal(found.tensor(key), tensor)
 
 

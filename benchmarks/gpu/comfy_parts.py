@@ -371,7 +371,7 @@ def nodes_search_part(work: Work, comfy: Comfy) -> None:
     module, card = comfy.module, work.card
     comfy.sized()
     builders = comfy.runtime.pack_module(comfy.runtime.load_pack(ROOT / "tests" / "comfy_nodes"), "builders")
-    host, engine = module("nodes.host.search"), module("skrr_engine.search.run")
+    host, engine = module("nodes.host.search"), module("skrr_engine.search.settings")
     views = module("nodes.host.clip.views").views
     texts = module("skrr_engine.measure.prompts").of_kind("captions", 24 if card.cuda else 10, 0)
     clip = builders.flux(layers=5)

@@ -1,6 +1,5 @@
 """What each command does."""
 
-import hashlib
 import json
 import os
 import sys
@@ -11,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
 from ..errors import SkrrError
 from ..measure.prompts import broad as broad_prompts
 from ..measure.prompts import from_file as read_prompts
 from ..measure.prompts import generate as generate_prompts
-from ..measure.prompts import sha256 as prompts_sha256
-from ..plan.model import Plan, Provenance, is_name
+from ..plan.model import Plan, is_name
 from ..plan.words import describe_plan, duration
+from ..search import RESUMABLE
 
 if TYPE_CHECKING:
     from ..files.folder import Encoder, Padding
@@ -47,78 +45,74 @@ class UsageError(SkrrError):
 
 def run_search(options) -> None:
     """Search a plan for an encoder and write it."""
-    from ..files import companion as standin_file
-    from ..search.run import search
     from ..search.settings import Settings
-    from ..search.with_standins import best_rank
-    from ..search.with_standins import search as heal_search
-    from ..standins.fit import halved
 
     delta = 0.0 if options.exact else options.delta
     settings = Settings(options.sparsity, parsed_levels(options.levels), options.beam, not options.no_reuse, delta)
     fitting = parsed_standins(options.standins)
-    method = options.method or ("heal" if fitting else "skrr")
-    if method == "heal" and fitting is None:
-        raise UsageError("--method heal: measures stand-ins; give their rank with --standins, like 16")
-    if options.resume and method in ("shortgpt", "random"):
-        raise UsageError(f"--resume: --method {method} takes one step; leave it out")
+    check_search(options, fitting)
+    bench = prepare(options, broad=fitting is not None)
+    job = job_of(options, bench, settings, fitting)
+    leads = bench.team.leads
+    if bench.projection is None and leads:
+        print(f"skrr: {BARE}", file=sys.stderr)
+    inputs = inputs_sha256(bench)
+    state, save, beam = resumed(options, bench, job, inputs)
+    facts = [*job.facts(), options.dtype, bench.encoder.row.parameter_counts, bench.tokens, inputs, list(beam)]
+    bench.team.agree(repr(facts))
+    found = job.run((lambda progress: None) if options.quiet or not leads else Reporter(), save, beam)
+    if leads:
+        plan, written = write_plan(options.out, job.plan(found.entry), {job.name: found.standins})
+        if state is not None:
+            state.forget()
+        if not options.quiet:
+            print("", file=sys.stderr)
+        print(describe_plan(plan))
+        print(f"written to {written}", flush=True)
+    bench.team.part()
+
+
+def check_search(options, fitting) -> None:
+    """Refuse what can't be done before anything is loaded. Raises UsageError."""
+    if options.method == "standins" and fitting is None:
+        raise UsageError("--method standins: fits stand-ins; give their rank with --standins, like 16")
+    if options.resume and options.method and options.method not in RESUMABLE:
+        raise UsageError(f"--resume: --method {options.method} takes one step; leave it out")
     check_writable(options.out, "--out")
     if options.resume:
         check_writable(options.resume, "--resume")
     if options.name is not None and not is_name(options.name):
         raise UsageError(f"--name {options.name}: an encoder's name has letters, digits, _ and -, like t5xxl")
-    bench = prepare(options, broad=fitting is not None)
-    leads = bench.team.leads
-    if bench.projection is None and leads:
-        print(f"skrr: {BARE}", file=sys.stderr)
-    report = (lambda progress: None) if options.quiet or not leads else Reporter()
-    fitted_on, ranked_on = (None, bench.prompts) if fitting is None else halved(bench.prompts)
-    ranked = bench.meter(ranked_on, race=delta > 0)
-    fitted = bench.calibration(fitted_on) if fitted_on else None
-    inputs = inputs_sha256(bench)
-    state, save, beam = resumed(options, bench, inputs, settings, fitting, method)
-    facts = [__version__, settings, fitting, method, options.seed, options.dtype, bench.encoder.row.parameter_counts]
-    facts += [bench.tokens, inputs, list(beam)]
-    bench.team.agree(repr(facts))
-    if method == "heal":
-        healed = heal_search(fitted, ranked, settings, fitting, report, save, beam)
-        entry = healed.plan
-    else:
-        if method == "skrr":
-            entry = search(ranked, settings, report, save, beam)
-        else:
-            entry = baseline(method, options.seed, settings, ranked, report, save, beam)
-        if fitting is not None:
-            healed = best_rank(fitted, ranked, entry.order, settings, fitting, entry.extensions["search"])
-            entry = healed.plan
-    if not leads:
-        bench.team.part()
-        return
-    provenance = Provenance(
-        source="search" if method in ("skrr", "heal") else method,
-        projection=bench.projection and bench.projection.name,
-        denoiser=bench.projection and bench.projection.denoiser,
-        prompts=len(bench.prompts),
-        prompts_sha256=prompts_sha256(bench.prompts),
-        beam=1 if method == "heal" else options.beam,
-        created_with=f"skrr {__version__}",
+
+
+def job_of(options, bench: "Bench", settings, fitting):
+    """The search that is asked for."""
+    from ..search.job import Job
+
+    return Job(
+        options.name or bench.encoder.name,
+        bench.calibration,
+        bench.prompts,
+        settings,
+        bench.projection,
+        fitting,
+        options.method or "",
+        options.seed,
+        bench.team,
     )
-    name = options.name or bench.encoder.name
-    plan = Plan(format="skrr-plan", version=1, encoders={name: entry}, provenance=provenance)
-    written = options.out
-    if fitting is not None:
-        plan, data = standin_file.encoded(plan, {name: healed.standins})
-        standin_file.write_both(options.out, plan, data)
-        written += f", its stand-ins to {standin_file.beside(options.out)} ({len(data) / 1e6:.1f} MB)"
-    else:
-        plan.write(options.out)
-    if state is not None:
-        state.forget()
-    if not options.quiet:
-        print("", file=sys.stderr)
-    print(describe_plan(plan))
-    print(f"written to {written}", flush=True)
-    bench.team.part()
+
+
+def write_plan(out: str, plan: Plan, standins) -> tuple[Plan, str]:
+    """Write a plan and, beside it, the stand-ins (encoder -> level -> place -> stand-in) where there are any; returns
+    the plan as it was written, and where."""
+    from ..files import companion
+
+    if not any(standins.values()):
+        plan.write(out)
+        return plan, out
+    plan, data = companion.encoded(plan, standins)
+    companion.write_both(out, plan, data)
+    return plan, f"{out}, its stand-ins to {companion.beside(out)} ({len(data) / 1e6:.1f} MB)"
 
 
 def parsed_standins(text: str | None):
@@ -136,47 +130,33 @@ def parsed_standins(text: str | None):
     return Fitting(rank=rank)
 
 
-def resumed(options, bench: "Bench", inputs: str, settings, fitting, method: str):
+def resumed(options, bench: "Bench", job, inputs: str):
     """The search's saved state (None without --resume), what saves it, and the beam to go on from. inputs: see
     `inputs_sha256`."""
     from ..search.resume import State, fingerprint
 
     if not options.resume:
         return None, lambda beam: None, ()
-    facts = [__version__, repr(settings), inputs, options.dtype, repr(fitting), method]
     encoder = bench.encoder
-    state = State(options.resume, fingerprint(encoder.row, *facts, bring=encoder.bring))
-    return state, state.save if bench.team.leads else lambda beam: None, state.load(len(encoder.row))
+
+    def weights():
+        for sub_block in encoder.row.sub_blocks:
+            encoder.bring(sub_block.index)
+            yield sub_block.tensors()
+
+    row = encoder.row
+    key = fingerprint([row.family, row.width, row.total], job.facts(), options.dtype, inputs, weights())
+    state = State(options.resume, key)
+    return state, state.save if bench.team.leads else lambda beam: None, state.load(len(row))
 
 
 def inputs_sha256(bench: "Bench") -> str:
     """Over the prompts' tokens and samples of the denoiser's projection: what an encoder is searched on."""
-    from ..search.resume import sampled
+    from ..search.resume import fingerprint
 
     ids = [list(bench.encoder.tokenize(prompt)) for prompt in ["", *bench.prompts]]
-    digest = hashlib.sha256(json.dumps([ids, repr(bench.padding)]).encode())
-    if bench.projection is not None:
-        digest.update(bench.projection.name.encode())
-        sampled(digest, bench.projection.tensors)
-    return digest.hexdigest()
-
-
-def baseline(method: str, seed: int, settings, meter, report, save, beam):
-    """An encoder's entry by another method; its levels' discrepancies are Skrr's. report, save, beam: as for a search,
-    where the method is one."""
-    from ..measure.meter import Meter
-    from ..search import baselines
-
-    if method == "random":
-        order = baselines.random_order(meter, seed)
-    elif method == "shortgpt":
-        order = baselines.shortgpt_order(meter)
-    else:
-        batches, _ = meter.calibration.batches()  # they may have been halved on one device and not on another
-        meter.team.agree(repr([batch.prompts for batch in batches]))
-        own = Meter(meter.calibration, team=meter.team, criterion=baselines.ANGLE_OF_OUTPUT)
-        order = baselines.finercut_order(own, settings.sparsity, report, save, beam=beam)
-    return baselines.plan_of(meter, order, [*settings.levels, settings.sparsity], method)
+    through = bench.projection and [bench.projection.name, bench.projection.tensors]
+    return fingerprint(ids, repr(bench.padding), through)
 
 
 def run_show(options) -> None:

@@ -9,6 +9,7 @@ import sys
 
 from .. import __version__
 from ..errors import SkrrError, printable
+from ..search import METHODS
 from .commands import run_apply, run_discrepancy, run_encode, run_search, run_show, run_verify, spare_inputs
 
 
@@ -28,7 +29,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (SkrrError, OSError) as error:
         print(f"skrr: {printable(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
         return 1
-METHODS = ("skrr", "heal", "finercut", "shortgpt", "random")
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--method",
         choices=METHODS,
-        help="how sub-blocks are chosen: skrr, the paper's way (default); heal, by what stand-ins can repair (default"
+        help="how sub-blocks are chosen: skrr, the paper's way (default); standins, by what they make up for (default"
         " with --standins); or, to compare with, another paper's way (baselines.py)",
     )
     search.add_argument("--seed", type=int, default=0, help="of --method random (default 0)")

@@ -158,6 +158,9 @@ class Lanes:
             seen += chunk
             self.drop(seen, len(looks))
         self.measure(self.incomplete(), self.batches)
+        if len(self.live) < self.keep:  # some that were ahead have overflowed since: those that fell behind are in again
+            self.live = [c for c in range(len(self.board.null)) if self.board.bound(c) < math.inf]
+            self.exact()
 
     def drop(self, seen: Sequence[int], looks: int) -> None:
         """Candidates that are behind the keep-th best with confidence, on the prompts of the batches seen, are out."""

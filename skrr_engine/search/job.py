@@ -21,12 +21,6 @@ from .progress import Progress
 from .settings import Settings
 from .skip import Path
 
-METHODS = ("skrr", "standins", "finercut", "shortgpt", "random")
-"""How an order is chosen: the paper's way; by what stand-ins make up for; or other papers' ways (baselines.py)."""
-
-RESUMABLE = ("skrr", "standins", "finercut")
-"""Methods that take more than one step."""
-
 Report = Callable[[Progress], None]
 Save = Callable[[Sequence[Path]], None]
 
@@ -35,7 +29,7 @@ Save = Callable[[Sequence[Path]], None]
 class Job:
     """name: of the encoder's entry in the plan. calibration: (prompts, whether in the order of a race) -> how the
     encoder is measured on them. prompts: all of them. projection: the denoiser's, None for the bare embeddings.
-    fitting: of stand-ins, None for none. method: one of METHODS; "" for the usual one. seed: of the method "random".
+    fitting: of stand-ins, None for none. method: one of search.METHODS; "" for the usual one. seed: of the method "random".
     Raises SearchError."""
 
     name: str

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..disk.atomic import replacing
-from ..encoder.row import Row
 from ..errors import SkrrError
 from .skip import Path as SkipList
 
@@ -79,21 +78,35 @@ class State:
             self.path.unlink()
 
 
-def fingerprint(row: Row, *facts, bring: Callable[[int], None] = lambda index: None) -> str:
-    """SHA-256 over what decides the outcome of a search: samples of every sub-block's weights, and whatever `facts`.
+SAMPLE = 64
+"""Bytes of each tensor that a fingerprint reads."""
 
-    bring: called with each sub-block's index before its weights are looked at.
-    """
-    digest = hashlib.sha256(json.dumps([row.family, row.width, row.total, *facts]).encode())
-    for sub_block in row.sub_blocks:
-        bring(sub_block.index)
-        sampled(digest, sub_block.tensors())
+
+def fingerprint(*facts) -> str:
+    """SHA-256 over what decides the outcome of a search: numbers, texts, tensors (their kinds, shapes and first bytes),
+    containers and generators of these."""
+    digest = hashlib.sha256()
+    feed(digest, facts)
     return digest.hexdigest()
 
 
-def sampled(digest, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Add tensors' names, kinds, shapes and first numbers to a digest."""
-    for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key}{tensor.dtype}{list(tensor.shape)}".encode())
-        sample = tensor.detach().flatten()[:16].cpu().contiguous()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+def feed(digest, value) -> None:
+    """Add a value to a digest; see `fingerprint`."""
+    if torch.is_tensor(value):
+        raw = getattr(value, "_qdata", value).detach()  # comfy_quant keeps its bytes there
+        start, length = raw.storage_offset() * raw.element_size(), min(SAMPLE, raw.nbytes)
+        sample = torch.empty(0, dtype=torch.uint8, device=raw.device)
+        sample.set_(raw.untyped_storage(), start, (length,))
+        digest.update(f"{raw.dtype}{list(value.shape)}".encode() + sample.cpu().numpy().tobytes())
+    elif isinstance(value, dict):
+        feed(digest, sorted(value.items(), key=lambda item: str(item[0])))
+    elif isinstance(value, list | tuple | Iterator):
+        digest.update(b"(")
+        for part in value:
+            feed(digest, part)
+        digest.update(b")")
+    elif hasattr(value, "weights"):  # ComfyUI's LoRA adapters
+        feed(digest, [type(value).__name__, value.weights])
+    else:
+        plain = isinstance(value, str | int | float | None)
+        digest.update((repr(value) if plain else type(value).__name__).encode() + b";")
