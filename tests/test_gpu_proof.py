@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import page
+from skrr_engine.budget import out_of_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -133,3 +134,13 @@ def test_the_page_that_is_there():
     written = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert ("Not yet run" in written) == (not list(page.RESULTS.glob("*.jsonl")))
     assert "python3 benchmarks/gpu/prove.py" in written
+
+
+def test_what_cuda_says_when_it_is_full():
+    sayings = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    )
+    assert all(out_of_memory(RuntimeError(saying)) for saying in sayings)
+    assert not out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
