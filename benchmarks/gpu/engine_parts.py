@@ -349,6 +349,7 @@ def memory_part(work: Work) -> None:
 
     card.clean()
     free, shrinks, peak = run(None)
+    card.clean()
     base = card.allocated()
     tight, halved, peak_tight = run(int(base + 0.4 * (peak - base))) if card.cuda else run(None)
     same = (free["order"], free["reuse"]) == (tight["order"], tight["reuse"])
@@ -399,7 +400,6 @@ def nccl_part(work: Work) -> None:
             meter = Counting(encoder.module, tracer, batches, encoder.batch([[1]]), memory=1 << 28, team=members)
             found[name] = search(meter, Settings(sparsity=0.3))
         shared = card.seconds(lambda: team.shared(range(144), lambda own: torch.zeros(len(own), 9).double().numpy()))
-        team.part = lambda: None
         emit(what="nccl", name=f"one process over {dist.get_backend()}", same_plan=found["alone"] == found["team"],
              exchange_ms=shared * 1000)  # fmt: skip
     finally:

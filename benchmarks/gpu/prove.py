@@ -47,7 +47,7 @@ PARTS = (
     Part("fp16", "comfy", 110),
     Part("fp8", "comfy", 60),
     Part("scaled-fp8", "comfy", 60),
-    Part("fp16", "newer-dynamic", 75),
+    Part("fp16", "newer-dynamic", 100),
     Part("rates", "engine", 20),
     Part("failing", "engine", 1),
     Part("hanging", "engine", 0.2),
@@ -69,7 +69,7 @@ PARTS = (
 """In the order in which they run. `failing` and `hanging`, which run only when asked for, show that a part costs only
 itself."""
 
-START = 60
+START = 150
 """Seconds that a process's start may take, imports and all."""
 
 
