@@ -13,9 +13,9 @@ import pytest
 import small
 import torch
 
-from skrr_engine.cli.commands import baseline
 from skrr_engine.measure.processes import Team, TeamError, join
 from skrr_engine.search import baselines
+from skrr_engine.search.job import Job
 from skrr_engine.search.settings import Settings
 
 REPO = Path(__file__).resolve().parents[1]
@@ -236,11 +236,11 @@ def test_finercut_shares_its_work(monkeypatch):
             self.calls += 1
             return measure(candidates)
 
-    meter = small.meter("llama", small.build("llama", 2), small.prompts([5, 6]), [1])
-    meter.team = Counting()
+    calibration = small.meter("llama", small.build("llama", 2), small.prompts([5, 6]), [1]).calibration
+    job = Job("llama", lambda prompts, race: calibration, ["x"], Settings(0.2), method="finercut", team=Counting())
     with torch.no_grad():
         monkeypatch.setattr(baselines, "plan_of", lambda meter, order, *args: order)
-        assert baseline("finercut", 0, Settings(0.2), meter, lambda p: None, lambda b: None, ()) and meter.team.calls
+        assert job.run().entry and job.team.calls
 
 
 def test_shortgpt_takes_one_order_for_all():

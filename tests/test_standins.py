@@ -638,7 +638,7 @@ def test_apply_writes_them_into_the_file(found, folder, tmp_path, capsys):
     [
         (["--standins", "many"], "--standins many: give a rank, like 16, or auto"),
         (["--standins", "0"], "a rank of 0 makes no sense"),
-        (["--method", "standins"], "the method standins fits stand-ins: give their rank"),
+        (["--method", "standins"], "--method standins: fits stand-ins; give their rank"),
         (["--standins", "4", "--prompts", "FEW"], "8 prompts are too few"),
     ],
 )
