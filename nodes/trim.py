@@ -35,15 +35,17 @@ class SkrrTrimUnread(io.ComfyNode):
     def execute(cls, clip) -> io.NodeOutput:
         from .drawing.report import human
         from .host.clip.derive import derive
-        from .host.clip.trim import trimmed
+        from .host.clip.trim import told
         from .host.clip.views import views
         from .host.maps import shown
         from .host.talk import say
 
-        whole = [view for view in views(clip).values() if view.whole is not None]
-        pruned = {view.name: trimmed(clip, view) for view in whole}
-        saved = {view.name: view.shape.bytes_of(pruned[view.name].unread) for view in whole}
-        lines = [f"{n}: {len(p.unread)} unread sub-blocks, {human(saved[n])}" for n, p in pruned.items() if p.unread]
+        pruned, lines, saved = {}, [], 0
+        for view in [view for view in views(clip).values() if view.whole is not None]:
+            pruned[view.name], line = told(clip, view)
+            size = view.shape.bytes_of(pruned[view.name].unread)
+            saved += size
+            lines += [f"{line}, {human(size)}" if size else line] if line else []
         say("\n".join(lines) or "every layer is read: nothing to trim", cls.hidden.unique_id)
         out = derive(clip, pruned)
-        return io.NodeOutput(out, sum(saved.values()), ui=shown(out, cls.hidden))
+        return io.NodeOutput(out, saved, ui=shown(out, cls.hidden))

@@ -205,7 +205,7 @@ def test_trim_and_a_plan_combine_in_either_order(builders, prune, host):
 
     def edited(of):
         plan = plans.Plan(encoders={"clip_l": entry}, provenance=plans.Provenance(source="manual"))
-        return apply.derive(of, apply.replaced(of, plan))
+        return apply.derive(of, host("nodes.host.plans.match").replaced(of, plan))
 
     wanted = encode(planned(clip))
     sizes = set()

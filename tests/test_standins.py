@@ -44,7 +44,7 @@ def no_grad():
 def noise(name: str, rank: int = 3, seed: int = 0, width: int = 32) -> StandIn:
     """A stand-in of random numbers for a family."""
     generator = torch.Generator().manual_seed(seed)
-    norm = families.by_name(small.family_of(name)).NORM
+    norm = families.by_name(small.family_of(name)).norm
     shapes = ((rank, width), (width, rank), (width,))
     return StandIn(norm, *(torch.randn(shape, generator=generator) * 0.2 for shape in shapes))
 
@@ -684,7 +684,7 @@ def test_resume(folder, found, tmp_path):
 
 
 def test_norms_are_those_of_the_families():
-    assert {f.NAME: f.NORM for f in families.FAMILIES} == {"t5": "rms", "clip": "layer", "llama": "rms", "gemma": "rms"}
+    assert {f.name: f.norm for f in families.FAMILIES} == {"t5": "rms", "clip": "layer", "llama": "rms", "gemma": "rms"}
     x = torch.randn(2, 5, 32) * 7 + 3
     for norm, apply in NORMS.items():
         out = apply(x)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from ...skrr_engine.plan.model import Plan, Provenance
 from ..drawing.plan_map import of_level
-from .clip.views import Pruned, Shape, pruning, views
+from .clip.views import Pruned, Shape, pruning, seen
 from .talk import remember
 
 MAP, PLAN, BASE = "skrr_map", "skrr_plan", "skrr_base"
@@ -42,7 +42,7 @@ def of_encoder(name: str, shape: Shape, pruned: Pruned | None) -> dict:
 def of_clip(clip) -> list[dict]:
     """Every text encoder of a CLIP, the largest first."""
     known = pruning(clip)
-    maps = [of_encoder(view.name, view.shape, known.get(view.name)) for view in views(clip).values()]
+    maps = [of_encoder(view.name, view.shape, known.get(view.name)) for view in seen(clip)[0].values()]
     return sorted(maps, key=lambda m: -m["dense"])
 
 

@@ -10,9 +10,11 @@ CLIP_COLUMNS = {"clip_l": (0, 768), "clip_g": (768, 1280)}
 """SD3 joins CLIP-L's and CLIP-G's embeddings on the feature axis and pads them to T5's width."""
 
 
-def from_model(model, view: View) -> TextProjection:
-    """The projection of `model` (a MODEL) for one encoder. Raises ProjectionError where it has none that Skrr knows or
-    where its width is not the encoder's."""
+def from_model(model, view: View, width: int | None = None) -> TextProjection:
+    """The projection of `model` (a MODEL) for one encoder. width: of the conditioning, where that is not the encoder's
+    (Flux 2 joins three of its layers). Raises ProjectionError where it has none that Skrr knows, or one of another
+    width."""
+    width = view.shape.width if width is None else width
     denoiser = model.model.diffusion_model
     found = find(denoiser.state_dict().keys())
     kind = getattr(model.model.model_config, "unet_config", {}).get("image_model") or type(model.model).__name__
@@ -27,10 +29,10 @@ def from_model(model, view: View) -> TextProjection:
     projection.denoiser = str(kind)[:100]
     if layout.denoiser == "sd3" and view.name in CLIP_COLUMNS:
         projection = projection.columns(*CLIP_COLUMNS[view.name])
-    if projection.width != view.shape.width:
+    if projection.width != width:
         raise ProjectionError(
             f"this model's text projection takes embeddings {projection.width} wide, but {view.name}'s are"
-            f" {view.shape.width} wide: connect the MODEL that this encoder belongs to, or none"
+            f" {width} wide: connect the MODEL that this encoder belongs to, or none"
         )
     return projection
 

@@ -47,7 +47,7 @@ def find_plan(
     conditioning = Conditioning(clip, view)
     projection = None
     if model is not None and conditioning.hidden:  # a pooled vector alone goes through no text projection
-        projection = from_model(model, view).to(clip.patcher.load_device)
+        projection = from_model(model, view, conditioning.width).to(clip.patcher.load_device)
     if projection is None:
         say(BARE, node_id)
     calibration = calibrating(conditioning, view, fitting)
@@ -90,8 +90,8 @@ def calibrating(conditioning: Conditioning, view: View, fitting: Fitting | None)
 
 
 def run(job: Job, key: str, name: str, node_id: str | None):
-    """What a job finds; it goes on where an interrupted one stopped. One that is interrupted now leaves what it has as a
-    plan, named after `name`."""
+    """What a job finds; it goes on where an interrupted one stopped. One that is interrupted now leaves what it has as
+    a plan, named after `name`."""
     state, row = searched.state(key), job.ranked.row
     try:
         beam = state.load(job.ranked.readable())

@@ -268,7 +268,7 @@ class Checkpoint:
             raise CheckpointError(self.problem)
         if self.known_layout is not None:
             return self.known_layout
-        names = ", ".join(f.NAME for f in families.FAMILIES)
+        names = ", ".join(f.name for f in families.FAMILIES)
         raise CheckpointError(
             f"{self.path.name}: no text encoder that Skrr knows ({names}; by ComfyUI's tensor names) in this file"
         )

@@ -74,8 +74,10 @@ class Layout:
         """The sub-block that a tensor goes away with, by its name in ComfyUI's encoder; also one that the file lacks (a
         scale, say)."""
         family = families.by_name(self.family)
-        found = family.FILE_KEY.fullmatch(name)
-        if found is None or int(found["block"]) >= self.blocks or _stays(family, found, self.entries):
+        found = family.file_key.fullmatch(name)
+        if found is None or found["other"] is not None or int(found["block"]) >= self.blocks:
+            return None
+        if family.stays(int(found["block"]), found["rest"], self.entries):
             return None
         return 2 * int(found["block"]) + (found["feed_forward"] is not None)
 
@@ -111,14 +113,14 @@ def _matches(family, entries: Collection[str]) -> dict[str, dict[str, re.Match]]
     the family's do not are another architecture's."""
     found: dict[str, dict[str, re.Match]] = {}
     for key in entries:
-        if match := family.FILE_KEY.fullmatch(key):
+        if match := family.file_key.fullmatch(key):
             found.setdefault(match["prefix"], {})[key] = match
     return {prefix: own for prefix, own in found.items() if not any(match["other"] for match in own.values())}
 
 
 def _layout(family, prefix: str, matches: Mapping[str, re.Match], entries: Mapping[str, Entry]) -> Layout | None:
     """See the tensors under a prefix as one family's encoder, or None."""
-    ends = "." + family.FILE_WIDTH
+    ends = "." + family.file_width
     norms = [found for key, found in matches.items() if key.endswith(ends) and found["block"] == "0"]
     if len(norms) != 1 or len(entries[norms[0].string].shape) != 1:
         return None
@@ -127,7 +129,7 @@ def _layout(family, prefix: str, matches: Mapping[str, re.Match], entries: Mappi
         return None
     keys: list[list[str]] = [[] for _ in range(2 * blocks)]
     for key, found in matches.items():
-        if not _stays(family, found, matches):
+        if not family.stays(int(found["block"]), found["rest"], matches):
             keys[2 * int(found["block"]) + (found["feed_forward"] is not None)].append(key)
     if not all(keys):
         return None
@@ -135,17 +137,12 @@ def _layout(family, prefix: str, matches: Mapping[str, re.Match], entries: Mappi
     own = {
         key: entries[key]
         for key, name in names.items()
-        if "." in name and not family.FILE_UNUSED.fullmatch(name) and not _again(name, names.values())
+        if "." in name and not family.file_unused.fullmatch(name) and not _again(name, names.values())
     }
     extras = frozenset(key for key in entries if "." not in names.get(key, key))
-    return Layout(family.NAME, blocks, entries[norms[0].string].shape[0], tuple(map(tuple, keys)), own, prefix, extras)
+    return Layout(family.name, blocks, entries[norms[0].string].shape[0], tuple(map(tuple, keys)), own, prefix, extras)
 
 
 def _again(name: str, names: Collection[str]) -> bool:
     """Whether a tensor is the embedding once more, as T5 files often hold it."""
     return name == "encoder.embed_tokens.weight" and "shared.weight" in names
-
-
-def _stays(family, found: re.Match, keys: Collection[str]) -> bool:
-    """Whether a tensor within a sub-block belongs to the whole encoder all the same (T5's position bias)."""
-    return hasattr(family, "stays") and family.stays(int(found["block"]), found["rest"], keys)

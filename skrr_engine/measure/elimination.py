@@ -158,7 +158,7 @@ class Lanes:
             seen += chunk
             self.drop(seen, len(looks))
         self.measure(self.incomplete(), self.batches)
-        if len(self.live) < self.keep:  # some that were ahead have overflowed since: those that fell behind are in again
+        if len(self.live) < self.keep:  # some that were ahead have overflowed since: who fell behind is in again
             self.live = [c for c in range(len(self.board.null)) if self.board.bound(c) < math.inf]
             self.exact()
 

@@ -334,7 +334,7 @@ def fit(
     every sub-block of every batch with the share of the work that is done; what it raises ends the fit.
     """
     row = calibration.tracer.row
-    norm, tried = families.by_name(row.family).NORM, set(tried)
+    norm, tried = families.by_name(row.family).norm, set(tried)
     last = max([*removed, *tried], default=-1)
     streams = Streams(calibration, lambda: tick(len(streams.passed) / (last + 1)))
     found, trials = {}, {}

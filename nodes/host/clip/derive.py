@@ -12,14 +12,12 @@ keys, sizes) is a fork: containers of its own, leaves shared, placeholders in pl
 `prune_owned` rewires a CLIP in place that nobody else holds, so that what is left out is really freed.
 """
 
-import copy
 import dataclasses
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from ....skrr_engine.encoder.rewire import rewire
-from ....skrr_engine.encoder.row import EncoderError
-from .guard import guard, guarded_class
+from .guard import guard, guarded_tokenizer
 from .patcher import pruned_class
 from .tree import LINEAR
 from .views import ATTACHMENT, Pruned, pruning, views
@@ -64,44 +62,3 @@ def prune_owned(clip, pruned: Mapping[str, Pruned]):
     return clip
 
 
-def refuse_text(*names: str):
-    """Raises EncoderError for encoders whose last layers are gone."""
-    raise EncoderError(
-        f"{', '.join(names)} was trimmed for conditioning and can't write text: use the dense CLIP for that"
-    )
-
-
-class GuardedEncoder:
-    """Mixed into the class of a trimmed encoder in a tree of ours: it writes no text. skrr_name: its name."""
-
-    skrr_name: str
-
-    def generate(self, *args, **kwargs):
-        refuse_text(self.skrr_name)
-
-
-def refusing(name: str) -> Callable:
-    """A `generate` for an encoder of that name."""
-    return lambda *args, **kwargs: refuse_text(name)
-
-
-class GuardedTokenizer:
-    """Mixed into the class of a pruned CLIP's tokenizer: ComfyUI asks it for its part of a file just when it saves the
-    CLIP or a checkpoint, whose weights would have holes that no loader but ours knows."""
-
-    def state_dict(self):
-        raise EncoderError(
-            "this CLIP is pruned, and a file saved so would not load again: use Save Skrr Encoder, or save the CLIP"
-            " from before the Skrr node"
-        )
-
-    def skrr_state_dict(self) -> dict:
-        """What the tokenizer adds to an encoder's file."""
-        return super().state_dict()
-
-
-def guarded_tokenizer(tokenizer):
-    """A tokenizer of our own that shares all with `tokenizer`, with GuardedTokenizer's ways."""
-    twin = copy.copy(tokenizer)
-    twin.__class__ = guarded_class(type(tokenizer), GuardedTokenizer)
-    return twin

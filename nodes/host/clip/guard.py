@@ -1,13 +1,13 @@
 """What a pruned CLIP refuses: to be read where its sub-blocks were left out."""
 
+import copy
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
 from ....skrr_engine.encoder.row import EncoderError
-from .derive import GuardedEncoder, refuse_text
 from .views import Pruned, View
 
 
@@ -49,6 +49,49 @@ class GuardedModel:
         if not self.skrr_trimmed:
             return self._skrr_runs().generate(*args, **kwargs)
         refuse_text(*(name for name, *_ in self.skrr_trimmed))
+
+
+def refuse_text(*names: str):
+    """Raises EncoderError for encoders whose last layers are gone."""
+    raise EncoderError(
+        f"{', '.join(names)} was trimmed for conditioning and can't write text: use the dense CLIP for that"
+    )
+
+
+class GuardedEncoder:
+    """Mixed into the class of a trimmed encoder in a tree of ours: it writes no text. skrr_name: its name."""
+
+    skrr_name: str
+
+    def generate(self, *args, **kwargs):
+        refuse_text(self.skrr_name)
+
+
+def refusing(name: str) -> Callable:
+    """A `generate` for an encoder of that name."""
+    return lambda *args, **kwargs: refuse_text(name)
+
+
+class GuardedTokenizer:
+    """Mixed into the class of a pruned CLIP's tokenizer: ComfyUI asks it for its part of a file just when it saves the
+    CLIP or a checkpoint, whose weights would have holes that no loader but ours knows."""
+
+    def state_dict(self):
+        raise EncoderError(
+            "this CLIP is pruned, and a file saved so would not load again: use Save Skrr Encoder, or save the CLIP"
+            " from before the Skrr node"
+        )
+
+    def skrr_state_dict(self) -> dict:
+        """What the tokenizer adds to an encoder's file."""
+        return super().state_dict()
+
+
+def guarded_tokenizer(tokenizer):
+    """A tokenizer of our own that shares all with `tokenizer`, with GuardedTokenizer's ways."""
+    twin = copy.copy(tokenizer)
+    twin.__class__ = guarded_class(type(tokenizer), GuardedTokenizer)
+    return twin
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ....skrr_engine.encoder.standin import StandInModule
-from .derive import refusing
+from .guard import refusing
 from .tree import make_tree
 from .views import ATTACHMENT, TRANSFORMER, Pruned, View, size, views_of
 

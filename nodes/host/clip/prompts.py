@@ -1,12 +1,12 @@
 """How a CLIP's encoder is run on prompts, and what of its output the denoiser reads: found from the CLIP itself.
 
 ComfyUI wraps each encoder (SDClipModel) in a model that picks and cuts its outputs (SD1ClipModel, FluxClipModel, ...).
-The wrapper is asked, on a fork of it whose encoders only play back what they gave for the empty prompt: what is
-poisoned with NaN and shows up in the conditioning is read.
+The wrapper is asked, on a fork of it whose encoders only play back what they gave for the empty prompt (or for another
+of PROBES, where the empty one does not run them): what is poisoned with NaN and shows up in the conditioning is read.
 """
 
 import bisect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from ....skrr_engine.encoder.trace import Reading
 from ....skrr_engine.measure.calibration import Batch, grouped
 from .views import TRANSFORMER, View, as_dense, pristine_fork, views
 
+PROBES = ("", '""', 'a sign that says "a"')
+"""Prompts that encoders are asked about; some run only for quoted text."""
+
 
 class Wanted(Exception):
     """Carries an encoder's tokens out of its wrapper."""
@@ -26,6 +29,15 @@ class Wanted(Exception):
 def copied(output: tuple) -> tuple:
     """An encoder's output whose dictionaries are its own."""
     return tuple(dict(part) if isinstance(part, dict) else part for part in output)
+
+
+def tensors_in(value) -> Iterator[torch.Tensor]:
+    """All tensors of an output, whatever they lie in."""
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
 
 
 def own_lists(tokens):
@@ -40,7 +52,11 @@ class Conditioning:
 
     encoder: a fork of its SDClipModel with the CLIP's options set; what the engine's tracer and runs are given. It runs
     where the weights are now, which is enough to ask what is read; `load` takes all of them to the device that
-    encodes. Never changes the CLIP.
+    encodes. Never changes the CLIP. probe: the first of PROBES that runs this encoder, which stands for the empty
+    prompt; hidden, pooled, mask: whether the conditioning reads these; width: of its hidden states, as the denoiser
+    gets them (layer taps joined).
+
+    Raises EncoderError where it can't be told what is read, or nothing is.
     """
 
     def __init__(self, clip, view: View):
@@ -63,8 +79,16 @@ class Conditioning:
         self._hollow = self._hollowed(all_views.values())
         self._children = {v.name: self._hollow.get_submodule(v.path) for v in all_views.values()}
         self._tokenized: tuple[str | None, object] = None, None
-        self._outputs = self._record_empty_prompt()
+        self._outputs, self.probe = {}, None
+        for prompt in reversed(PROBES):
+            ran = self._record(prompt)
+            self._outputs |= ran
+            self.probe = prompt if view.name in ran else self.probe
+        if self.probe is None:
+            raise EncoderError(f"no prompt that Skrr tried runs {view.name}, so what is read of it can't be told")
         self.hidden, self.pooled, self.mask = self._used()
+        shape = self._outputs[view.name][0].shape
+        self.width = shape[-1] * (shape[1] if len(shape) == 4 else 1)
         if not (self.hidden or self.pooled):
             raise EncoderError(f"the conditioning reads nothing of {view.name} in this CLIP: choose another encoder")
 
@@ -78,8 +102,9 @@ class Conditioning:
             rewire(hollow.get_submodule(view.path).transformer, view.row, everything)
         return hollow
 
-    def _record_empty_prompt(self) -> dict[str, tuple]:
-        """Encoder name -> what its encode_token_weights returns for the empty prompt, with all sub-blocks skipped."""
+    def _record(self, prompt: str) -> dict[str, tuple]:
+        """Encoder name -> what its encode_token_weights returns for a prompt, with all sub-blocks skipped; those alone
+        that it runs."""
         outputs = {}
         for name, child in self._children.items():
             original = child.encode_token_weights
@@ -90,7 +115,7 @@ class Conditioning:
                 return out
 
             child.encode_token_weights = recording
-        self._encode("")
+        self._encode(prompt)
         for child in self._children.values():
             del child.encode_token_weights
         return outputs
@@ -114,14 +139,15 @@ class Conditioning:
     def _shows(self, prompt: str, output: tuple) -> bool:
         """Whether NaN in an output of this encoder is in the conditioning of a prompt."""
         out = self._play(prompt, self.view.name, lambda tokens: copied(output))
-        return any(torch.is_tensor(t) and bool(t.isnan().any()) for t in out[:2])
+        return any(bool(t.isnan().any()) for t in tensors_in(out) if t.is_floating_point())
 
     def _used(self) -> tuple[bool, bool, bool]:
         """Whether the conditioning reads the hidden states, the pooled vector and the attention mask."""
         hidden, pooled, *extra = self._outputs[self.view.name]
-        reads_hidden = self._shows("", (torch.full_like(hidden, float("nan")), pooled, *extra))
-        reads_pooled = pooled is not None and self._shows("", (hidden, torch.full_like(pooled, float("nan")), *extra))
-        out = self._play("", self.view.name, lambda tokens: copied(self._outputs[self.view.name]))
+        reads_hidden = self._shows(self.probe, (torch.full_like(hidden, float("nan")), pooled, *extra))
+        poisoned = None if pooled is None else torch.full_like(pooled, float("nan"))
+        reads_pooled = pooled is not None and self._shows(self.probe, (hidden, poisoned, *extra))
+        out = self._play(self.probe, self.view.name, lambda tokens: copied(self._outputs[self.view.name]))
         reads_mask = bool(extra) and "attention_mask" in extra[0] and len(out) > 2 and "attention_mask" in out[2]
         return reads_hidden, reads_pooled, reads_mask
 
@@ -166,8 +192,8 @@ class Conditioning:
         return [self._batch([found[i][1:] for i in group], *found[group[0]][0][1:]) for group in groups]
 
     def null(self) -> Batch:
-        """The empty prompt."""
-        ((_, start, end), *_), *_ = found = list(self._read_sections(""))
+        """The empty prompt, or what stands for it."""
+        ((_, start, end), *_), *_ = found = list(self._read_sections(self.probe))
         return self._batch([(section, is_first) for _, section, is_first in found], start, end)
 
     def _read_sections(self, prompt: str):

@@ -23,4 +23,4 @@ def readings(clip, prompts: Sequence[str]) -> list[Reading]:
 def projection(model, clip, width: int):
     """The MODEL's text projection for conditioning of this width. Raises ProjectionError where it takes another."""
     widest = max(views(clip).values(), key=lambda view: (view.shape.width == width, view.shape.width))
-    return from_model(model, widest)
+    return from_model(model, widest, width if width % widest.shape.width == 0 else None)

@@ -170,9 +170,23 @@ def views(clip) -> dict[str, View]:
     return views_of(dense_model(clip), pruning(clip))
 
 
+def seen(clip) -> tuple[dict[str, View], dict[str, EncoderError]]:
+    """The CLIP's text encoders that Skrr knows, and why it does not know the others, both by name."""
+    return looked_at(dense_model(clip), pruning(clip))
+
+
 def views_of(tree: nn.Module, known: Mapping[str, Pruned]) -> dict[str, View]:
     """The text encoders in a cond_stage_model, of which `known` have been pruned; see `views`."""
-    found, problem = {}, None
+    found, others = looked_at(tree, known)
+    if not found:
+        nothing = EncoderError("this CLIP holds no text encoder that Skrr knows: connect another CLIP")
+        raise next(iter(others.values()), nothing)
+    return found
+
+
+def looked_at(tree: nn.Module, known: Mapping[str, Pruned]) -> tuple[dict[str, View], dict[str, EncoderError]]:
+    """See `seen`, of a cond_stage_model."""
+    found, others = {}, {}
     for path, module in tree.named_modules():
         if not isinstance(module, comfy.sd1_clip.SDClipModel):
             continue
@@ -183,12 +197,10 @@ def views_of(tree: nn.Module, known: Mapping[str, Pruned]) -> dict[str, View]:
         try:
             row = families.find(module.transformer)
         except EncoderError as error:
-            problem = problem or error
+            others[name] = error
             continue
         found[name] = View(name, path, Shape.of_row(row, module.transformer), row)
-    if not found:
-        raise problem or EncoderError("this CLIP holds no text encoder that Skrr knows: connect another CLIP")
-    return found
+    return found, others
 
 
 def choose(clip, name: str = "auto") -> View:

@@ -23,8 +23,8 @@ from ....skrr_engine.files.encoder_file import CheckpointError
 from ....skrr_engine.memory import out_of_memory
 from .. import versions as features
 from ..clip.derive import carried, prune_owned
-from ..clip.trim import trimmed
-from ..clip.views import Pruned, Shape, View, views
+from ..clip.trim import told
+from ..clip.views import Pruned, Shape, View, seen
 from ..plans.inputs import Choice
 from ..plans.match import match
 from ..talk import say
@@ -49,57 +49,66 @@ def load(
 
     Raises CheckpointError, PlanError, EncoderError.
     """
+    clip, files, states = made(names, type_name, device, disable_dynamic)
+    known, others = seen(clip)
+    if not known and chosen.plan is not None:
+        raise next(iter(others.values()))
+    lines = [f"{name}: loaded whole, {error}" for name, error in others.items()]
+    homes = [home_of(file, known, clip) if known else None for file in files]
+    known |= {home.name: home for home in homes if home}
+    placed = [(file, home, state) for file, home, state in zip(files, homes, states, strict=True) if home]
+    for file, home, state in placed:
+        lines += check_given(clip, file, home, state.keys(), type_name)
+    pruned, told_of_plans = planned(placed, known, chosen)
+    lines += told_of_plans
+    for file, home, _ in placed:
+        now = pruned.get(home.name, Pruned())
+        pruned[home.name] = dataclasses.replace(now, shape=home.shape, file=file.checkpoint.stamp)
+    for view in known.values() if trim else ():
+        pruned[view.name], line = told(clip, view, pruned.get(view.name, Pruned()))
+        lines += [line] if line else []
+    for file, home, _ in placed:
+        pruned[home.name] = without_lacking(clip, file, home, pruned[home.name], trim, type_name)
+    if known:
+        prune_owned(clip, pruned)
+    for file, home, state in placed:
+        fill(clip, file, home, pruned[home.name].removed, state)
+    for file in files:
+        file.checkpoint.check_unchanged()
+    features.set_reload(clip.patcher, reload, (tuple(names), type_name, chosen, device, trim))
+    say("\n".join(lines) or "loaded as it is", node_id)
+    return clip
+
+
+def made(names: Sequence[str], type_name: str, device: str, disable_dynamic: bool):
+    """A CLIP of ComfyUI's for these files, with nothing in the sub-blocks that Skrr knows; the files, and what of each
+    was handed over. A `.gguf` CLIP is whole, and has neither."""
     paths = [path_of(name) for name in names]
     if any(path.lower().endswith(".gguf") for path in paths):
-        clip, files, states = load_gguf(names, type_name, device), [], []
-    else:
-        files = [EncoderFile.open(path) for path in paths]
-        states = [file.hollow() for file in files]
-        clip = load_hollow(files, states, type_name, device, disable_dynamic)
-    known = views(clip)
-    homes = {id(file): home_of(file, known, clip) for file in files}
-    known |= {home.name: home for home in homes.values() if home}
-    lines = []
-    for file, state in zip(files, states, strict=True):
-        if home := homes[id(file)]:
-            lines += check_given(clip, file, home, state.keys(), type_name)
-    pruned = {home.name: recorded(file) for file in files if (home := homes[id(file)]) and file.checkpoint.record}
+        return load_gguf(names, type_name, device), [], []
+    files = [EncoderFile.open(path) for path in paths]
+    states = [file.hollow() for file in files]
+    return load_hollow(files, states, type_name, device, disable_dynamic), files, states
+
+
+def planned(placed, known: Mapping[str, View], chosen: Choice) -> tuple[dict[str, Pruned], list[str]]:
+    """What is left out of each encoder by its file and by the chosen plan, and what to tell. placed: (file, its
+    encoder, ...). Raises PlanError, StandInError."""
+    pruned = {home.name: recorded(file) for file, home, _ in placed if file.checkpoint.record}
     own = {name for name, entry in pruned.items() if entry.plan is not None}
-    lines += [f"{os.path.basename(pruned[name].file.path)}: pruned already, its own plan stays" for name in own]
+    lines = [f"{os.path.basename(pruned[name].file.path)}: pruned already, its own plan stays" for name in own]
     lines += [
         f"{os.path.basename(p.file.path)}: was saved without the stand-ins that its plan names, and pictures may break;"
         " save it again from the dense file with them in models/skrr_plans"
         for p in pruned.values()
         if p.level and p.level.standins and not p.standins
     ]
-    if chosen.plan is not None:
-        for name, view in match(known, chosen.plan).items():
-            if view.name not in own:
-                by_plan, told = chosen.pruned(name, view, chosen.plan.encoder(name))
-                pruned[view.name] = carried(by_plan, pruned.get(view.name, by_plan))
-                lines += told
-    for file in files:
-        if home := homes[id(file)]:
-            now = pruned.get(home.name, Pruned())
-            pruned[home.name] = dataclasses.replace(now, shape=home.shape, file=file.checkpoint.stamp)
-    if trim:
-        for view in known.values():
-            pruned[view.name] = trimmed(clip, view, pruned.get(view.name, Pruned()))
-            if pruned[view.name].unread:
-                lines.append(
-                    f"{view.name}: {len(pruned[view.name].unread)} sub-blocks that no conditioning reads left out"
-                )
-    for file in files:
-        if home := homes[id(file)]:
-            pruned[home.name] = without_lacking(clip, file, home, pruned[home.name], trim, type_name)
-    prune_owned(clip, pruned)
-    for file, state in zip(files, states, strict=True):
-        if home := homes[id(file)]:
-            fill(clip, file, home, pruned[home.name].removed, state)
-        file.checkpoint.check_unchanged()
-    features.set_reload(clip.patcher, reload, (tuple(names), type_name, chosen, device, trim))
-    say("\n".join(lines) or "loaded as it is", node_id)
-    return clip
+    for name, view in match(known, chosen.plan).items() if chosen.plan is not None else ():
+        if view.name not in own:
+            by_plan, more = chosen.pruned(name, view, chosen.plan.encoder(name))
+            pruned[view.name] = carried(by_plan, pruned.get(view.name, by_plan))
+            lines += more
+    return pruned, lines
 
 
 def reload(names, type_name, chosen, device, trim, disable_dynamic=False):

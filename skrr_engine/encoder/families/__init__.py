@@ -3,19 +3,19 @@
 from torch import nn
 
 from ..row import EncoderError, Row, parameter_count
-from . import clip, gemma, llama, t5
+from .clip import CLIP
+from .family import Family
+from .gemma import GEMMA
+from .llama import LLAMA
+from .t5 import T5
 
-FAMILIES = (t5, clip, gemma, llama)
-"""Each is a module with NAME, NORM (what kind its norms are: standin.NORMS), FILE_KEY, FILE_WIDTH and FILE_UNUSED (names
-in files: of a block's tensors, of one as wide as the encoder, and what follows a prefix but no text encoder uses),
-`find_blocks(encoder) -> (path, ModuleList) | None`, `width(block)` and
-`sub_blocks(blocks, path)`, which
-yields attention and feed-forward of each block in turn."""
+FAMILIES: tuple[Family, ...] = (T5, CLIP, GEMMA, LLAMA)
+"""All of them, in the order in which they are tried."""
 
 
-def by_name(name: str):
+def by_name(name: str) -> Family:
     """The family of this name. Raises StopIteration where there is none."""
-    return next(family for family in FAMILIES if name == family.NAME)
+    return next(family for family in FAMILIES if name == family.name)
 
 
 def find(encoder: nn.Module) -> Row:
@@ -29,11 +29,12 @@ def find(encoder: nn.Module) -> Row:
         if found is None:
             continue
         path, blocks = found
+        family.check(encoder, blocks)
         paths = tuple(f"{path}.{i}" for i in range(len(blocks)))
         sub_blocks = tuple(family.sub_blocks(blocks, path))
         total = sum(parameter_count(p) for p in encoder.parameters())
-        return Row(family.NAME, family.width(blocks[0]), sub_blocks, paths, total)
-    names = ", ".join(f.NAME for f in FAMILIES)
+        return Row(family.name, family.width(blocks[0]), sub_blocks, paths, total)
+    names = ", ".join(family.name for family in FAMILIES)
     raise EncoderError(
         f"{type(encoder).__name__} is not a text encoder that Skrr knows (it knows {names}): use another encoder"
     )

@@ -4,16 +4,8 @@ import re
 
 from torch import nn
 
+from .family import Family
 from .residual import module_at, pairs
-
-NAME = "clip"
-NORM = "layer"
-FILE_KEY = re.compile(
-    r"(?P<prefix>(?:.*\.)?)text_model\.encoder\.layers\.(?P<block>\d+)\."
-    r"(?:(?:(?P<attention>self_attn|layer_norm1)|(?P<feed_forward>mlp|layer_norm2))\.(?P<rest>.+)|(?P<other>.+))"
-)
-FILE_WIDTH = "layer_norm1.weight"
-FILE_UNUSED = re.compile(r"(?:vision_model|visual_projection)\..+")
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
@@ -27,3 +19,22 @@ def width(block: nn.Module) -> int:
 
 def sub_blocks(blocks: nn.ModuleList, path: str):
     return pairs(blocks, path, ("layer_norm1", "self_attn"), ("layer_norm2", "mlp"))
+
+
+CLIP = Family(
+    name="clip",
+    norm="layer",
+    find_blocks=find_blocks,
+    width=width,
+    sub_blocks=sub_blocks,
+    bodies=lambda block: iter((block,)),
+    children=frozenset(("layer_norm1", "self_attn", "layer_norm2", "mlp")),
+    attention=lambda block: block.self_attn,
+    arguments=frozenset(("x", "mask", "optimized_attention")),
+    file_key=re.compile(
+        r"(?P<prefix>(?:.*\.)?)text_model\.encoder\.layers\.(?P<block>\d+)\."
+        r"(?:(?:(?P<attention>self_attn|layer_norm1)|(?P<feed_forward>mlp|layer_norm2))\.(?P<rest>.+)|(?P<other>.+))"
+    ),
+    file_width="layer_norm1.weight",
+    file_unused=re.compile(r"(?:vision_model|visual_projection)\..+"),
+)

@@ -4,25 +4,16 @@ import re
 
 from torch import nn
 
+from .family import Family
 from .residual import module_at, pairs
 
-NAME = "gemma"
-NORM = "rms"
-FILE_KEY = re.compile(
-    r"(?P<prefix>(?:.*\.)?)model\.(?:language_model\.)?layers\.(?P<block>\d+)\.(?:"
-    r"(?:(?P<attention>self_attn|input_layernorm|post_attention_layernorm)"
-    r"|(?P<feed_forward>mlp|pre_feedforward_layernorm|post_feedforward_layernorm))\.(?P<rest>.+)|(?P<other>.+))"
-)
-FILE_WIDTH = "pre_feedforward_layernorm.weight"
-FILE_UNUSED = re.compile(r"(?:model\.)?vision_tower\..+")
+ATTENTION = ("input_layernorm", "self_attn", "post_attention_layernorm")
+FEED_FORWARD = ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm")
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
     found = module_at(encoder, "model.layers", "layers")
-    if not found or not hasattr(found[1][0], "pre_feedforward_layernorm"):
-        return None
-    # Gemma 3n and 4 add a third sub-block to each block and share keys between blocks: not this family.
-    return None if hasattr(found[1][0], "per_layer_input_gate") else found
+    return found if found and hasattr(found[1][0], "pre_feedforward_layernorm") else None
 
 
 def width(block: nn.Module) -> int:
@@ -30,6 +21,26 @@ def width(block: nn.Module) -> int:
 
 
 def sub_blocks(blocks: nn.ModuleList, path: str):
-    attention = ("input_layernorm", "self_attn", "post_attention_layernorm")
-    feed_forward = ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm")
-    return pairs(blocks, path, attention, feed_forward)
+    return pairs(blocks, path, ATTENTION, FEED_FORWARD)
+
+
+GEMMA = Family(
+    name="gemma",
+    norm="rms",
+    find_blocks=find_blocks,
+    width=width,
+    sub_blocks=sub_blocks,
+    bodies=lambda block: iter((block,)),
+    children=frozenset((*ATTENTION, *FEED_FORWARD)),
+    attention=lambda block: block.self_attn,
+    arguments=frozenset(
+        ("hidden_states", "attention_mask", "freqs_cis", "optimized_attention", "past_key_value", "sliding_window")
+    ),
+    file_key=re.compile(
+        r"(?P<prefix>(?:.*\.)?)model\.(?:language_model\.)?layers\.(?P<block>\d+)\.(?:"
+        r"(?:(?P<attention>self_attn|input_layernorm|post_attention_layernorm)"
+        r"|(?P<feed_forward>mlp|pre_feedforward_layernorm|post_feedforward_layernorm))\.(?P<rest>.+)|(?P<other>.+))"
+    ),
+    file_width="pre_feedforward_layernorm.weight",
+    file_unused=re.compile(r"(?:model\.)?vision_tower\..+"),
+)

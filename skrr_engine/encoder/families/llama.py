@@ -4,17 +4,8 @@ import re
 
 from torch import nn
 
+from .family import Family
 from .residual import module_at, pairs
-
-NAME = "llama"
-NORM = "rms"
-FILE_KEY = re.compile(
-    r"(?P<prefix>(?:.*\.)?)model\.(?:language_model\.)?layers\.(?P<block>\d+)\.(?:"
-    r"(?:(?P<attention>self_attn|input_layernorm)|(?P<feed_forward>mlp|post_attention_layernorm))\.(?P<rest>.+)"
-    r"|(?P<other>.+))"
-)
-FILE_WIDTH = "input_layernorm.weight"
-FILE_UNUSED = re.compile(r"(?:model\.)?vision_tower\..+")
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
@@ -31,3 +22,25 @@ def width(block: nn.Module) -> int:
 
 def sub_blocks(blocks: nn.ModuleList, path: str):
     return pairs(blocks, path, ("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
+
+
+LLAMA = Family(
+    name="llama",
+    norm="rms",
+    find_blocks=find_blocks,
+    width=width,
+    sub_blocks=sub_blocks,
+    bodies=lambda block: iter((block,)),
+    children=frozenset(("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")),
+    attention=lambda block: block.self_attn,
+    arguments=frozenset(
+        ("hidden_states", "attention_mask", "freqs_cis", "optimized_attention", "past_key_value", "sliding_window")
+    ),
+    file_key=re.compile(
+        r"(?P<prefix>(?:.*\.)?)model\.(?:language_model\.)?layers\.(?P<block>\d+)\.(?:"
+        r"(?:(?P<attention>self_attn|input_layernorm)|(?P<feed_forward>mlp|post_attention_layernorm))\.(?P<rest>.+)"
+        r"|(?P<other>.+))"
+    ),
+    file_width="input_layernorm.weight",
+    file_unused=re.compile(r"(?:model\.)?vision_tower\..+"),
+)

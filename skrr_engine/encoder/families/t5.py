@@ -12,16 +12,9 @@ import torch
 from torch import nn
 
 from ..row import Call, Placeholder, SubBlock, parameter_count
+from .family import Family
 from .residual import from_transformers, module_at
 
-NAME = "t5"
-NORM = "rms"
-FILE_KEY = re.compile(
-    r"(?P<prefix>(?:.*\.)?)encoder\.block\.(?P<block>\d+)\.(?:"
-    r"layer\.(?:(?P<attention>0)|(?P<feed_forward>1))\.(?P<rest>.+)|(?P<other>.+))"
-)
-FILE_WIDTH = "layer.0.layer_norm.weight"
-FILE_UNUSED = re.compile(r"(?:decoder|lm_head)\..+")
 BIAS = "SelfAttention.relative_attention_bias."
 
 
@@ -45,6 +38,11 @@ def sub_blocks(blocks: nn.ModuleList, path: str):
     for i, block in enumerate(blocks):
         yield T5Attention(2 * i, f"{path}.{i}.layer.0", block.layer[0], shared and i == 0)
         yield T5FeedForward(2 * i + 1, {f"{path}.{i}.layer.1": block.layer[-1]})
+
+
+def bodies(block: nn.Module):
+    """A T5 block and its two layers."""
+    return iter((block, *block.layer))
 
 
 def clamped(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
@@ -164,3 +162,23 @@ class AttentionPlaceholder(Placeholder):
             past = self.SelfAttention.bias(x, mask)
         kwargs = call.kwargs if name is None else {**call.kwargs, name: past}
         return Call((), kwargs, call.hidden), past
+
+
+T5 = Family(
+    name="t5",
+    norm="rms",
+    find_blocks=find_blocks,
+    width=width,
+    sub_blocks=sub_blocks,
+    bodies=bodies,
+    children=frozenset(("layer", "layer_norm", "SelfAttention", "DenseReluDense")),
+    attention=lambda block: block.layer[0],
+    arguments=frozenset(("x", "mask", "past_bias", "optimized_attention")),
+    file_key=re.compile(
+        r"(?P<prefix>(?:.*\.)?)encoder\.block\.(?P<block>\d+)\.(?:"
+        r"layer\.(?:(?P<attention>0)|(?P<feed_forward>1))\.(?P<rest>.+)|(?P<other>.+))"
+    ),
+    file_width="layer.0.layer_norm.weight",
+    file_unused=re.compile(r"(?:decoder|lm_head)\..+"),
+    stays=stays,
+)
