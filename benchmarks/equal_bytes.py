@@ -27,7 +27,7 @@ from torch import nn
 
 from benchmarks import smollm2
 from benchmarks.pages import fill
-from skrr_engine.cli import commands as cli
+from skrr_engine import cli
 from skrr_engine.encoder import families
 from skrr_engine.encoder.actions import Assignment, assignment
 from skrr_engine.encoder.row import Row
@@ -38,6 +38,7 @@ from skrr_engine.measure.discrepancy import Discrepancy
 from skrr_engine.measure.meter import Meter
 from skrr_engine.measure.prompts import generate
 from skrr_engine.plan.model import EncoderPlan, Plan
+from skrr_engine.plan.words import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (0.15, 0.30, 0.42)
@@ -214,7 +215,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     folder = str(smollm2.ensure(ROOT / ".cache" / "smollm2"))
     plan = find_plan(folder, cut)
-    print(f"the plan is there after {cli.duration(time.monotonic() - start)}", flush=True)
+    print(f"the plan is there after {duration(time.monotonic() - start)}", flush=True)
     encoder = load(folder)
     batches = encoder.batches(generate(cut.held_out, HELD_OUT_SEED))
     null = encoder.batch([encoder.tokenize("")])
@@ -225,7 +226,7 @@ def main() -> None:
     if not options.quick:
         plot(points, zeros, ROOT / "docs" / "images" / "equal_bytes.png")
         fill(ROOT / "docs" / "equal_bytes.md", {"table": table(points)})
-    print(f"took {cli.duration(time.monotonic() - start)}")
+    print(f"took {duration(time.monotonic() - start)}")
 
 
 if __name__ == "__main__":

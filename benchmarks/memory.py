@@ -44,12 +44,13 @@ def write_file(path: Path, small: bool) -> None:
     """A safetensors file of these shapes in fp8, random but finite, one tensor in memory at a time."""
     import torch
 
-    from skrr_engine.files.encoder_file import Entry, header_bytes, replacing
+    from skrr_engine.disk.atomic import replacing
+    from skrr_engine.disk.safetensors import Entry, write
 
     generator = torch.Generator().manual_seed(0)
     entries = {key: Entry("F8_E4M3", shape) for key, shape in shapes(small).items()}
     with replacing(path) as file:
-        file.write(header_bytes(entries, {"format": "pt"}))
+        file.write(write(entries, {"format": "pt"}))
         for key, entry in entries.items():
             # Small numbers of either sign: fp8 bit patterns of 2**-9 to 2**-4; norms are one.
             bits = torch.randint(1, 24, entry.shape, generator=generator, dtype=torch.uint8)

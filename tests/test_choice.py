@@ -15,6 +15,7 @@ from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
 
 NODES = [
     "SkrrPrune", "SkrrLoadPlan", "SkrrEditPlan", "SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader",
+    "SkrrQuadrupleCLIPLoader",
     "SkrrSaveEncoder", "SkrrTrimUnread", "SkrrMemoryReport", "SkrrCompare",
 ]  # fmt: skip
 

@@ -138,7 +138,7 @@ def test_size_of_quantised_files(comfy, host, small_heads, write, form):
         clip = host("nodes.host.files.load").load([path.name], "mochi", asked, trim=False)
         pruned = encoders.pruning(clip)["t5xxl"]
         assert (pruned.level and pruned.level.skipped) == skipped
-        told = host("nodes.drawing.plan_map").of_clip(clip)[0]
+        told = host("nodes.host.maps").of_clip(clip)[0]
         assert told["now"] == pytest.approx(size, rel=1e-3) and told["dense"] == pytest.approx(real, rel=1e-3)
         assert told["total"] == in_memory.total and told["counts"] == list(in_memory.parameter_counts)
         assert encode(clip).isfinite().all()
@@ -156,7 +156,7 @@ def test_t5_with_its_decoder_and_its_embedding_twice(comfy, host, small_heads, w
     assert torch.equal(encode(clip), encode(load.load([plain.name], "mochi", choice(host, plan_for()))))
     assert shape_of(host, clip).total_bytes == shape_of(host, dense(comfy, full)).total_bytes
     memory = host("nodes.host.clip.memory").encoders(clip)[0]
-    assert memory.now == host("nodes.drawing.plan_map").of_clip(clip)[0]["now"] + 4, "logit_scale stands beside the encoder"
+    assert memory.now == host("nodes.host.maps").of_clip(clip)[0]["now"] + 4, "logit_scale stands beside the encoder"
     name, _ = saving.save(clip, encoders.choose(clip), encoders.pruning(clip)["t5xxl"], "of full")
     assert load_file(full.parent / name).keys() == tensors.keys() - one.dropped(ORDER)
     assert torch.equal(encode(load.load([name], "mochi", choice(host, None))), encode(clip))

@@ -449,7 +449,7 @@ def test_mutated_workflow_values(pack, builders):
 def test_a_state_that_removes_what_nothing_reads(pack, builders, monkeypatch):
     """HunyuanVideo reads its Llama before its end: a search's state can't name what stands behind."""
     host = lambda name: comfy_runtime.pack_module(pack, name)  # noqa: E731
-    library, view_of = host("nodes.host.plans.folder"), host("nodes.host.clip.views").choose
+    library, view_of = host("nodes.host.plans.searched"), host("nodes.host.clip.views").choose
     clip, made = builders.hunyuan_video(), library.state
 
     def state(key: str):

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_comfy import host  # noqa: F401 - a fixture
@@ -40,7 +41,9 @@ def shelf(comfy, tmp_path, monkeypatch):
 
 @pytest.fixture
 def library(host, pack):  # noqa: F811
-    return host("nodes.host.plans.folder")
+    """Plans in folders, and those that searches have left, as one."""
+    kept = {**vars(host("nodes.host.plans.folder")), **vars(host("nodes.host.plans.searched"))}
+    return SimpleNamespace(**{name: value for name, value in kept.items() if not name.startswith("__")})
 
 
 def plan_of(*order: int, standins: bytes | None = None) -> Plan:

@@ -392,7 +392,7 @@ def test_a_stopped_search_claims_no_discrepancy():
     from skrr_engine.search.run import unfinished
 
     row = families.find(small.build("t5"))
-    entry = unfinished(row, SkipList((3, 6), 0.5, (0.2, 0.5)), Settings(0.4), repaired=True)
+    entry = unfinished(row, SkipList((3, 6), 0.5, (0.2, 0.5)), Settings(0.4), standins=True)
     assert [level.discrepancy for level in entry.levels] == [None, None] and "steps" not in entry.extensions["search"]
 
 

@@ -442,7 +442,7 @@ def klein_part(work: Work, comfy: Comfy) -> None:
     """Qwen3-8B as Flux.2 Klein reads it: 9 of its 36 blocks are never read."""
     import torch
 
-    from skrr_engine.files.encoder_file import Entry, header_bytes
+    from skrr_engine.disk.safetensors import Entry, write
 
     card = work.card
     small = {**QWEN3_8B, "ffn": 16, "heads": 2, "kv": 1}
@@ -456,7 +456,7 @@ def klein_part(work: Work, comfy: Comfy) -> None:
     path, shapes = folder / "qwen3_8b.safetensors", qwen3_shapes(sizes)
     draw = torch.Generator(card.device).manual_seed(0)
     with open(path, "wb") as file:
-        file.write(header_bytes({key: Entry("BF16", shape) for key, shape in shapes.items()}, {"format": "pt"}))
+        file.write(write({key: Entry("BF16", shape) for key, shape in shapes.items()}, {"format": "pt"}))
         for shape in shapes.values():
             t = torch.ones(shape, device=card.device, dtype=torch.bfloat16)
             if len(shape) == 2:

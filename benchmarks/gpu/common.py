@@ -242,7 +242,7 @@ def t5_file(card: Card, sizes: T5, kind: str, folder: Path) -> Path:
     """A safetensors file of T5 with random weights, made on the card: `fp16`, `fp8` or `scaled_fp8` (each weight in fp8
     with a scale beside it and a marker, as artists have them)."""
     torch = card.torch
-    from skrr_engine.files.encoder_file import Entry, header_bytes
+    from skrr_engine.disk.safetensors import Entry, write
 
     folder = folder / f"{sizes.width}x{sizes.ffn}"
     folder.mkdir(exist_ok=True)
@@ -258,7 +258,7 @@ def t5_file(card: Card, sizes: T5, kind: str, folder: Path) -> Path:
             entries[key.removesuffix("weight") + "scale_weight"] = Entry("F32", ())
     generator, gain, partial = torch.Generator(card.device).manual_seed(0), gains(sizes), path.with_suffix(".part")
     with open(partial, "wb") as file:
-        file.write(header_bytes(entries, {"format": "pt"}))
+        file.write(write(entries, {"format": "pt"}))
         for key, shape in sizes.shapes().items():
             t = values(card, key, shape, generator, gain)
             scale = t.abs().max() / 448 if key in scaled else None

@@ -7,13 +7,23 @@ import torch
 
 from ....skrr_engine.encoder.row import EncoderError, describe
 from ....skrr_engine.encoder.trace import Tracer
+from ....skrr_engine.errors import first_line
 from ....skrr_engine.files.encoder_file import CheckpointError
 from ....skrr_engine.memory import out_of_memory
 from ..clip.prompts import Conditioning
 from ..clip.trim import trimmed
 from ..clip.views import TRANSFORMER, Pruned, View
 from .encoder_file import EncoderFile, Sheltered
-from .load import PROJECTION, SCALES, cause
+
+SCALES = ("scale_weight", "weight_scale")
+"""What the names of a quantised weight's scale end with, in files of before and of now."""
+PROJECTION = "text_projection.weight"
+
+
+def cause(error: Exception) -> str:
+    """What went wrong, in one line. torch puts a title above the causes when tensors don't fit a module."""
+    title, *causes = [line.strip(" \t.") for line in str(error).splitlines() if line.strip()] or [""]
+    return causes[0][:300] if causes and title.endswith(":") else first_line(error)
 
 
 def check_given(clip, file: EncoderFile, home: View, given: Collection[str], type_name: str) -> list[str]:

@@ -18,7 +18,6 @@ import comfy.sd
 import folder_paths
 import torch
 
-from ....skrr_engine.errors import first_line
 from ....skrr_engine.files.encoder_file import CheckpointError
 from ....skrr_engine.memory import out_of_memory
 from .. import versions as features
@@ -29,11 +28,7 @@ from ..plans.inputs import Choice
 from ..plans.match import match
 from ..talk import say
 from .encoder_file import EncoderFile, Sheltered
-from .fill import check_given, fill, without_lacking
-
-SCALES = ("scale_weight", "weight_scale")
-"""What the names of a quantised weight's scale end with, in files of before and of now."""
-PROJECTION = "text_projection.weight"
+from .fill import cause, check_given, fill, without_lacking
 
 
 def load(
@@ -160,12 +155,6 @@ def load_hollow(
                 f"{names}: ComfyUI can't make a text encoder of type {type_name} of it ({cause(error)});"
                 " choose another type or file"
             ) from error
-
-
-def cause(error: Exception) -> str:
-    """What went wrong, in one line. torch puts a title above the causes when tensors don't fit a module."""
-    title, *causes = [line.strip(" \t.") for line in str(error).splitlines() if line.strip()] or [""]
-    return causes[0][:300] if causes and title.endswith(":") else first_line(error)
 
 
 def home_of(file: EncoderFile, known: Mapping[str, View], clip) -> View | None:

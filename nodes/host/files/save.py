@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from ....skrr_engine.disk.atomic import claim, unnamed
-from ....skrr_engine.disk.safetensors import tensor_bytes
-from ....skrr_engine.files.encoder_file import NAMES, Checkpoint, CheckpointError, Entry
+from ....skrr_engine.disk.safetensors import NAMES, Entry, tensor_bytes
+from ....skrr_engine.files.encoder_file import Checkpoint, CheckpointError
 from ....skrr_engine.files.layout import Layout, layout_of
 from ....skrr_engine.files.pruned import write_pruned
 from ....skrr_engine.plan.model import Plan, Provenance

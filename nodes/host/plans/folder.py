@@ -23,8 +23,6 @@ SHIPPED = " (shipped)"
 """Behind the names of plans that come with the pack."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
-FOUND, SO_FAR = "plan", "so_far"
-"""Endings of notes on saved plans (see Note): of searches that have ended, and of those that were stopped."""
 
 
 class FolderError(SkrrError):
@@ -121,3 +119,8 @@ def save(plan: Plan, name: str, standins: bytes = b"") -> str:
     stem = file_name(name).removesuffix(".json")
     paths = free_paths(FOLDER, folder_to_write(FOLDER), stem, ".json")
     return standin_file.write_new(paths, plan, standins).name
+
+
+def has_standins(plan: Plan) -> bool:
+    """Whether all the files of stand-ins that a plan names are here."""
+    return all(standin_file.find(folders(), digest) for digest in standin_file.digests(plan))

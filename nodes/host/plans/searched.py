@@ -10,9 +10,11 @@ import folder_paths
 
 from ....skrr_engine.disk.atomic import replacing
 from ....skrr_engine.errors import SkrrError
-from ....skrr_engine.files import companion as standin_file
 from ....skrr_engine.plan.model import Plan
-from .folder import FOLDER, FOUND, SO_FAR, FolderError, file_name, file_sha256, folders, path_of, save
+from .folder import FOLDER, FolderError, file_name, file_sha256, has_standins, path_of, save
+
+FOUND, SO_FAR = "plan", "so_far"
+"""Endings of notes on saved plans (see Note): of searches that have ended, and of those that were stopped."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,6 @@ def searched(key: str) -> tuple[str, Plan] | None:
             plan = Plan.read(path_of(name))
             return (name, plan) if has_standins(plan) else None
     return None
-
-
-def has_standins(plan: Plan) -> bool:
-    """Whether all the files of stand-ins that a plan names are here."""
-    return all(standin_file.find(folders(), digest) for digest in standin_file.digests(plan))
 
 
 def state(key: str):
