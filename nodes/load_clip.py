@@ -49,12 +49,17 @@ class LoadCLIP(io.ComfyNode):
         )
 
     @classmethod
+    def offered(cls) -> set[str]:
+        """The names of all files that it offers."""
+        return {name for names in features.encoder_files(cls.FILES) for name in names}
+
+    @classmethod
     def validate_inputs(
         cls, plan, plan_json="", clip_name="", clip_name1="", clip_name2="", clip_name3="", clip_name4=""
     ) -> bool | str:
         found = choice.validate(plan, plan_json, NO_PLAN)
         for name in (clip_name, clip_name1, clip_name2, clip_name3, clip_name4):
-            if name and features.listed(name, features.encoder_files()) is None:
+            if name and features.listed(name, cls.offered()) is None:
                 return f'there is no text encoder "{name[:100]}": put the file into models/text_encoders'
         return found
 
@@ -71,8 +76,7 @@ class LoadCLIP(io.ComfyNode):
         from .host.files.load import load, path_of
         from .host.maps import shown
 
-        known = features.encoder_files()
-        names = [features.listed(files[key], known) or files[key] for key in cls.file_inputs()]
+        names = [features.listed(files[key], cls.offered()) or files[key] for key in cls.file_inputs()]
         for name in names:
             path_of(name)
         chosen = choice.read(plan, plan_json, sparsity, size_gb, NO_PLAN)

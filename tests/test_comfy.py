@@ -29,7 +29,8 @@ def derive(host):
     """`derive(clip, {"t5xxl": removed})` through a real plan."""
 
     def make(clip, removed_by_name):
-        plan, apply, encoders = host("skrr_engine.plan.model"), host("nodes.host.clip.derive"), host("nodes.host.clip.views")
+        plan, apply = host("skrr_engine.plan.model"), host("nodes.host.clip.derive")
+        encoders = host("nodes.host.clip.views")
         pruned = {}
         for name, removed in removed_by_name.items():
             row = encoders.views(clip)[name].row
@@ -277,7 +278,7 @@ def test_running_out_of_memory_is_not_a_bad_file(host, comfy, monkeypatch):
 
     monkeypatch.setattr(comfy.sd, "load_text_encoder_state_dicts", full)
     with pytest.raises(torch.OutOfMemoryError):
-        host("nodes.host.files.load").load_hollow([], "sd3", "default", False)
+        host("nodes.host.files.load").load_hollow([], [], "sd3", "default", False)
 
 
 def test_template_tokens_are_not_read(builders, host):
@@ -377,6 +378,26 @@ def test_projection_of_a_model(comfy, builders, host, lora):
     assert (projection.denoiser, projection.name) == ("flux", "txt_in")
     other = host("nodes.host.clip.views").choose(builders.sdxl(), "clip_g")
     assert host("nodes.host.model").from_model(model, other)  # as wide: nothing tells them apart
+
+
+@pytest.mark.parametrize(("taps", "takes"), [(3, True), (1, False), (2, False)])
+def test_flux2_projects_three_joined_states(comfy, builders, host, taps, takes):
+    holder = torch.nn.Module()
+    holder.diffusion_model = torch.nn.ModuleDict({"txt_in": torch.nn.Linear(taps * 64, 32, bias=False)})
+    holder.model_config = SimpleNamespace(unet_config={"image_model": "flux2"})
+    model = comfy.model_patcher.ModelPatcher(holder, torch.device("cpu"), torch.device("cpu"))
+    clip = builders.flux2()
+    view = host("nodes.host.clip.views").choose(clip)
+    width = host("nodes.host.clip.prompts").Conditioning(clip, view).width
+    projections, readings = host("nodes.host.model"), host("nodes.host.clip.readings")
+    assert width == encode(clip)[0].shape[-1] == 3 * 64
+    if takes:
+        x = torch.randn(1, 7, 3 * 64)
+        for found in (projections.from_model(model, view, width), readings.projection(model, clip, width)):
+            torch.testing.assert_close(found(x), holder.diffusion_model["txt_in"](x))
+        return
+    with pytest.raises(host("skrr_engine.measure.projection").ProjectionError, match="192 wide"):
+        projections.from_model(model, view, width)
 
 
 def test_low_vram(comfy, builders, derive):

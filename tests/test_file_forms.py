@@ -151,7 +151,7 @@ def test_t5_with_its_decoder_and_its_embedding_twice(comfy, host, small_heads, w
     plain, full = write("plain.safetensors", tensors), write("full.safetensors", {**tensors, **more})
     one, two = Checkpoint(plain).layout, Checkpoint(full).layout
     assert (one.total, one.total_bytes) == (two.total, two.total_bytes) and one.sparsity(ORDER) == two.sparsity(ORDER)
-    load, saving, encoders = (host(f"nodes.host.{name}") for name in ("loader", "saving", "encoders"))
+    load, saving, encoders = (host(f"nodes.host.{name}") for name in ("files.load", "files.save", "clip.views"))
     clip = load.load([full.name], "mochi", choice(host, plan_for()))
     assert torch.equal(encode(clip), encode(load.load([plain.name], "mochi", choice(host, plan_for()))))
     assert shape_of(host, clip).total_bytes == shape_of(host, dense(comfy, full)).total_bytes
@@ -418,14 +418,15 @@ def test_qwen3vl(comfy, host, small_qwen3vl, write, monkeypatch, kind, form):
     plain = {key.replace("model.language_model.", "model.", 1): t for key, t in tensors.items()}
     known = write(f"plain_{form}.safetensors", plain)
     whole = comfy.sd.load_clip([str(known)], clip_type=getattr(comfy.sd.CLIPType, kind.upper()))
-    load, encoders, saving = (host(f"nodes.host.{name}") for name in ("loader", "encoders", "saving"))
+    load, encoders, saving = (host(f"nodes.host.{name}") for name in ("files.load", "clip.views", "files.save"))
     (name,) = encoders.views(whole)
     level = Level(skipped=3, reuse={}, sparsity=0.1)
     entry = EncoderPlan(family="llama", blocks=36, width=64, order=(9, 20, 30), levels=(level,))
     plan = Plan(encoders={name: entry}, provenance=Provenance(source="test"))
     clip = load.load([path.name], kind, choice(host, plan))
     pruned = encoders.pruning(clip)[name]
-    derived = host("nodes.host.clip.derive").derive(whole, {name: encoders.Pruned(pruned.plan, pruned.level, pruned.unread)})
+    left_out = encoders.Pruned(pruned.plan, pruned.level, pruned.unread)
+    derived = host("nodes.host.clip.derive").derive(whole, {name: left_out})
     tokens = clip.tokenize("a red cube")
     found = clip.encode_from_tokens(tokens)
     assert torch.equal(found, derived.encode_from_tokens(tokens)) and found.isfinite().all()

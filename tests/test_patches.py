@@ -80,7 +80,8 @@ PATCHES = [
 @pytest.fixture
 def prune(host):
     """`prune(clip)`: a plan on its T5, as Load Skrr Plan puts it on."""
-    plans, apply, encoders = host("skrr_engine.plan.model"), host("nodes.host.clip.derive"), host("nodes.host.clip.views")
+    plans, apply = host("skrr_engine.plan.model"), host("nodes.host.clip.derive")
+    encoders = host("nodes.host.clip.views")
     reuse = {i: j for i, j in REMOVED.items() if j is not None}
     level = plans.Level(skipped=len(REMOVED), sparsity=0.1, reuse=reuse)
     entry = plans.EncoderPlan(family="t5", blocks=5, width=64, order=tuple(REMOVED), levels=(level,))

@@ -35,7 +35,7 @@ def test_the_default_prompts_never_change(thousand):
 
 
 def test_another_process_makes_the_same_prompts():
-    code = "from skrr_engine.measure import prompts; import sys; sys.stdout.write(prompts.sha256(prompts.generate(50, 7)))"
+    code = "from skrr_engine.measure import prompts; print(end=prompts.sha256(prompts.generate(50, 7)))"
     out = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True).stdout
     assert out == prompts.sha256(prompts.generate(50, 7))
 

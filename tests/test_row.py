@@ -287,3 +287,25 @@ def test_unknown_encoder():
 
 def test_assignment():
     assert assignment([4, 1], {1: 3}) == {4: SKIP, 1: Reuse(3)}
+
+
+def test_a_block_with_a_tensor_of_its_own_is_refused():
+    """Gemma 4's blocks multiply by a buffer of theirs, which no walk over sub-blocks knows of."""
+    for name, list_of in (("t5", lambda e: e.encoder.block), ("clip", lambda e: e.text_model.encoder.layers),
+                          ("llama", lambda e: e.layers), ("gemma3", lambda e: e.layers)):  # fmt: skip
+        encoder = small.build(name)
+        list_of(encoder)[1].register_buffer("layer_scalar", torch.ones(1))
+        with pytest.raises(EncoderError, match="but block 1 has layer_scalar, which Skrr can't walk"):
+            families.find(encoder)
+        encoder = small.build(name)
+        list_of(encoder)[2].adapter = torch.nn.Linear(2, 2)
+        with pytest.raises(EncoderError, match="but block 2 has adapter, which Skrr can't walk"):
+            families.find(encoder)
+
+
+def test_no_family_can_be_half_filled():
+    assert {family.name for family in families.FAMILIES} == {"t5", "clip", "llama", "gemma"}
+    for missing in ("norm", "file_key", "arguments"):
+        facts = {key: value for key, value in vars(families.FAMILIES[0]).items() if key != missing}
+        with pytest.raises(TypeError, match=missing):
+            type(families.FAMILIES[0])(**facts)

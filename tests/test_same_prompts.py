@@ -137,7 +137,8 @@ def test_the_same_prompts_have_the_same_hash(folder, pack, builders, comfyui_roo
     state = {k.removeprefix(view.prefix): t for k, t in clip.cond_stage_model.state_dict().items()}
     save_file({k: t.contiguous() for k, t in state.items() if k.startswith(("shared.", "encoder."))},
               folder / "encoder.safetensors")  # fmt: skip
-    settings, fitting = host("skrr_engine.search.settings").Settings(0.02, reuse=False), host("skrr_engine.standins.fit").Fitting(1)
+    settings = host("skrr_engine.search.settings").Settings(0.02, reuse=False)
+    fitting = host("skrr_engine.standins.fit").Fitting(1)
     own = host("nodes.host.search").find_plan(
         clip, None, view, settings, [*texts, texts[0]], "same_prompts", None, fitting
     )
@@ -151,7 +152,8 @@ def test_the_same_prompts_have_the_same_hash(folder, pack, builders, comfyui_roo
 def test_a_prompt_is_tokenised_once(pack, builders):
     host = lambda name: comfy_runtime.pack_module(pack, name)  # noqa: E731
     clip = builders.hunyuan_video()
-    conditioning = host("nodes.host.clip.prompts").Conditioning(clip, host("nodes.host.clip.views").choose(clip, "llama"))
+    view = host("nodes.host.clip.views").choose(clip, "llama")
+    conditioning = host("nodes.host.clip.prompts").Conditioning(clip, view)
     clip = conditioning.clip  # what is asked: the CLIP with nothing left out
     asked, tokenize = [], clip.tokenize
     clip.tokenize = lambda text, *args, **kwargs: (asked.append(text), tokenize(text, *args, **kwargs))[1]

@@ -254,7 +254,8 @@ def test_interruption_and_resuming_at_every_step(tmp_path, delta):
         return small.meter("clip", module, batches, [2])
 
     wanted = search(make(), chosen)
-    state = State(tmp_path / "state.json", fingerprint([s.tensors() for s in families.find(module).sub_blocks], "facts"))
+    weights = [sub_block.tensors() for sub_block in families.find(module).sub_blocks]
+    state = State(tmp_path / "state.json", fingerprint(weights, "facts"))
 
     class Interrupt(Exception):
         pass

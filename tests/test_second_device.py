@@ -9,6 +9,7 @@ from skrr_engine.encoder import families
 from skrr_engine.encoder.actions import assignment
 from skrr_engine.encoder.trace import Tracer
 from skrr_engine.files.folder import Encoder
+from skrr_engine.measure.calibration import Calibration
 from skrr_engine.measure.discrepancy import COSINE, Criterion
 from skrr_engine.measure.meter import Meter
 from skrr_engine.measure.projection import LAYOUTS, build
@@ -42,17 +43,18 @@ def everything(name: str, device: str) -> tuple:
             "fc1.bias": tensor(8),
             "fc2.bias": tensor(8),
         }
-        projection = build(LAYOUTS[0], lambda key: weights[key.removeprefix("y_embedder.y_proj.")]).to(device)
+        projection = build(LAYOUTS[0], lambda key: weights[key.removeprefix("y_embedder.y_proj.")])
+        if stack is not None:
+            stack.take(projection)
         ids = [[3 + (7 * n + i * i) % 90 for i in range(8)] for n in range(9)]
         found = []
         for criterion, delta in ((Criterion(), 0.0), (COSINE, 0.05), (Criterion(), 0.05)):
-            meter = Meter(
-                module, Tracer(module, encoder.row), [encoder.batch(ids[i : i + 3]) for i in (0, 3, 6)],
-                encoder.batch([[1]]), projection, memory=1 << 26, criterion=criterion,
-            )  # fmt: skip
+            batches = [encoder.batch(ids[i : i + 3]) for i in (0, 3, 6)]
+            prompts = Calibration(module, Tracer(module, encoder.row), batches, encoder.batch([[1]]), 1 << 26)
+            meter = Meter(prompts, projection, criterion=criterion)
             entry = search(meter, Settings(sparsity=0.15, beam=1, delta=delta))
             found.append((entry.order, entry.levels[-1].reuse, round(entry.levels[-1].discrepancy, 3)))
-        fits, _ = standin.fit(meter, dict.fromkeys(entry.order), standin.Fitting(rank=4, held_out=3))
+        fits, _ = standin.fit(prompts, assignment(entry.order), standin.Fitting(rank=4, held_out=3))
         (repaired,) = meter.measure([assignment(entry.order, standins=fits)])
         assert all(str(t.device) == device for fit in fits.values() for t in (fit.down, fit.up, fit.bias))
         return (*found, round(repaired.total, 3), round(meter.null_norm(), 2))

@@ -1,4 +1,4 @@
-"""Linear stand-ins: the fits against plain linear algebra, walks against forwards, files, and the search that goes by them."""
+"""Linear stand-ins: the fits against plain linear algebra, walks against forwards, files, and the search by them."""
 
 import json
 import math
@@ -360,7 +360,7 @@ def test_search_goes_on_where_it_was_stopped():
     fitted = small.meter("t5", module, small.prompts(LENGTHS * 2), [2]).calibration
     ranked = small.meter("t5", module, small.prompts(LENGTHS, seed=5), [2])
     settings, fitting, saved, lines = Settings(0.4, (0.2,), 1, True, 0.05), Fitting(rank=2), [], []
-    whole = with_standins.search(fitted, ranked, settings, fitting, lambda p: lines.append(p), lambda beam: saved.append(beam))
+    whole = with_standins.search(fitted, ranked, settings, fitting, lines.append, saved.append)
     lengths = [len(beam[0].order) for beam in saved]
     assert lengths == list(range(1, len(saved) + 1)), "a save after each step"
     assert all(0 <= p.done < 1 for p in lines) and lines[-1].line.startswith("step ")

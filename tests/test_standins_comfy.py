@@ -223,7 +223,8 @@ def test_report_and_map(comfy, host, small_heads, text_encoders, files, plans): 
 
 def test_editing_one_encoder_keeps_the_stand_ins_of_the_others(comfy, builders, host):  # noqa: F811
     """What the editor sends names them by their file's hash; turning a repaired place into a skipped one does not."""
-    plan, apply, encoders = host("skrr_engine.plan.model"), host("nodes.host.clip.derive"), host("nodes.host.clip.views")
+    plan, apply = host("skrr_engine.plan.model"), host("nodes.host.clip.derive")
+    encoders = host("nodes.host.clip.views")
     clip = builders.flux()
     pruned = pruned_with(host, clip, "t5xxl", (2, 5))
     named = plan.StandIns(sha256="a" * 64, ranks={2: 4, 5: 4})
@@ -239,7 +240,8 @@ def test_editing_one_encoder_keeps_the_stand_ins_of_the_others(comfy, builders, 
     edited = plan.Plan(encoders={"t5xxl": pruned.plan, "clip_l": other}, provenance=plan.Provenance(source="manual"))
     assert set(host("nodes.host.plans.match").replaced(derived, edited)) == {"clip_l"}
     bare = pruned.plan.model_copy(update={"levels": (level.model_copy(update={"standins": None}),)})
-    changed = host("nodes.host.plans.match").replaced(derived, plan.Plan(encoders={"t5xxl": bare}, provenance=edited.provenance))
+    without = plan.Plan(encoders={"t5xxl": bare}, provenance=edited.provenance)
+    changed = host("nodes.host.plans.match").replaced(derived, without)
     assert changed["t5xxl"].standins == {}, "now only skipped"
 
 

@@ -107,3 +107,31 @@ def test_search_leaves_unread_layers_alone(builders, host):
     search = host("skrr_engine.search.run")
     plan = search.search(meter, host("skrr_engine.search.settings").Settings(0.015, (), 2))
     assert meter.readable() == 6 and plan.order and max(plan.order) < 6
+
+
+def test_states_deep_in_the_output_and_an_encoder_for_quotes(builders, host):
+    """HiDream's Llama travels in a dictionary; HunyuanImage runs its ByT5 for quoted text only."""
+    clip = builders.hidream()
+    assert not any(unread(host, trim(host, clip)).values())
+    clip = builders.hunyuan_image()
+    small = trim(host, clip)
+    assert unread(host, small) == {"qwen25_7b": (6, 7, 8, 9), "byt5_small": ()}
+    dense, cut = (c.encode_from_tokens(c.tokenize('a "red" cube'), return_dict=True) for c in (clip, small))
+    assert torch.equal(dense["cond"], cut["cond"])
+    assert torch.equal(dense["conditioning_byt5small"], cut["conditioning_byt5small"])
+    view = host("nodes.host.clip.views").choose(clip, "byt5_small")
+    conditioning = host("nodes.host.clip.prompts").Conditioning(clip, view)
+    assert conditioning.batches(['says "red"', "nothing in quotes"])
+    with pytest.raises(host("skrr_engine.errors").SkrrError, match="none of the prompts runs byt5_small"):
+        conditioning.batches(["no quotes"])
+    view = host("nodes.host.clip.views").choose(clip, "qwen25_7b")
+    assert host("nodes.host.clip.prompts").Conditioning(clip, view).batches(['says "red"'])
+
+
+def test_what_can_not_be_told_is_not_trimmed(builders, host, monkeypatch):
+    """Wrappers are other people's code: whatever asking one raises, a default must not stop a load."""
+    clip = builders.flux()
+    view = host("nodes.host.clip.views").choose(clip, "t5xxl")
+    monkeypatch.setattr(type(clip), "tokenize", lambda self, prompt: {"l": []})
+    pruned, line = host("nodes.host.clip.trim").told(clip, view)
+    assert not pruned.unread and line.startswith("t5xxl: nothing trimmed, as what the model reads of it can't be told")

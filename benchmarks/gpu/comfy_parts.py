@@ -299,10 +299,12 @@ def t5_part(work: Work, comfy: Comfy, kind: str, lora: bool = False) -> None:
         lines.append(bench.measure("dense after LoRA", clip, like="dense"))
         lines.append(bench.measure("plan after LoRA", small, like="plan", left=True))
         del with_lora, both
-    pruning, views = comfy.module("nodes.host.clip.views").pruning(small), comfy.module("nodes.host.clip.views").views(clip)
+    seen = comfy.module("nodes.host.clip.views")
+    pruning, views = seen.pruning(small), seen.views(clip)
     shape, gone = views["t5xxl"].shape, pruning["t5xxl"].removed
     kept = 1 - shape.bytes_of(gone) / shape.total_bytes
-    work_kept = 1 - sum(shape.parameter_counts[i] for i, by in gone.items() if by is None) / sum(shape.parameter_counts)
+    lost = sum(shape.parameter_counts[i] for i, by in gone.items() if by.through(i) is None)
+    work_kept = 1 - lost / sum(shape.parameter_counts)
     del clip, small, pruning, views
     comfy.unload(work)
     left_behind = (card.allocated() - bench.tensors) / GB
@@ -386,15 +388,17 @@ def nodes_search_part(work: Work, comfy: Comfy) -> None:
         return
     path = common.t5_file(card, work.sizes.t5, "fp16", common.scratch(12 * 10**9))
     clip = comfy.dense(path, "mochi")
-    conditioning = module("nodes.host.clip.prompts").Conditioning(clip, views(clip)["t5xxl"])
+    conditioning = module("nodes.host.clip.prompts").Conditioning(clip, views(clip)["t5xxl"]).load()
     row, budget = views(clip)["t5xxl"].row, module("skrr_engine.memory")
     tracer = module("skrr_engine.encoder.trace").Tracer(conditioning.encoder, row, "transformer.")
     memory = int(comfy.management.get_free_memory(card.device) * 9 // 10)
     batches = conditioning.batches(texts * 2, budget.batch_tokens(memory, row.width, card.device), True)
-    meter = module("skrr_engine.measure.meter").Meter(
-        conditioning.encoder, tracer, batches, conditioning.null(), None, memory=memory
+    prompts = module("skrr_engine.measure.calibration").Calibration(
+        conditioning.encoder, tracer, batches, conditioning.null(), memory
     )
-    candidates = [{i: None} for i in range(len(row))]
+    meter = module("skrr_engine.measure.meter").Meter(prompts)
+    skip = module("skrr_engine.encoder.actions").SKIP
+    candidates = [{i: skip} for i in range(len(row))]
     start, limit = time.monotonic(), work.left - 5
 
     class Enough(Exception):

@@ -16,7 +16,7 @@ from skrr_engine.encoder.actions import assignment
 from skrr_engine.encoder.trace import Tracer
 from skrr_engine.files.folder import Encoder, streamed
 from skrr_engine.files.offload import Files
-from skrr_engine.measure.calibration import Batch, grouped
+from skrr_engine.measure.calibration import Batch, Calibration, grouped
 from skrr_engine.measure.meter import Meter
 from skrr_engine.measure.processes import Team
 from skrr_engine.measure.projection import LAYOUTS, build
@@ -38,21 +38,31 @@ class Enough(Exception):
     """Ends a search whose time is up."""
 
 
-class Counting(Meter):
-    """A meter that counts. forwards: sub-block forwards over all prompts' tokens; shrinks: how often it ran out of
-    memory."""
+class Prompts(Calibration):
+    """Prompts that count how often memory ran out on them."""
 
-    forwards, shrinks = 0.0, 0
+    shrinks = 0
+
+    def shrink(self, *args, **kwargs):
+        self.shrinks += 1
+        return super().shrink(*args, **kwargs)
+
+
+class Counting(Meter):
+    """A meter that counts sub-block forwards over all prompts' tokens."""
+
+    forwards = 0.0
+
+    @property
+    def shrinks(self) -> int:
+        """How often it ran out of memory."""
+        return self.calibration.shrinks
 
     def rank(self, *args, **kwargs):
         try:
             return super().rank(*args, **kwargs)
         finally:
             self.forwards += self.spent
-
-    def shrink(self, *args, **kwargs):
-        self.shrinks += 1
-        return super().shrink(*args, **kwargs)
 
     def flops(self) -> float:
         """Of what was counted: two for each weight of a mean sub-block and token; attention's scores are left out."""
@@ -86,7 +96,7 @@ def meter_for(work: Work, encoder: Encoder, memory: int, race: bool, prompts: in
     batches = batches_of(encoder, ids, batch_tokens(2 * memory, row.width, card.device), race)
     projection = projection_for(card, row.width, 16 if work.rehearse else 1152)
     tracer = tracer or Tracer(encoder.module, row)
-    return Counting(encoder.module, tracer, batches, encoder.batch([[1]]), projection, memory=memory, **more)
+    return Counting(Prompts(encoder.module, tracer, batches, encoder.batch([[1]]), memory), projection, **more)
 
 
 def own_encoder(module) -> Encoder:
@@ -310,7 +320,7 @@ def standins_part(work: Work) -> None:
 
     found = {}
     with contextlib.suppress(Enough):
-        found, _ = standin.fit(meter, dict.fromkeys(order), Fitting(rank=8 if work.rehearse else 16), tick=tick)
+        found, _ = standin.fit(meter.calibration, assignment(order), Fitting(16 // (1 + work.rehearse)), tick=tick)
     card.sync()
     seconds = time.monotonic() - start
     peak = (card.peak() - base) / GB
@@ -340,7 +350,7 @@ def memory_part(work: Work) -> None:
             card.reset_peak()
             batches = [encoder.batch(ids)]  # one batch of all: there is something to halve
             tracer = Tracer(encoder.module, encoder.row)
-            meter = Counting(encoder.module, tracer, batches, encoder.batch([[1]]), memory=memory)
+            meter = Counting(Prompts(encoder.module, tracer, batches, encoder.batch([[1]]), memory))
             start = time.monotonic()
             entry = search(meter, settings)
             card.sync()
@@ -397,7 +407,8 @@ def nccl_part(work: Work) -> None:
         found = {}
         for name, members in (("alone", None), ("team", team)):
             batches, tracer = batches_of(encoder, ids, 60, True), Tracer(encoder.module, encoder.row)
-            meter = Counting(encoder.module, tracer, batches, encoder.batch([[1]]), memory=1 << 28, team=members)
+            prompts = Prompts(encoder.module, tracer, batches, encoder.batch([[1]]), 1 << 28)
+            meter = Counting(prompts, team=members)
             found[name] = search(meter, Settings(sparsity=0.3))
         shared = card.seconds(lambda: team.shared(range(144), lambda own: torch.zeros(len(own), 9).double().numpy()))
         emit(what="nccl", name=f"one process over {dist.get_backend()}", same_plan=found["alone"] == found["team"],
@@ -463,7 +474,7 @@ def precision_part(work: Work) -> None:
     def meter(encoder: Encoder, race: bool) -> Counting:
         batches = batches_of(encoder, ids, 2048 if card.cuda else 200, race)
         tracer = Tracer(encoder.module, encoder.row)
-        return Counting(encoder.module, tracer, batches, encoder.batch([[1]]), memory=2 * 10**9)
+        return Counting(Prompts(encoder.module, tracer, batches, encoder.batch([[1]]), 2 * 10**9))
 
     truth = meter(whole, False)
     for mode, delta in MODES.items():

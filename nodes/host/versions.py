@@ -49,7 +49,8 @@ def encoder_path(name: str) -> str | None:
     """The file of a name that `encoder_files` lists."""
     folders = ["text_encoders", "clip_gguf", *(["checkpoints"] if ltx_files_in_checkpoints() else [])]
     known = [folder for folder in folders if folder in folder_paths.folder_names_and_paths]
-    return next((path for folder in known if (path := folder_paths.get_full_path(folder, name))), None)
+    wanted = [(folder, spelling) for folder in known for spelling in dict.fromkeys(spellings(name))]
+    return next((path for folder, spelling in wanted if (path := folder_paths.get_full_path(folder, spelling))), None)
 
 
 def encoder_state(names: Iterable[str | None]) -> str:

@@ -29,7 +29,7 @@ Save = Callable[[Sequence[Path]], None]
 class Job:
     """name: of the encoder's entry in the plan. calibration: (prompts, whether in the order of a race) -> how the
     encoder is measured on them. prompts: all of them. projection: the denoiser's, None for the bare embeddings.
-    fitting: of stand-ins, None for none. method: one of search.METHODS; "" for the usual one. seed: of the method "random".
+    fitting: of stand-ins, None for none. method: one of search.METHODS; "" for the usual one. seed: of "random".
     Raises SearchError."""
 
     name: str

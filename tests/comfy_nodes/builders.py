@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import comfy.sd
 import comfy.sdxl_clip
 import comfy.text_encoders.flux
+import comfy.text_encoders.hidream
+import comfy.text_encoders.hunyuan_image
 import comfy.text_encoders.hunyuan_video
 import comfy.text_encoders.pixart_t5 as pixart
 import torch
@@ -83,6 +85,57 @@ def hunyuan_video(seed: int = 0):
         ),
         seed,
     )
+
+
+SMALL_LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "num_attention_heads": 2}
+
+
+def hidream(seed: int = 0):
+    """HiDream's four encoders; the Llama's hidden states travel in the conditioning's dictionary."""
+    return seeded(
+        build(
+            comfy.text_encoders.hidream.hidream_clip(),
+            comfy.text_encoders.hidream.HiDreamTokenizer,
+            t5xxl_model_config=SMALL_T5,
+            clip_l_model_config=SMALL_CLIP,
+            clip_g_model_config=SMALL_CLIP,
+            llama_model_config={**SMALL_LLAMA, "num_key_value_heads": 1},
+        ),
+        seed,
+    )
+
+
+def hunyuan_image(seed: int = 0):
+    """Qwen2.5-VL, and a ByT5 that is run for quoted text only."""
+    return seeded(
+        build(
+            comfy.text_encoders.hunyuan_image.te(byt5=True),
+            comfy.text_encoders.hunyuan_image.HunyuanImageTokenizer,
+            qwen25_7b_model_config={**SMALL_LLAMA, "num_key_value_heads": 1},
+            clip_l_model_config={**SMALL_T5, "num_layers": 3},  # the name that this ByT5 goes by
+        ),
+        seed,
+    )
+
+
+class Letters:
+    """A tokenizer for Mistral, whose own comes in its file: a token a letter, 20 in all."""
+
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        pass
+
+    def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
+        letters = [(3 + ord(letter) % 90, 1.0) for letter in text][:20]
+        return {"mistral3_24b": [letters + [(0, 1.0)] * (20 - len(letters))]}
+
+    def state_dict(self):
+        return {}
+
+
+def flux2(seed: int = 0):
+    """A Mistral in Flux 2's layout: three of its hidden states are joined."""
+    config = {**SMALL_LLAMA, "num_key_value_heads": 1, "num_hidden_layers": 33, "vocab_size": 100}
+    return seeded(build(comfy.text_encoders.flux.flux2_te(), Letters, mistral3_24b_model_config=config), seed)
 
 
 def shapes_of_t5xxl():

@@ -6,6 +6,7 @@ of PROBES, where the empty one does not run them): what is poisoned with NaN and
 """
 
 import bisect
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -80,11 +81,12 @@ class Conditioning:
         self._children = {v.name: self._hollow.get_submodule(v.path) for v in all_views.values()}
         self._tokenized: tuple[str | None, object] = None, None
         self._outputs, self.probe = {}, None
-        for prompt in reversed(PROBES):
-            ran = self._record(prompt)
-            self._outputs |= ran
-            self.probe = prompt if view.name in ran else self.probe
-        if self.probe is None:
+        for prompt in PROBES:
+            self._outputs = {**self._record(prompt), **self._outputs}
+            if view.name in self._outputs:
+                self.probe = prompt
+                break
+        else:
             raise EncoderError(f"no prompt that Skrr tried runs {view.name}, so what is read of it can't be told")
         self.hidden, self.pooled, self.mask = self._used()
         shape = self._outputs[view.name][0].shape
@@ -126,10 +128,13 @@ class Conditioning:
         return self._hollow.encode_token_weights(own_lists(self._tokenized[1]))
 
     def _play(self, prompt: str, name: str, act: Callable) -> tuple:
-        """Run the wrapper with every encoder's output played back, but `act(tokens)` for the encoder `name`."""
+        """Run the wrapper with every encoder's output played back where it is known, but `act(tokens)` for the encoder
+        `name`."""
         for other, child in self._children.items():
-            out = copied(self._outputs[other]) if other in self._outputs else None
-            child.encode_token_weights = act if other == name else lambda tokens, out=out: out
+            if other == name:
+                child.encode_token_weights = act
+            elif other in self._outputs:
+                child.encode_token_weights = functools.partial(lambda out, tokens: out, copied(self._outputs[other]))
         try:
             return self._encode(prompt)
         finally:
@@ -188,6 +193,8 @@ class Conditioning:
         """Prompts as batches of sections of one length and read range, at most about `tokens` tokens each. race: in the
         order of a race (see race.grouped)."""
         found = [section for prompt in prompts for section in self._read_sections(prompt)]
+        if not found:
+            raise EncoderError(f"none of the prompts runs {self.view.name}: give some with quoted text")
         groups = grouped([key for key, *_ in found], lambda key: tokens // max(1, key[0]), race)
         return [self._batch([found[i][1:] for i in group], *found[group[0]][0][1:]) for group in groups]
 

@@ -83,7 +83,11 @@ def made(names: Sequence[str], type_name: str, device: str, disable_dynamic: boo
         return load_gguf(names, type_name, device), [], []
     files = [EncoderFile.open(path) for path in paths]
     states = [file.hollow() for file in files]
-    return load_hollow(files, states, type_name, device, disable_dynamic), files, states
+    clip = load_hollow(files, states, type_name, device, disable_dynamic)
+    if not seen(clip)[0] and any(file.checkpoint.known_layout for file in files):  # known by its names alone
+        states = [file.sheltered(file.tensors) for file in files]
+        clip = load_hollow(files, states, type_name, device, disable_dynamic)
+    return clip, files, states
 
 
 def planned(placed, known: Mapping[str, View], chosen: Choice) -> tuple[dict[str, Pruned], list[str]]:
