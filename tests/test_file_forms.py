@@ -503,3 +503,16 @@ def test_ltx_with_a_checkpoint(comfy, host, write, monkeypatch):
     assert "spiece_model" in load_file(paths[0].parent / name)
     again = load([name, paths[1].name], "ltxv", choice(host, None), trim=False)
     assert torch.equal(again.encode_from_tokens(tokens), found)
+
+
+def test_an_encoder_that_no_family_knows_loads_dense(comfy, host, small_heads, write, monkeypatch, caplog):
+    path = write("unknown.safetensors", t5xxl_tensors(torch.float16))
+    wanted = encode(dense(comfy, path))
+    families = host("skrr_engine.encoder.families")
+    monkeypatch.setattr(families, "FAMILIES", tuple(f for f in families.FAMILIES if f.name != "t5"))
+    load = host("nodes.host.files.load").load
+    caplog.set_level("INFO")
+    assert torch.equal(encode(load([path.name], "mochi", choice(host, None))), wanted)
+    assert "t5xxl: loaded whole, T5 is not a text encoder that Skrr knows" in caplog.text
+    with pytest.raises(host("skrr_engine.encoder.row").EncoderError, match="not a text encoder that Skrr knows"):
+        load([path.name], "mochi", choice(host, plan_for()))

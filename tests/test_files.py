@@ -416,6 +416,24 @@ def test_a_trimmed_file_for_a_type_that_reads_further(host, small_clips, text_en
     assert encoders.pruning(again)["clip_l"].unread == (6, 7)
 
 
+def test_a_plan_for_a_file_that_was_only_trimmed(host, small_clips, text_encoders):
+    """The plan comes on top of what the file lacks; a file that has a plan of its own keeps that."""
+    load, encoders = host("nodes.host.files.load").load, host("nodes.host.clip.views")
+    saving, files = host("nodes.host.files.save"), ["clip_l.safetensors", "clip_g.safetensors"]
+    level = Level(skipped=2, reuse={}, sparsity=0.01)
+    entry = EncoderPlan(family="clip", blocks=4, width=64, order=(0, 3), levels=(level,))
+    plan = choice(host, Plan(encoders={"clip_l": entry}, provenance=Provenance(source="test")))
+    trimmed, wanted = load(files, "sdxl", choice(host, None)), load(files, "sdxl", plan)
+    for clip, name in ((trimmed, "only_trimmed"), (wanted, "with_a_plan")):
+        view = encoders.views(clip)["clip_l"]
+        saving.save(clip, view, encoders.pruning(clip)["clip_l"], name)
+    text_encoders.filename_list_cache.clear()
+    for name in ("only_trimmed", "with_a_plan"):
+        found = load([f"{name}.safetensors", files[1]], "sdxl", plan)
+        assert set(encoders.pruning(found)["clip_l"].removed) == {0, 3, 6, 7}
+        assert torch.equal(clip_conditioning(found), clip_conditioning(wanted))
+
+
 def test_what_is_not_run_may_be_missing(host, small_clips, text_encoders):
     load = host("nodes.host.files.load").load
     state = load_file(small_clips / "clip_l.safetensors")

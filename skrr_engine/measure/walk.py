@@ -70,8 +70,8 @@ STRIDE = 4
 
 class Prefix:
     """What candidates remove before a sub-block: those that remove the same share their state there. Equal ones are
-    one object (see `of`), so that nothing but its address is hashed where it is looked for. fitted: those of its actions
-    that were fitted."""
+    one object (see `of`), so that nothing but its address is hashed where it is looked for. fitted: its actions that
+    were fitted."""
 
     _known: ClassVar[WeakValueDictionary] = WeakValueDictionary()
 
