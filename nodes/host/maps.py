@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
+from ...skrr_engine.encoder.row import Numbers
 from ...skrr_engine.plan.model import Plan, Provenance
 from ..drawing.plan_map import of_level
-from .clip.views import Pruned, Shape, pruning, seen
+from .clip.views import Pruned, pruning, seen
 from .talk import remember
 
 MAP, PLAN, BASE = "skrr_map", "skrr_plan", "skrr_base"
 """Names in a node's `ui` output, and of the properties that the browser keeps them in."""
 
 
-def of_encoder(name: str, shape: Shape, pruned: Pruned | None) -> dict:
+def of_encoder(name: str, shape: Numbers, pruned: Pruned | None) -> dict:
     """An encoder of a CLIP; pruned: what is left out of it."""
     removed = pruned.removed if pruned else {}
     by_plan = pruned is not None and pruned.level is not None

@@ -4,8 +4,8 @@ Numbering (paper, section 3): sub-block `2 * block` is a block's self-attention 
 feed-forward with its norm. The row never owns the encoder: it holds the modules that it found in it.
 """
 
-import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -121,31 +121,40 @@ def parameter_count(tensor: torch.Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of sub-blocks. family: name of the architecture; width: of the residual stream; sub_blocks: all 2 * blocks;
-    block_paths: path of each block below the encoder; total: parameters of the encoder, the embedding included."""
+class Numbers:
+    """An encoder's numbers, dense: the one holder of them, for encoders in memory and in files.
+
+    family: name of the architecture; width: of the residual stream. total: parameters, the embedding included;
+    parameter_counts: of each sub-block; total_bytes, sub_block_bytes: likewise in bytes.
+    """
 
     family: str
+    blocks: int
     width: int
+    total: int
+    parameter_counts: tuple[int, ...]
+    total_bytes: int
+    sub_block_bytes: tuple[int, ...]
+
+    def sparsity(self, skipped: Iterable[int]) -> float:
+        """Removed parameters over all encoder parameters, for some skipped sub-blocks."""
+        return sum(self.parameter_counts[i] for i in skipped) / self.total
+
+    def bytes_of(self, sub_blocks: Iterable[int]) -> int:
+        """Bytes of some sub-blocks."""
+        return sum(self.sub_block_bytes[i] for i in sub_blocks)
+
+
+@dataclass(frozen=True)
+class Row(Numbers):
+    """A row of sub-blocks, with its numbers. sub_blocks: all 2 * blocks; block_paths: path of each block below the
+    encoder."""
+
     sub_blocks: tuple[SubBlock, ...]
     block_paths: tuple[str, ...]
-    total: int
-
-    @property
-    def blocks(self) -> int:
-        return len(self.block_paths)
 
     def __len__(self) -> int:
         return len(self.sub_blocks)
-
-    @functools.cached_property
-    def parameter_counts(self) -> tuple[int, ...]:
-        """Weights of each sub-block."""
-        return tuple(s.parameter_count() for s in self.sub_blocks)
-
-    def sparsity(self, skipped) -> float:
-        """Removed parameters over all encoder parameters, for an iterable of skipped sub-blocks."""
-        return sum(self.parameter_counts[i] for i in skipped) / self.total
 
 
 def describe(index: int) -> str:

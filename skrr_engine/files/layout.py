@@ -1,13 +1,12 @@
 """A file's tensors seen as a text encoder's row of sub-blocks, by their names and shapes."""
 
-import dataclasses
-import functools
 import re
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from ..disk.safetensors import Entry
 from ..encoder import families
+from ..encoder.row import Numbers
 
 MAX_BLOCKS = 1000
 
@@ -18,47 +17,38 @@ ALIAS = ("model.language_model.", "model.")
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A file's encoder as a row of sub-blocks. keys: for each sub-block the tensors that go away with it, none where a
-    file that others have shortened lacks it; entries: all of the encoder's tensors, those that a pruned file has left
-    out included, but nothing that no text encoder uses (a decoder, a tower that sees, the embedding again); prefix:
-    what stands before their names in this file; extras: what ComfyUI reads beside them (tokenizer, markers)."""
+class Layout(Numbers):
+    """A file's encoder as a row of sub-blocks, with its numbers. keys: for each sub-block the tensors that go away with
+    it, none where a file that others have shortened lacks it; entries: all of the encoder's tensors, those that a
+    pruned file has left out included, but nothing that no text encoder uses (a decoder, a tower that sees, the
+    embedding again); prefix: what stands before their names in this file; extras: what ComfyUI reads beside them
+    (tokenizer, markers)."""
 
-    family: str
-    blocks: int
-    width: int
     keys: tuple[tuple[str, ...], ...]
     entries: Mapping[str, Entry]
-    prefix: str = ""
-    extras: frozenset[str] = frozenset()
+    prefix: str
+    extras: frozenset[str]
 
-    @functools.cached_property
-    def parameter_counts(self) -> tuple[int, ...]:
-        """Weights of each sub-block."""
-        return tuple(sum(self._parameters(key) for key in keys) for keys in self.keys)
-
-    @functools.cached_property
-    def sub_block_bytes(self) -> tuple[int, ...]:
-        """Bytes of each sub-block."""
-        return tuple(sum(self.entries[key].nbytes for key in keys) for keys in self.keys)
-
-    @functools.cached_property
-    def total(self) -> int:
-        """Weights of the encoder, dense."""
-        return sum(self._parameters(key) for key in self.entries)
-
-    def _parameters(self, key: str) -> int:
-        entry = self.entries[key]  # a weight of bytes without a type holds two in each (4 bits)
-        return entry.count * (2 if entry.dtype == "U8" else 1) if key.endswith(PARAMETERS) else 0
-
-    @functools.cached_property
-    def total_bytes(self) -> int:
-        """Bytes of the encoder, dense."""
-        return sum(entry.nbytes for entry in self.entries.values())
-
-    def sparsity(self, skipped) -> float:
-        """Removed parameters over all encoder parameters."""
-        return sum(self.parameter_counts[i] for i in skipped) / self.total
+    @classmethod
+    def of(
+        cls, family: str, width: int, keys: Sequence[Sequence[str]], entries: Mapping[str, Entry], prefix: str,
+        extras: frozenset[str],
+    ) -> "Layout":  # fmt: skip
+        """From its tensors."""
+        counts = {key: parameters(key, entry) for key, entry in entries.items()}
+        return cls(
+            family,
+            len(keys) // 2,
+            width,
+            sum(counts.values()),
+            tuple(sum(counts[key] for key in own) for own in keys),
+            sum(entry.nbytes for entry in entries.values()),
+            tuple(sum(entries[key].nbytes for key in own) for own in keys),
+            tuple(map(tuple, keys)),
+            entries,
+            prefix,
+            extras,
+        )
 
     @property
     def used(self) -> Set[str]:
@@ -87,8 +77,13 @@ class Layout:
 
     def extended(self, blocks: int) -> "Layout":
         """This encoder as the one of so many blocks that it was before others cut off its last ones."""
-        missing = max(0, blocks - self.blocks)
-        return dataclasses.replace(self, blocks=self.blocks + missing, keys=self.keys + ((),) * (2 * missing))
+        more = ((),) * (2 * max(0, blocks - self.blocks))
+        return Layout.of(self.family, self.width, self.keys + more, self.entries, self.prefix, self.extras)
+
+
+def parameters(key: str, entry: Entry) -> int:
+    """Weights in a file's tensor; one of bytes without a type holds two in each (4 bits)."""
+    return entry.count * (2 if entry.dtype == "U8" else 1) if key.endswith(PARAMETERS) else 0
 
 
 def layout_of(entries: Mapping[str, Entry]) -> Layout | None:
@@ -140,7 +135,7 @@ def _layout(family, prefix: str, matches: Mapping[str, re.Match], entries: Mappi
         if "." in name and not family.file_unused.fullmatch(name) and not _again(name, names.values())
     }
     extras = frozenset(key for key in entries if "." not in names.get(key, key))
-    return Layout(family.name, blocks, entries[norms[0].string].shape[0], tuple(map(tuple, keys)), own, prefix, extras)
+    return Layout.of(family.name, entries[norms[0].string].shape[0], keys, own, prefix, extras)
 
 
 def _again(name: str, names: Collection[str]) -> bool:

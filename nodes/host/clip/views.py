@@ -11,7 +11,7 @@ from torch import nn
 from ....skrr_engine.encoder import families
 from ....skrr_engine.encoder.actions import SKIP, Action, assignment
 from ....skrr_engine.encoder.rewire import fork
-from ....skrr_engine.encoder.row import EncoderError, Row
+from ....skrr_engine.encoder.row import EncoderError, Numbers, Row
 from ....skrr_engine.encoder.standin import StandIn
 from ....skrr_engine.files.encoder_file import Stamp
 from ....skrr_engine.files.layout import Layout
@@ -25,54 +25,6 @@ ATTACHMENT = "skrr"
 
 
 @dataclass(frozen=True)
-class Shape:
-    """An encoder's numbers, dense. parameter_counts, sub_block_bytes: of each sub-block; total, total_bytes: of all."""
-
-    family: str
-    blocks: int
-    width: int
-    total: int
-    parameter_counts: tuple[int, ...]
-    sub_block_bytes: tuple[int, ...]
-    total_bytes: int
-
-    @classmethod
-    def of_row(cls, row: Row, module: nn.Module) -> "Shape":
-        """Of an encoder in memory."""
-        per_sub_block = tuple(sum(t.nbytes for t in s.tensors().values()) for s in row.sub_blocks)
-        return cls(row.family, row.blocks, row.width, row.total, row.parameter_counts, per_sub_block, size(module))
-
-    @classmethod
-    def of_file(cls, row: Row, module: nn.Module, layout: Layout) -> "Shape":
-        """Of an encoder whose sub-blocks are yet to be read from a file: as its modules hold them where they have room
-        for them, as the file does where they have none (quantised weights), and none where the file lacks them."""
-        counts, sizes, total, total_bytes = [], [], row.total, size(module)
-        layers = dict(module.named_modules())
-
-        def weights(key: str) -> int:  # a quantised layer's own count, however the file packs them
-            path, _, kind = layout.name(key).rpartition(".")
-            layer = layers.get(path)
-            return layer.in_features * layer.out_features if kind == "weight" and hasattr(layer, "in_features") else 0
-
-        for sub_block, keys in zip(row.sub_blocks, layout.extended(row.blocks).keys, strict=True):
-            held = sub_block.tensors()
-            count, nbytes = sub_block.parameter_count(), sum(tensor.nbytes for tensor in held.values())
-            coming = [key for key in keys if layout.name(key) not in held]
-            counts.append((count if keys else 0) + sum(map(weights, coming)))
-            sizes.append((nbytes if keys else 0) + sum(layout.entries[key].nbytes for key in coming))
-            total, total_bytes = total - count + counts[-1], total_bytes - nbytes + sizes[-1]
-        return cls(row.family, row.blocks, row.width, total, tuple(counts), tuple(sizes), total_bytes)
-
-    def sparsity(self, skipped: Iterable[int]) -> float:
-        """Removed parameters over all encoder parameters."""
-        return sum(self.parameter_counts[i] for i in skipped) / self.total
-
-    def bytes_of(self, sub_blocks: Iterable[int]) -> int:
-        """Bytes of some sub-blocks."""
-        return sum(self.sub_block_bytes[i] for i in sub_blocks)
-
-
-@dataclass(frozen=True)
 class Pruned:
     """What is left out of one encoder. plan, level: by a plan (None: no plan); unread: sub-blocks that no conditioning
     reads; shape: of the dense encoder where that was never in memory; file: that it was loaded from, where known;
@@ -81,7 +33,7 @@ class Pruned:
     plan: EncoderPlan | None = None
     level: Level | None = None
     unread: tuple[int, ...] = ()
-    shape: Shape | None = None
+    shape: Numbers | None = None
     file: Stamp | None = None
     standins: Mapping[int, StandIn] = field(default_factory=dict)
 
@@ -106,7 +58,7 @@ class View:
 
     name: str
     path: str
-    shape: Shape
+    shape: Numbers
     whole: Row | None
 
     @property
@@ -199,7 +151,7 @@ def looked_at(tree: nn.Module, known: Mapping[str, Pruned]) -> tuple[dict[str, V
         except EncoderError as error:
             others[name] = error
             continue
-        found[name] = View(name, path, Shape.of_row(row, module.transformer), row)
+        found[name] = View(name, path, numbers_of(row, module.transformer), row)
     return found, others
 
 
@@ -211,6 +163,33 @@ def choose(clip, name: str = "auto") -> View:
     if name not in found:
         raise EncoderError(f'this CLIP has no encoder "{name[:40]}": choose auto or one of {", ".join(found)}')
     return found[name]
+
+
+def numbers_of(row: Row, module: nn.Module) -> Numbers:
+    """Of an encoder in memory, its bytes as ComfyUI counts them."""
+    counts = row.total, row.parameter_counts
+    return Numbers(row.family, row.blocks, row.width, *counts, size(module), row.sub_block_bytes)
+
+
+def numbers_of_file(row: Row, module: nn.Module, layout: Layout) -> Numbers:
+    """Of an encoder whose sub-blocks are yet to be read from a file: as its modules hold them where they have room
+    for them, as the file does where they have none (quantised weights), and none where the file lacks them."""
+    counts, sizes, total, total_bytes = [], [], row.total, size(module)
+    layers = dict(module.named_modules())
+
+    def weights(key: str) -> int:  # a quantised layer's own count, however the file packs them
+        path, _, kind = layout.name(key).rpartition(".")
+        layer = layers.get(path)
+        return layer.in_features * layer.out_features if kind == "weight" and hasattr(layer, "in_features") else 0
+
+    for sub_block, keys in zip(row.sub_blocks, layout.extended(row.blocks).keys, strict=True):
+        held = sub_block.tensors()
+        count, nbytes = sub_block.parameter_count(), sum(tensor.nbytes for tensor in held.values())
+        coming = [key for key in keys if layout.name(key) not in held]
+        counts.append((count if keys else 0) + sum(map(weights, coming)))
+        sizes.append((nbytes if keys else 0) + sum(layout.entries[key].nbytes for key in coming))
+        total, total_bytes = total - count + counts[-1], total_bytes - nbytes + sizes[-1]
+    return Numbers(row.family, row.blocks, row.width, total, tuple(counts), total_bytes, tuple(sizes))
 
 
 def size(module: nn.Module) -> int:

@@ -23,7 +23,7 @@ from ....skrr_engine.memory import out_of_memory
 from .. import versions as features
 from ..clip.derive import carried, prune_owned
 from ..clip.trim import told
-from ..clip.views import Pruned, Shape, View, seen
+from ..clip.views import Pruned, View, numbers_of_file, seen
 from ..plans.inputs import Choice
 from ..plans.match import match
 from ..talk import say
@@ -177,7 +177,7 @@ def home_of(file: EncoderFile, known: Mapping[str, View], clip) -> View | None:
             f" chosen type makes {wanted} of it: choose the type that this file is for"
         )
     module = clip.cond_stage_model.get_submodule(found.path).transformer
-    return dataclasses.replace(found, shape=Shape.of_file(found.row, module, layout))
+    return dataclasses.replace(found, shape=numbers_of_file(found.row, module, layout))
 
 
 def load_gguf(names: Sequence[str], type_name: str, device: str):

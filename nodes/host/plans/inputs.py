@@ -11,8 +11,9 @@ from .. import versions as features
 from . import folder as library
 
 if TYPE_CHECKING:
+    from ....skrr_engine.encoder.row import Numbers
     from ....skrr_engine.plan.model import EncoderPlan, Level, Plan
-    from ..clip.views import Pruned, Shape, View
+    from ..clip.views import Pruned, View
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Choice:
     sparsity: float
     gigabytes: float
 
-    def level(self, name: str, shape: Shape, entry: EncoderPlan) -> tuple[Level | None, str]:
+    def level(self, name: str, shape: Numbers, entry: EncoderPlan) -> tuple[Level | None, str]:
         """The level for an encoder (None: it fits dense), and a line that says the choice. Raises PlanError."""
         from ....skrr_engine.plan.choose import at_size
 

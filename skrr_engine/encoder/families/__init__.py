@@ -30,10 +30,18 @@ def find(encoder: nn.Module) -> Row:
             continue
         path, blocks = found
         family.check(encoder, blocks)
-        paths = tuple(f"{path}.{i}" for i in range(len(blocks)))
         sub_blocks = tuple(family.sub_blocks(blocks, path))
-        total = sum(parameter_count(p) for p in encoder.parameters())
-        return Row(family.name, family.width(blocks[0]), sub_blocks, paths, total)
+        return Row(
+            family.name,
+            len(blocks),
+            family.width(blocks[0]),
+            sum(parameter_count(p) for p in encoder.parameters()),
+            tuple(sub_block.parameter_count() for sub_block in sub_blocks),
+            sum(tensor.nbytes for tensor in encoder.state_dict(keep_vars=True).values()),
+            tuple(sum(tensor.nbytes for tensor in s.tensors().values()) for s in sub_blocks),
+            sub_blocks,
+            tuple(f"{path}.{i}" for i in range(len(blocks))),
+        )
     names = ", ".join(family.name for family in FAMILIES)
     raise EncoderError(
         f"{type(encoder).__name__} is not a text encoder that Skrr knows (it knows {names}): use another encoder"
