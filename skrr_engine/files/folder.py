@@ -132,11 +132,11 @@ def streamed(source: Path, files: Files, dtype: torch.dtype, device: str, memory
     if source.is_dir():
         module = blank(source)
     else:
-        prefix, shapes = stripped({key: tuple(shape) for key, (_, _, _, shape) in files.tensors.items()}, source)
+        prefix, shapes = stripped({key: entry.shape for key, entry in files.entries.items()}, source)
         module = (t5 if "encoder.final_layer_norm.weight" in shapes else clip)(transformers, shapes, source)
     module = module.eval().requires_grad_(False)
     row = families.find(module)
-    names = set(files.tensors)
+    names = set(files.entries)
     wanted = next(iter(row.sub_blocks[0].tensors()))
     prefixes = [name.removesuffix(wanted) for name in names if name.endswith(wanted)]
     if not prefixes:

@@ -3,7 +3,6 @@
 The walk is layer-major, so that a sub-block comes in once per batch of prompts for all candidates together.
 """
 
-import json
 import mmap
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -11,49 +10,40 @@ from pathlib import Path
 
 import torch
 
+from ..disk import safetensors
 from ..disk.safetensors import Entry
 from ..encoder.row import EncoderError, Row
 from .layout import layout_of
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
 
 class Files:
     """Tensors in safetensors files, read without mapping them: what is read counts, once, as what it is read into."""
 
     def __init__(self, paths: Iterable[Path]):
-        self.tensors: dict[str, tuple[Path, int, torch.dtype, list[int]]] = {}
+        self.entries: dict[str, Entry] = {}
+        self._starts: dict[str, tuple[Path, int]] = {}
         for path in paths:
             try:
                 with open(path, "rb") as file:
-                    length = int.from_bytes(file.read(8), "little")
-                    if length > path.stat().st_size:
-                        raise ValueError
-                    header = json.loads(file.read(length))
-                for key, entry in header.items():
-                    if key != "__metadata__":
-                        start = 8 + length + entry["data_offsets"][0]
-                        self.tensors[key] = path, start, DTYPES[entry["dtype"]], entry["shape"]
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-                raise EncoderError(f"{path}: can't be read as safetensors; get the file again") from None
+                    header = safetensors.read(file, path.stat().st_size)
+            except ValueError as error:
+                raise EncoderError(f"{path}: can't be read as safetensors ({error}); get the file again") from None
+            self.entries |= header.entries
+            self._starts |= {key: (path, start) for key, start in header.starts.items()}
 
     def elements(self) -> int:
         """Of all tensors that the encoder uses, together."""
-        layout = layout_of({key: Entry("U8", tuple(shape)) for key, (_, _, _, shape) in self.tensors.items()})
-        used = layout.entries if layout else self.tensors
-        return sum(torch.Size(self.tensors[key][3]).numel() for key in used)
+        layout = layout_of(self.entries)
+        return sum(entry.count for entry in (layout.entries if layout else self.entries).values())
 
     def read(self, key: str) -> torch.Tensor:
         """A tensor on the CPU, in pages of its own, which go back to the system with it."""
-        path, start, dtype, shape = self.tensors[key]
-        elements = torch.Size(shape).numel()
-        if not elements:
-            return torch.empty(shape, dtype=dtype)
-        pages = mmap.mmap(-1, elements * dtype.itemsize)
+        entry, (path, start) = self.entries[key], self._starts[key]
+        if entry.dtype not in safetensors.DTYPES:
+            raise EncoderError(f"{path}: {key} is of type {entry.dtype}, which is not read here; get another file")
+        dtype = safetensors.DTYPES[entry.dtype]
+        if not entry.count:
+            return torch.empty(entry.shape, dtype=dtype)
+        pages = mmap.mmap(-1, entry.nbytes)
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
             read, view = 0, memoryview(pages)
@@ -62,7 +52,7 @@ class Files:
                 if not count:
                     raise EncoderError(f"{path}: ends too early; get the whole file")
                 read += count
-        return torch.frombuffer(pages, dtype=dtype).reshape(shape)
+        return torch.frombuffer(pages, dtype=dtype).reshape(entry.shape)
 
 
 def weight_bytes(tensors: Iterable[torch.Tensor], itemsize: int) -> int:
