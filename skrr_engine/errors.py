@@ -1,8 +1,6 @@
 """The engine's one kind of error that people see."""
 
 
-
-
 class SkrrError(ValueError):
     """Something that its user can mend. The message is one line: what is wrong, where, and what to do about it."""
 

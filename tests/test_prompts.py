@@ -95,14 +95,14 @@ def test_prompts_cover_what_pictures_are_asked_for(thousand, pattern, least):
 
 def test_every_word_list_is_used(thousand):
     text = "\n".join(prompts.generate(5000)).lower()
-    lists = {name: value for name, value in vars(prompts).items() if name.isupper() and isinstance(value, tuple)}
-    of_broad = {name: lists.pop(name) for name in ("TAGS", "WEIGHTS", "LANGUAGES")}
+    lists = dict(vars(prompts.WORDS))
+    tags, weights, languages = (lists.pop(name) for name in ("tags", "weights", "languages"))
     every_kind = "\n".join(prompts.broad(5000))
-    for entry in (*of_broad["TAGS"], *of_broad["WEIGHTS"], *sum(sum(of_broad["LANGUAGES"], ()), ())):
+    for entry in (*tags, *weights, *(phrase for language in languages for part in language for phrase in part)):
         assert entry in every_kind, entry
     for name, value in lists.items():
-        for entry in value if name not in ("SUBJECTS", "FORMS") else ():
-            words = entry if isinstance(entry, tuple) else (entry,)
+        for entry in value:
+            words = entry if isinstance(entry, list) else (entry,)
             assert any(word.lower() in text for word in words), (name, entry)
 
 
@@ -206,8 +206,8 @@ def test_sha256_separates_prompts():
 
 
 def test_a_kind_of_which_there_are_not_so_many():
-    pictured = (len({*subjects}) * len({*places}) * len({*styles}) for subjects, places, styles in prompts.LANGUAGES)
-    there_are = sum(pictured)
+    languages = prompts.WORDS.languages
+    there_are = sum(len({*subjects}) * len({*places}) * len({*styles}) for subjects, places, styles in languages)
     assert len(prompts.of_kind("other languages", there_are)) == there_are
     with pytest.raises(prompts.PromptError, match=f"only {there_are} different prompts") as caught:
         prompts.of_kind("other languages", there_are + 1)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ...skrr_engine.plan.model import EncoderPlan, Level, Plan
 
+
 def costs(entry: "EncoderPlan", skipped: int) -> list[float | None]:
     """The discrepancy after each of the first steps of an order, None where the plan does not say it."""
     how = entry.extensions.get("search")

@@ -43,9 +43,7 @@ def shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
-def rewire(
-    encoder: nn.Module, row: Row, removed: Assignment, linear: Layer = Linear
-) -> dict[str, nn.Module]:
+def rewire(encoder: nn.Module, row: Row, removed: Assignment, linear: Layer = Linear) -> dict[str, nn.Module]:
     """Put placeholders in place of the removed sub-blocks of `encoder` (whose row is `row`), in place.
 
     linear: class of the layers of what is put in. Returns path -> module that stood there; give it to `undo` to have

@@ -88,9 +88,7 @@ class SubBlock:
         """`x + F(norm(x))`, with `[batch, tokens, width]` in and out; never writes into `x`."""
         raise NotImplementedError
 
-    def placeholders(
-        self, reused: "SubBlock | None" = None, standin: nn.Module | None = None
-    ) -> dict[str, nn.Module]:
+    def placeholders(self, reused: "SubBlock | None" = None, standin: nn.Module | None = None) -> dict[str, nn.Module]:
         """Path -> module, for each path in `parts`: leaves the residual stream unchanged, or adds to it what a
         `reused`, kept sub-block (its norm and weights) makes of it, or what a `standin` does (standin.py). Only a
         stand-in has parameters."""

@@ -15,6 +15,7 @@ from ..disk.safetensors import Entry
 from ..encoder.row import EncoderError, Row
 from .layout import layout_of
 
+
 class Files:
     """Tensors in safetensors files, read without mapping them: what is read counts, once, as what it is read into."""
 

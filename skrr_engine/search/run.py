@@ -85,9 +85,7 @@ class Search:
             done, step = clock.worked / max(clock.worked + left, 1e-9), len(self.best.order) + 1
             candidate = int(share * candidates) + 1
             self.report(
-                Progress(
-                    step, max(self._steps(), step), candidate, candidates, done, clock.left(left), line, self.best
-                )
+                Progress(step, max(self._steps(), step), candidate, candidates, done, clock.left(left), line, self.best)
             )
 
         return tick

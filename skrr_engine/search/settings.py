@@ -22,9 +22,7 @@ class Settings:
     def __post_init__(self):
         for value in (self.sparsity, *self.levels):
             if not 0 < value < 1:
-                raise SearchError(
-                    f"a sparsity of {value} makes no sense: give a fraction between 0 and 1, like 0.42"
-                )
+                raise SearchError(f"a sparsity of {value} makes no sense: give a fraction between 0 and 1, like 0.42")
         if max(self.levels, default=0) > self.sparsity:
             raise SearchError(
                 f"level {max(self.levels)} is above the target sparsity {self.sparsity}: raise the target or drop it"

@@ -60,5 +60,3 @@ def prune_owned(clip, pruned: Mapping[str, Pruned]):
     if any(entry.removed for entry in pruned.values()):
         clip.tokenizer = guarded_tokenizer(clip.tokenizer)
     return clip
-
-
