@@ -91,15 +91,15 @@ class Counted(Meter):
         kept = sum(sum(parameters) - sum(parameters[i] for i, by in c.items() if by is None) for c in candidates)
         self.touched += kept * 4 * (self.passes or len(self._tokens))
 
-    def rank(self, candidates, keep, delta=0.0, below=math.inf, tick=None):
+    def lowest(self, candidates, keep, delta=0.0, below=math.inf, tick=None):
         self.count(candidates)
-        return super().rank(candidates, keep, delta, below, tick)
+        return super().lowest(candidates, keep, delta, below, tick)
 
 
 class Naive(Counted):
     """The naive loop itself."""
 
-    def rank(self, candidates, keep, delta=0.0, below=math.inf, tick=None):
+    def lowest(self, candidates, keep, delta=0.0, below=math.inf, tick=None):
         self.count(candidates)
         return naive_scores(self, candidates)
 
@@ -199,8 +199,8 @@ def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
     encoder = load(str(ensure(ROOT / ".cache" / "smollm2")))
     null, rows = encoder.batch([encoder.tokenize("")]), []
     for depth in depths:
-        beam = [skip.Path((*ORDER[: depth - 1], ORDER[depth - 1 + i]), 0.0) for i in range(3)] if depth else []
-        orders = skip.expand(beam or [skip.Path((), 0.0)], len(encoder.row))
+        beam = [skip.SkipList((*ORDER[: depth - 1], ORDER[depth - 1 + i]), 0.0) for i in range(3)] if depth else []
+        orders = skip.expand(beam or [skip.SkipList((), 0.0)], len(encoder.row))
         candidates = [assignment(order) for order in orders]
         found = {}
         for mode, delta in MODES.items():
@@ -213,7 +213,7 @@ def smollm2_steps(prompts: int, depths: list[int], seed: int) -> list[dict]:
                 pace = naive_pace(meter, sampled, count)
             meter.passes = passes
             start = time.process_time()
-            scores = meter.rank(candidates, 3, delta)
+            scores = meter.lowest(candidates, 3, delta)
             seconds = time.process_time() - start
             best = sorted(range(len(scores)), key=lambda i: (scores[i], orders[i][-1], i))[:3]
             found[mode] = [orders[i] for i in best]
@@ -284,7 +284,7 @@ def one_search(captions: Sequence[str], mode: str, beam: int, part: Path, memory
     steps = json.loads(part.read_text(encoding="utf-8")) if part.exists() else []
     last = {"work": 0, "naive": 0, "touched": 0, "naive touched": 0, "seconds": 0.0, "beam": [], "paces": []}
     last |= steps[-1] if steps else {}
-    begun = [skip.Path(tuple(order), trail[-1], tuple(trail)) for order, trail in last["beam"]]
+    begun = [skip.SkipList(tuple(order), trail[-1], tuple(trail)) for order, trail in last["beam"]]
     count = Count(last["work"], last["touched"]).watch(encoder.row)
     meter.work, meter.touched, paces = last["naive"], last["naive touched"], last["paces"]
     sampled = [assignment((i,)) for i in range(0, len(encoder.row), len(encoder.row) // 3)]
@@ -299,7 +299,7 @@ def one_search(captions: Sequence[str], mode: str, beam: int, part: Path, memory
         return {"work": count.work, "naive": meter.work, "touched": count.touched, "naive touched": meter.touched,
                 "seconds": clock.seconds(), "fewer": meter.work / count.work, "paces": [*paces]}  # fmt: skip
 
-    def after_step(paths: Sequence[skip.Path]) -> None:
+    def after_step(paths: Sequence[skip.SkipList]) -> None:
         steps.append({**now(), "beam": [(path.order, path.trail) for path in paths]})
         part.write_text(json.dumps(steps), encoding="utf-8")
         told = f"D {paths[0].discrepancy:.4g}, {steps[-1]['seconds']:.0f} s, {steps[-1]['fewer']:.2f} x fewer forwards"
@@ -358,10 +358,10 @@ def scaling() -> list[dict]:
             count = Count().watch(meter.tracer.row)
             start = time.process_time()
 
-            def rank(candidates, keep, meter=meter, delta=delta):
-                return meter.rank(candidates, keep, delta)
+            def lowest(candidates, keep, meter=meter, delta=delta):
+                return meter.lowest(candidates, keep, delta)
 
-            steps = skip.search(rank, row.parameter_counts, row.total, 0.8, width)
+            steps = skip.search(lowest, row.parameter_counts, row.total, 0.8, width)
             for _ in range(4):
                 next(steps)
             seconds = time.process_time() - start

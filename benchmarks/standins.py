@@ -44,7 +44,7 @@ from skrr_engine.measure.meter import Meter
 from skrr_engine.plan.model import Plan
 from skrr_engine.search import skip, with_standins
 from skrr_engine.search.settings import Settings
-from skrr_engine.search.skip import Path as SkipList
+from skrr_engine.search.skip import SkipList
 from skrr_engine.standins import fit as standin
 from skrr_engine.standins.fit import Fitting
 
@@ -194,7 +194,7 @@ def refined(bench: Bench, aware: Sequence[int]) -> list[dict]:
         for place in search.least_at_home(2):
             better = search.exchanged(place)
             search.path, accepted = better or search.path, accepted + (better is not None)
-        return {"order": search.path.order, "accepted": accepted}
+        return {"order": search.skips.order, "accepted": accepted}
 
     def evolution(generations: int = 6, offspring: int = 4) -> dict:
         fitted, ranked = meters(bench)

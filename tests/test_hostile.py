@@ -35,7 +35,7 @@ from skrr_engine.plan.words import describe_plan
 from skrr_engine.search.resume import State
 from skrr_engine.search.run import unfinished
 from skrr_engine.search.settings import Settings
-from skrr_engine.search.skip import Path as SkipList
+from skrr_engine.search.skip import SkipList
 
 COUNT = int(os.environ.get("SKRR_FUZZ", "300"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))

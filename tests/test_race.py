@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from skrr_engine.measure.calibration import FIRST_LOOK, grouped
-from skrr_engine.measure.elimination import Board, rank, t_margin
+from skrr_engine.measure.elimination import Board, lowest, t_margin
 
 CONTRIBUTION = st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0, 1.0000000000000002, 1e-16, 7.0])
 
@@ -27,7 +27,7 @@ def measured(null, values, sizes, keep, delta=0.0, below=math.inf, expected=None
             assert np.isnan(board.values[members, span]).all(), "measured twice"
             board.values[members, span] = values[members, span]
 
-    return rank(board, evaluate, keep, delta, below), int((~np.isnan(board.values)).sum())
+    return lowest(board, evaluate, keep, delta, below), int((~np.isnan(board.values)).sum())
 
 
 @st.composite
@@ -158,7 +158,7 @@ def test_a_race_first_sees_prompts_of_all_kinds():
 @settings(deadline=None)
 @given(tables(), st.integers(1, 3), st.sampled_from([0.0, 0.05]), st.data())
 def test_overflowing_candidates_are_never_among_the_best(table, keep, delta, data):
-    """Infinite contributions, of any prompts or of the null prompt: the others are ranked as without them."""
+    """Infinite contributions, of any prompts or of the null prompt: the others are ordered as without them."""
     null, values, sizes = table
     ill = data.draw(st.sets(st.integers(0, len(null) - 1)))
     for c in ill:

@@ -85,7 +85,7 @@ def test_smollm2_first_removals(smollm2_folder):
 
 
 def test_equal_sets_are_one_candidate():
-    beam = [skip.Path((4, 1), 0.1), skip.Path((4, 3), 0.2), skip.Path((1, 3), 0.3)]
+    beam = [skip.SkipList((4, 1), 0.1), skip.SkipList((4, 3), 0.2), skip.SkipList((1, 3), 0.3)]
     orders = skip.expand(beam, 6)
     sets = [frozenset(order) for order in orders]
     assert len(sets) == len(set(sets))

@@ -97,11 +97,11 @@ def test_rank_is_measure_for_the_best(name):
     module = small.build(name, 5)
     batches = small.prompts([5, 7, 9, 12, 3] * 2)
     meter = small.meter(name, module, batches, [2])
-    candidates = [assignment(order) for order in skip.expand([skip.Path((3,), 0.0), skip.Path((6,), 0.0)], 10)]
+    candidates = [assignment(order) for order in skip.expand([skip.SkipList((3,), 0.0), skip.SkipList((6,), 0.0)], 10)]
     full = [d.total for d in small.meter(name, module, batches, [2]).measure(candidates)]
     limit = sorted(full)[2]
     for _ in range(2):  # the second time, states and results are taken from the first
-        assert meter.rank(candidates, 3) == [d if d <= limit else math.inf for d in full]
+        assert meter.lowest(candidates, 3) == [d if d <= limit else math.inf for d in full]
     assert meter.share < 0.5
 
 
@@ -110,17 +110,17 @@ def test_a_race_stacks_streams_and_leaves_exact_ones_alone(name):
     module = small.build(name, 5)
     batches = small.prompts([5, 7, 9, 12, 3] * 2)
     meter = small.meter(name, module, batches, [2])
-    candidates = [assignment(order) for order in skip.expand([skip.Path((3,), 0.0), skip.Path((6,), 0.0)], 10)]
+    candidates = [assignment(order) for order in skip.expand([skip.SkipList((3,), 0.0), skip.SkipList((6,), 0.0)], 10)]
     full = [d.total for d in small.meter(name, module, batches, [2]).measure(candidates)]
     passed, applied = [], []
     for sub_block in meter.tracer.row.sub_blocks:
         sub_block.apply = lambda x, call, s=sub_block: (applied.append(1), type(s).apply(s, x, call))[1]
-    raced = meter.rank(candidates, 3, 0.05, tick=passed.append)
+    raced = meter.lowest(candidates, 3, 0.05, tick=passed.append)
     assert 0 < len(applied) < len(passed) / 2, "nothing was stacked"
     best = sorted(range(len(full)), key=full.__getitem__)[:3]
     assert [raced[c] for c in best] == pytest.approx([full[c] for c in best], rel=1e-5)
     limit = full[best[-1]]
-    assert meter.rank(candidates, 3) == [d if d <= limit else math.inf for d in full], "a race left its rounding"
+    assert meter.lowest(candidates, 3) == [d if d <= limit else math.inf for d in full], "a race left its rounding"
     assert [d.total for d in meter.measure(candidates)] == full
 
 
@@ -135,7 +135,7 @@ def test_a_step_starts_from_the_states_of_the_one_before(name):
         meter = Meter(Calibration(module, tracer, prompts, small.batch(name, [[2]]), memory))
         steps, passed = [], []
         for beam in skip.search(
-            lambda c, keep, meter=meter, passed=passed: meter.rank(c, keep, tick=passed.append),
+            lambda c, keep, meter=meter, passed=passed: meter.lowest(c, keep, tick=passed.append),
             tracer.row.parameter_counts, tracer.row.total, 0.3, 1,
         ):  # fmt: skip
             steps.append((beam[0], len(passed)))
@@ -361,7 +361,7 @@ def test_what_overflows_itself_is_refused():
 
 def test_a_search_with_nothing_left_to_remove_says_so():
     meter = small.meter("llama", small.build("llama", 4), small.prompts([5]), [2])
-    meter.rank = lambda candidates, *args, **kwargs: [math.inf] * len(candidates)
+    meter.lowest = lambda candidates, *args, **kwargs: [math.inf] * len(candidates)
     with pytest.raises(skip.SearchError, match="overflows in this precision.*bfloat16"):
         search(meter, Settings(0.3))
 
@@ -389,15 +389,15 @@ def test_exact_searches_go_by_what_prompts_told():
     """The order of the batches comes from the step before; a search without it gets the same, for more work."""
     module = small.build("t5", 8)
     batches = [[p for (p,) in small.prompts([length] * 2, length)] for length in range(3, 15)]
-    candidates = [assignment(order) for order in skip.expand([skip.Path((i,), 0.0) for i in (3, 9, 12)], 16)]
+    candidates = [assignment(order) for order in skip.expand([skip.SkipList((i,), 0.0) for i in (3, 9, 12)], 16)]
     told, untold = (small.meter("t5", module, batches, [2]) for _ in range(2))
     for meter in (told, untold):
-        meter.rank([assignment((i,)) for i in range(16)], 3)
+        meter.lowest([assignment((i,)) for i in range(16)], 3)
         meter._known.clear()
         meter._states.clear()
     assert told._expected is not None and told._expected.sum() == pytest.approx(1)
     untold._expected = None
-    assert told.rank(candidates, 3) == untold.rank(candidates, 3)
+    assert told.lowest(candidates, 3) == untold.lowest(candidates, 3)
     assert told.share < untold.share
 
 
@@ -414,7 +414,7 @@ def test_no_more_streams_go_on_together_than_the_limit(limit, monkeypatch):
     found = []
     for bound in (0, limit):
         meter = small.meter("llama", module, small.prompts([7] * 3), [2], limit=bound)
-        steps = skip.search(meter.rank, meter.tracer.row.parameter_counts, meter.tracer.row.total, 0.3, 3)
+        steps = skip.search(meter.lowest, meter.tracer.row.parameter_counts, meter.tracer.row.total, 0.3, 3)
         found.append([beam for beam in steps])
         assert bound == 0 or max(together) <= bound
         assert bound > 0 or max(together) > 5, "nothing that a limit would hold back: the test shows nothing"
@@ -475,7 +475,7 @@ def test_an_overflow_of_what_does_not_count_is_none():
     batches = [small.batch("t5", ids) for ids in small.prompts([5, 7])]
     meter = Meter(Calibration(module, tracer, batches, small.batch("t5", [[2]])), criterion=criterion)
     (found,) = meter.measure([{1: SKIP}])
-    assert found.null == 0.0 and meter.rank([{1: SKIP}], 1) == [found.total] and found.total < math.inf
+    assert found.null == 0.0 and meter.lowest([{1: SKIP}], 1) == [found.total] and found.total < math.inf
 
 
 def test_what_is_held_already_pushes_nothing_out():

@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage
 
 from benchmarks.shapes import detector, install, scenes
-from skrr_engine.encoder.actions import assignment
+from skrr_engine.encoder.actions import Reuse, assignment
 from skrr_engine.plan.model import Plan
 
 REPO = Path(__file__).resolve().parents[1]
@@ -158,7 +158,7 @@ def test_a_broken_encoder_fails(studio, broken):
 def test_reuse_of_the_wrong_block_fails(studio):
     removed, _ = plan_level(0)
     kept = [i for i in range(len(studio.encoder.row)) if i not in removed]
-    wrong = {i: max((j for j in kept if j % 2 == i % 2), key=lambda j: abs(j - i)) for i in removed}
+    wrong = {i: Reuse(max((j for j in kept if j % 2 == i % 2), key=lambda j: abs(j - i))) for i in removed}
     assert studio.judge(wrong)[0].overall < LEAST_PRUNED
 
 

@@ -27,7 +27,7 @@ from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
 from skrr_engine.plan.text import PlanError
 from skrr_engine.search import skip, with_standins
 from skrr_engine.search.settings import Settings
-from skrr_engine.search.skip import Path as SkipList
+from skrr_engine.search.skip import SkipList
 from skrr_engine.standins import fit as standin
 from skrr_engine.standins.fit import Fitting, Gram
 
@@ -322,7 +322,7 @@ def test_states_of_repairs_that_are_gone_are_let_go():
     meter = small.meter("t5", module, small.prompts(LENGTHS * 3), [2])
     for _ in range(3):
         fitted, _ = standin.fit(meter.calibration, {2: SKIP, 5: SKIP}, Fitting(3))
-        meter.rank([fitted, {**fitted, 6: SKIP}], 1)
+        meter.lowest([fitted, {**fitted, 6: SKIP}], 1)
         held = {action for place in meter._states._held for action in place.fitted}
         assert held == set(fitted.values())
 
@@ -337,7 +337,7 @@ def test_exchange_is_the_best_of_its_kind(name, monkeypatch):
     fitting, tried = Fitting(rank=3), 0
     for order in ((0, 1, 6), (2, 5, 3), (7, 4)):
         search = with_standins.Search(fitted, ranked, Settings(0.3, (), 1, False, 0.0), fitting, lambda progress: None)
-        search.path = SkipList(order, 0.0)
+        search.skips = SkipList(order, 0.0)
         (place,) = search.least_at_home(1)
         assert place in order
         left = [i for i in order if i != place]

@@ -43,7 +43,8 @@ def everything(module) -> list:
     calibration = Calibration(module, tracer, batches, null, 2**24)
     meter = Meter(calibration)
     candidates = [assignment([i, 3]) for i in (1, 2, 4, 5)]
-    found = [meter.measure(candidates), meter.rank(candidates, 2), meter.rank(candidates, 2, 0.05), meter.null_norm()]
+    found = [meter.measure(candidates), meter.lowest(candidates, 2), meter.lowest(candidates, 2, 0.05)]
+    found.append(meter.null_norm())
     found.append(Meter(calibration, criterion=COSINE).measure(candidates))
     standins, trials = standin.fit(calibration, {3: SKIP}, Fitting(rank=2, held_out=2), {1, 4})
     found += [meter.measure([assignment([3], standins=standins)]), [trials[i].harm for i in (1, 4)]]

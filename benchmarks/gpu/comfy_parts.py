@@ -409,7 +409,7 @@ def nodes_search_part(work: Work, comfy: Comfy) -> None:
             raise Enough
 
     with contextlib.suppress(Enough):
-        meter.rank(candidates, 3, 0.05, tick=tick)
+        meter.lowest(candidates, 3, 0.05, tick=tick)
     card.sync()
     seconds = time.monotonic() - start
     tokens = sum(meter._tokens)

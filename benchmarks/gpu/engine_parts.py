@@ -58,9 +58,9 @@ class Counting(Meter):
         """How often it ran out of memory."""
         return self.calibration.shrinks
 
-    def rank(self, *args, **kwargs):
+    def lowest(self, *args, **kwargs):
         try:
-            return super().rank(*args, **kwargs)
+            return super().lowest(*args, **kwargs)
         finally:
             self.forwards += self.spent
 
@@ -192,14 +192,14 @@ def one_reuse(work: Work, meter: Counting, settings: Settings) -> None:
     order = [i for i in level()[0] if i < len(meter.tracer.row)]
     start, forwards, skipped = time.monotonic(), meter.forwards, []
 
-    def rank(candidates, keep):
+    def lowest(candidates, keep):
         skipped.append(len(candidates))
         if work.left < 2:
             raise Enough
-        return meter.rank(candidates, keep, settings.reuse_delta(len(order)))
+        return meter.lowest(candidates, keep, settings.reuse_delta(len(order)))
 
     with contextlib.suppress(Enough):
-        reuse.search(rank, order, len(meter.tracer.row), settings.rounding)
+        reuse.search(lowest, order, len(meter.tracer.row), settings.rounding)
         skipped.append(0)
     work.card.sync()
     seconds, done = time.monotonic() - start, len(skipped) - 1
@@ -229,10 +229,10 @@ def profile_part(work: Work) -> None:
     def step() -> tuple[float, int]:
         """Seconds of a racing step behind an earlier one, as most are, on a few prompts."""
         meter = meter_for(work, encoder, memory, True, 16)
-        meter.rank(start, 3, 0.05)
+        meter.lowest(start, 3, 0.05)
         card.sync()
         begun = time.perf_counter()
-        meter.rank(deep, 3, 0.05)
+        meter.lowest(deep, 3, 0.05)
         card.sync()
         return time.perf_counter() - begun, meter.shrinks
 
@@ -244,10 +244,10 @@ def profile_part(work: Work) -> None:
         from torch.profiler import ProfilerActivity, profile
 
         meter = meter_for(work, encoder, memory, True, 16)
-        meter.rank(start, 3, 0.05)
+        meter.lowest(start, 3, 0.05)
         card.sync()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
-            meter.rank(deep, 3, 0.05)
+            meter.lowest(deep, 3, 0.05)
             card.sync()
         averages = profiled.key_averages()
         busy = sum(e.self_device_time_total for e in averages if e.device_type == DeviceType.CUDA) / 1e6

@@ -15,7 +15,7 @@ from ...skrr_engine.plan.model import Plan
 from ...skrr_engine.search import resume
 from ...skrr_engine.search.job import Job
 from ...skrr_engine.search.settings import Settings
-from ...skrr_engine.search.skip import Path as SkipList
+from ...skrr_engine.search.skip import SkipList
 from ...skrr_engine.standins.fit import Fitting, meter_bytes
 from .clip.prompts import Conditioning
 from .clip.views import TRANSFORMER, View, dense_model
@@ -92,9 +92,9 @@ def calibrating(conditioning: Conditioning, view: View, fitting: Fitting | None)
 def run(job: Job, key: str, name: str, node_id: str | None):
     """What a job finds; it goes on where an interrupted one stopped. One that is interrupted now leaves what it has as
     a plan, named after `name`."""
-    state, row = searched.state(key), job.ranked.row
+    state, row = searched.state(key), job.meter.row
     try:
-        beam = state.load(job.ranked.readable())
+        beam = state.load(job.meter.readable())
     except resume.StateError:
         beam = []  # damaged: the next step writes over it
     if beam:

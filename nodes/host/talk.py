@@ -10,7 +10,7 @@ import comfy.utils
 from ...skrr_engine.encoder.row import Row
 from ...skrr_engine.plan.words import duration
 from ...skrr_engine.search.progress import Progress
-from ...skrr_engine.search.skip import Path
+from ...skrr_engine.search.skip import SkipList
 from ..drawing.curve import draw
 
 STEPS = 1000
@@ -39,10 +39,10 @@ class Reporter:
         self.node_id, self.row, self.target = node_id, row, target
         self.bar = comfy.utils.ProgressBar(STEPS, node_id=node_id)
         self.shown, self.line = 0.0, ""
-        self.path = Path((), 0.0)
+        self.skips = SkipList((), 0.0)
 
     def __call__(self, progress: Progress) -> None:
-        grown, self.path = progress.path is not self.path, progress.path
+        grown, self.skips = progress.skips is not self.skips, progress.skips
         comfy.model_management.throw_exception_if_processing_interrupted()
         now = time.monotonic()
         if progress.line == self.line and now - self.shown < 0.25:
@@ -50,14 +50,14 @@ class Reporter:
         if progress.line != self.line:
             logging.info("[Skrr] %s", progress.line)
         self.shown, self.line = now, progress.line
-        picture = ("JPEG", self.curve(), None) if grown and self.path.order else None
+        picture = ("JPEG", self.curve(), None) if grown and self.skips.order else None
         self.bar.update_absolute(int(progress.done * STEPS), STEPS, picture)
         left = "" if progress.seconds_left is None else f", {duration(progress.seconds_left)} left"
         show(f"{progress.line}\ncandidate {progress.candidate} of {progress.candidates}{left}", self.node_id)
 
     def curve(self):
         """Discrepancy against sparsity so far; of a resumed search whose steps are not known, its last one."""
-        order, trail = self.path.order, self.path.trail or (self.path.discrepancy,)
+        order, trail = self.skips.order, self.skips.trail or (self.skips.discrepancy,)
         first = len(order) - len(trail)
         points = [(self.row.sparsity(order[: first + n + 1]), d) for n, d in enumerate(trail)]
         return draw(points, self.target, f"{points[-1][0]:.1%} removed, D {points[-1][1]:.4g}, {len(order)} steps")

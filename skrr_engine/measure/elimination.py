@@ -83,7 +83,7 @@ class Board:
         return float(self.expected[span].sum() / weight) if weight else 0.0
 
 
-def rank(board: Board, evaluate: Evaluate, keep: int, delta: float = 0.0, below: float = math.inf) -> list[float]:
+def lowest(board: Board, evaluate: Evaluate, keep: int, delta: float = 0.0, below: float = math.inf) -> list[float]:
     """The discrepancies of the `keep` best candidates, and of those that tie with them; infinity for others.
 
     evaluate: see `Evaluate`; the null prompt is already on the board. delta: about how likely a race may lose one of
@@ -97,7 +97,7 @@ def rank(board: Board, evaluate: Evaluate, keep: int, delta: float = 0.0, below:
 
 
 class Lanes:
-    """A ranking under way: which candidates are still in it."""
+    """A comparison under way: which candidates are still in it."""
 
     def __init__(self, board: Board, evaluate: Evaluate, keep: int, delta: float, below: float):
         self.board, self.evaluate, self.keep, self.delta, self.below = board, evaluate, keep, delta, below

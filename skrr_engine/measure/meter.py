@@ -13,7 +13,7 @@ from ..encoder.trace import Reading, Tracer
 from ..memory import Store, batch_tokens, out_of_memory
 from .calibration import Calibration
 from .discrepancy import Criterion, Discrepancy, Projection, features, read_only, token_norm, tokens_read
-from .elimination import Board, rank
+from .elimination import Board, lowest
 from .processes import Team
 from .walk import Prefix, Shelf, Walk, agree, forwards
 
@@ -29,7 +29,7 @@ class Meter:
     stopped. What is not finite (an overflow in half precision) makes a candidate's discrepancy infinite. Raises
     EncoderError where the walk does not give what the encoder gives, or where that is not finite.
 
-    share: of the work of measuring all candidates on all prompts (prefixes shared) that the last `rank` did.
+    share: of the work of measuring all candidates on all prompts (prefixes shared) that the last `lowest` did.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Meter:
         norms = self._fill(board, candidates, everyone, pieces, len(candidates), step, stack=False)
         return [Discrepancy(board.conditional(c), float(board.null[c]), norm) for c, norm in enumerate(norms)]
 
-    def rank(
+    def lowest(
         self,
         candidates: Sequence[Assignment],
         keep: int,
@@ -159,7 +159,7 @@ class Meter:
         unknown = [c for c in range(len(candidates)) if np.isnan(board.null[c])]
         if unknown:
             evaluate(unknown, [0])
-        found = rank(board, lambda members, batches: evaluate(members, [b + 1 for b in batches]), keep, delta, below)
+        found = lowest(board, lambda members, batches: evaluate(members, [b + 1 for b in batches]), keep, delta, below)
         for c, candidate in enumerate(candidates):
             if found[c] < math.inf and not any(action.fitted for action in candidate.values()):
                 self._known[delta > 0, frozenset(candidate.items())] = board.null[c], board.values[c].copy()

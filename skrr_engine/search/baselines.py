@@ -1,7 +1,7 @@
 """Other ways to choose what is removed, to compare with: each gives an order of sub-blocks, for a plan like Skrr's.
 
 - random: sub-blocks in a seeded order.
-- shortgpt: whole blocks, ranked once by block influence, 1 - mean cosine(block input, block output), lowest first.
+- shortgpt: whole blocks, ordered once by block influence, 1 - mean cosine(block input, block output), lowest first.
 - finercut: sub-blocks, greedy, measured anew at every step by the angle of the output: no projection, no null prompt,
   no re-use.
 
@@ -58,7 +58,7 @@ def shortgpt_order(meter: Meter) -> list[int]:
     return [index for block in blocks for index in (2 * block, 2 * block + 1)]
 
 
-def finercut_order(meter: Meter, target: float, *watch, beam: Sequence[skip.Path] = ()) -> list[int]:
+def finercut_order(meter: Meter, target: float, *watch, beam: Sequence[skip.SkipList] = ()) -> list[int]:
     """Greedy removals up to a sparsity. meter: with ANGLE_OF_OUTPUT and no projection; watch, beam: `report` and `save`
     of search.search, and where to go on from."""
     settings = search.Settings(sparsity=target, beam=1, reuse=False, delta=0.0)

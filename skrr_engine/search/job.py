@@ -19,10 +19,10 @@ from . import baselines, run, with_standins
 from .entry import Found
 from .progress import Progress
 from .settings import Settings
-from .skip import Path
+from .skip import SkipList
 
 Report = Callable[[Progress], None]
-Save = Callable[[Sequence[Path]], None]
+Save = Callable[[Sequence[SkipList]], None]
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Job:
 
     @functools.cached_property
     def split(self) -> tuple[list[str], list[str]]:
-        """Prompts that stand-ins are fitted on (none without them), and those that candidates are ranked on."""
+        """Prompts that stand-ins are fitted on (none without them), and those that candidates are measured on."""
         return ([], list(self.prompts)) if self.fitting is None else halved(self.prompts)
 
     @functools.cached_property
-    def ranked(self) -> Meter:
+    def meter(self) -> Meter:
         """Measures candidates."""
         calibration = self.calibration(self.split[1], self.settings.delta > 0)
         return Meter(calibration, self.projection, team=self.team)
@@ -72,24 +72,24 @@ class Job:
         self,
         report: Report = lambda progress: None,
         save: Save = lambda beam: None,
-        beam: Sequence[Path] = (),
+        beam: Sequence[SkipList] = (),
     ) -> Found:
         """Search. report: called before every sub-block's forward, what it raises ends the search; save: called with
         the beam after each step; beam: a saved one to go on from. Raises SearchError."""
         if self.method == "standins":
-            return with_standins.search(self.fitted, self.ranked, self.settings, self.fitting, report, save, beam)
+            return with_standins.search(self.fitted, self.meter, self.settings, self.fitting, report, save, beam)
         if self.method == "skrr":
-            entry = run.search(self.ranked, self.settings, report, save, beam)
+            entry = run.search(self.meter, self.settings, report, save, beam)
         else:
             entry = self._baseline(report, save, beam)
         if self.fitting is None:
             return Found(entry)
         told = entry.extensions["search"]
-        return with_standins.best_rank(self.fitted, self.ranked, entry.order, self.settings, self.fitting, told)
+        return with_standins.best_rank(self.fitted, self.meter, entry.order, self.settings, self.fitting, told)
 
-    def _baseline(self, report: Report, save: Save, beam: Sequence[Path]) -> EncoderPlan:
+    def _baseline(self, report: Report, save: Save, beam: Sequence[SkipList]) -> EncoderPlan:
         """Another method's order; its levels' discrepancies are Skrr's."""
-        meter = self.ranked
+        meter = self.meter
         if self.method == "random":
             order = baselines.random_order(meter, self.seed)
         elif self.method == "shortgpt":
@@ -101,9 +101,9 @@ class Job:
             order = baselines.finercut_order(own, self.settings.sparsity, report, save, beam=beam)
         return baselines.plan_of(meter, order, self.settings.targets, self.method)
 
-    def unfinished(self, path: Path) -> EncoderPlan:
-        """The entry of a search that was stopped at `path`."""
-        return run.unfinished(self.ranked.row, path, self.settings, self.fitting is not None)
+    def unfinished(self, skips: SkipList) -> EncoderPlan:
+        """The entry of a search that was stopped at `skips`."""
+        return run.unfinished(self.meter.row, skips, self.settings, self.fitting is not None)
 
     def plan(self, entry: EncoderPlan) -> Plan:
         """The plan with this entry, and where it comes from."""

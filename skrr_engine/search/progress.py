@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from ..encoder.row import describe
 from ..measure.meter import Meter
 from .settings import Settings
-from .skip import Path
+from .skip import SkipList
 
 
 @dataclass(frozen=True)
 class Progress:
     """Where a search stands. done: 0 to 1; seconds_left: an estimate, None while there is nothing to estimate from;
-    candidate, candidates: within this step; line: for people; path: the best list so far."""
+    candidate, candidates: within this step; line: for people; skips: the best list so far."""
 
     step: int
     steps: int
@@ -22,7 +22,7 @@ class Progress:
     done: float
     seconds_left: float | None
     line: str
-    path: Path
+    skips: SkipList
 
 
 class Clock:
@@ -86,8 +86,8 @@ class Shares:
         return min(self.of(work) * self.REUSE, work)
 
 
-def step_line(path: Path, steps: int) -> str:
+def step_line(skips: SkipList, steps: int) -> str:
     """ "step 7 of 20: skipped block 11's attention, D 0.013"."""
-    if not path.order:
+    if not skips.order:
         return f"step 0 of {steps}: measuring every sub-block"
-    return f"step {len(path.order)} of {steps}: skipped {describe(path.order[-1])}, D {path.discrepancy:.4g}"
+    return f"step {len(skips.order)} of {steps}: skipped {describe(skips.order[-1])}, D {skips.discrepancy:.4g}"

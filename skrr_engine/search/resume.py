@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..disk.atomic import replacing
 from ..errors import SkrrError
-from .skip import Path as SkipList
+from .skip import SkipList
 
 
 class StateError(SkrrError):

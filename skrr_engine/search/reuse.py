@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..encoder.actions import SKIP, Reuse, assignment
-from .skip import Rank
+from .skip import Lowest
 
 
 def neighbours(index: int, skipped: frozenset[int], length: int) -> list[int]:
@@ -13,7 +13,7 @@ def neighbours(index: int, skipped: frozenset[int], length: int) -> list[int]:
     return [i for i in (left, right) if i is not None]
 
 
-def search(rank: Rank, order: Sequence[int], length: int, rounding: float = 0.0) -> tuple[dict[int, int], float]:
+def search(lowest: Lowest, order: Sequence[int], length: int, rounding: float = 0.0) -> tuple[dict[int, int], float]:
     """The re-use map of one level and its discrepancy.
 
     order: the skipped sub-blocks in skip order; length: of the row. For each in turn, with the re-uses accepted so far
@@ -22,10 +22,10 @@ def search(rank: Rank, order: Sequence[int], length: int, rounding: float = 0.0)
     """
     skipped = frozenset(order)
     reuse: dict[int, int] = {}
-    (current,) = rank([assignment(order)], 1)
+    (current,) = lowest([assignment(order)], 1)
     for index in order:
         options = [SKIP, *map(Reuse, neighbours(index, skipped, length))]
-        scores = rank([{**assignment(order, reuse), index: option} for option in options], 1)
+        scores = lowest([{**assignment(order, reuse), index: option} for option in options], 1)
         best = next(i for i, score in enumerate(scores) if score <= min(scores) * (1 + rounding))
         if options[best] != SKIP:
             reuse[index], current = options[best].target, scores[best]

@@ -11,15 +11,15 @@ from . import reuse, skip
 from .entry import entry_of, level_of, steps_of
 from .progress import Clock, Progress, Shares, reuse_work, step_line, step_work
 from .settings import Settings
-from .skip import Path
+from .skip import SkipList
 
 
 def search(
     meter: Meter,
     settings: Settings,
     report: Callable[[Progress], None] = lambda progress: None,
-    save: Callable[[Sequence[Path]], None] = lambda beam: None,
-    beam: Sequence[Path] = (),
+    save: Callable[[Sequence[SkipList]], None] = lambda beam: None,
+    beam: Sequence[SkipList] = (),
 ) -> EncoderPlan:
     """Search one encoder's plan.
 
@@ -39,9 +39,9 @@ class Search:
         self.costs = self.row.parameter_counts[: self.length]
         self.clock = Clock()
         self.shares = Shares(settings, meter, step_work(self.length, 0, settings.beam))
-        self.best = Path((), 0.0)
+        self.best = SkipList((), 0.0)
 
-    def run(self, save: Callable[[Sequence[Path]], None], beam: Sequence[Path]) -> EncoderPlan:
+    def run(self, save: Callable[[Sequence[SkipList]], None], beam: Sequence[SkipList]) -> EncoderPlan:
         settings, costs, total = self.settings, self.costs, self.row.total
         self.best = beam[0] if beam else self.best
         for step in skip.search(
@@ -76,7 +76,7 @@ class Search:
         return left
 
     def _ticking(self, line: str, candidates: int, ahead: float, expected: float) -> Callable[[float], None]:
-        """A tick for `Meter.rank`: it is expected to take so many sub-block forwards, and `ahead` come after it."""
+        """A tick for `Meter.lowest`: it is expected to take so many sub-block forwards, and `ahead` come after it."""
         before, meter, clock = self.clock.worked, self.meter, self.clock
 
         def tick(share: float) -> None:
@@ -96,7 +96,7 @@ class Search:
         expected = self.shares.of(work)
         line = step_line(self.best, self._steps())
         tick = self._ticking(line, len(candidates), self._remaining() - expected, expected)
-        found = self.meter.rank(candidates, keep, self.settings.delta, tick=tick)
+        found = self.meter.lowest(candidates, keep, self.settings.delta, tick=tick)
         self.shares.add(self.meter.spent, work)
         return found
 
@@ -107,17 +107,17 @@ class Search:
         expected = len(order) + 1 if settings.reuse else 1
         line = f"finding re-uses for {len(order)} skipped sub-blocks" if settings.reuse else "measuring the plan"
 
-        def rank(candidates: list[dict], keep: int) -> list[float]:
+        def lowest(candidates: list[dict], keep: int) -> list[float]:
             nonlocal calls
             left = max(expected - calls - 1, 0) / expected * work + ahead
             tick = self._ticking(line, len(candidates), left, work / expected)
             calls += 1
-            return self.meter.rank(candidates, keep, settings.reuse_delta(len(order)), tick=tick)
+            return self.meter.lowest(candidates, keep, settings.reuse_delta(len(order)), tick=tick)
 
         if settings.reuse:
-            mapping, discrepancy = reuse.search(rank, order, self.length, settings.rounding)
+            mapping, discrepancy = reuse.search(lowest, order, self.length, settings.rounding)
         else:
-            mapping, (discrepancy,) = {}, rank([assignment(order)], 1)
+            mapping, (discrepancy,) = {}, lowest([assignment(order)], 1)
         return level_of(self.row, order, discrepancy, mapping)
 
 
@@ -126,15 +126,15 @@ def how(settings: Settings) -> dict:
     return {"mode": "racing", "delta": settings.delta} if settings.delta else {"mode": "exact"}
 
 
-def unfinished(row: Row, path: Path, settings: Settings, standins: bool = False) -> EncoderPlan:
-    """The plan of a search that was stopped at `path`: each step that it got to is a level, without re-use. standins:
+def unfinished(row: Row, skips: SkipList, settings: Settings, standins: bool = False) -> EncoderPlan:
+    """The plan of a search that was stopped at `skips`: each step that it got to is a level, without re-use. standins:
     its discrepancies were measured with stand-ins, which this plan has not: it says none."""
-    trail = path.trail or (None,) * (len(path.order) - 1) + (path.discrepancy,)
+    trail = skips.trail or (None,) * (len(skips.order) - 1) + (skips.discrepancy,)
     if standins:
-        trail = (None,) * len(path.order)
-    levels = [level_of(row, path.order[: n + 1], d) for n, d in enumerate(trail)]
-    told = {**how(settings), **({} if standins else steps_of(path.trail)), "unfinished": True}
-    return entry_of(row, levels, path.order, told)
+        trail = (None,) * len(skips.order)
+    levels = [level_of(row, skips.order[: n + 1], d) for n, d in enumerate(trail)]
+    told = {**how(settings), **({} if standins else steps_of(skips.trail)), "unfinished": True}
+    return entry_of(row, levels, skips.order, told)
 
 
 def measure_level(meter: Meter, plan: EncoderPlan, level: Level) -> Discrepancy:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ..encoder.actions import assignment
 from ..errors import SearchError
 
-Rank = Callable[[list[dict], int], list[float]]
+Lowest = Callable[[list[dict], int], list[float]]
 """Discrepancies of the so many best of a list of assignments (see rewire.Assignment), infinity for the others."""
 
 
@@ -15,7 +15,7 @@ NOT_FINITE = "whatever is removed next overflows in this precision: load the enc
 
 
 @dataclass(frozen=True)
-class Path:
+class SkipList:
     """A skip list in the order of removal, with its discrepancy. trail: the discrepancies of its first sub-blocks, one
     more from entry to entry, up to its own; empty where they are not known."""
 
@@ -24,20 +24,20 @@ class Path:
     trail: tuple[float, ...] = field(default=(), compare=False)
 
 
-def expand(beam: Sequence[Path], length: int) -> list[tuple[int, ...]]:
+def expand(beam: Sequence[SkipList], length: int) -> list[tuple[int, ...]]:
     """Every list of the beam extended by every sub-block not yet in it; of equal sets, the one from the best list."""
     found: dict[frozenset[int], tuple[int, ...]] = {}
-    for path in beam:
+    for skips in beam:
         for index in range(length):
-            if index not in path.order:
-                found.setdefault(frozenset((*path.order, index)), (*path.order, index))
+            if index not in skips.order:
+                found.setdefault(frozenset((*skips.order, index)), (*skips.order, index))
     return list(found.values())
 
 
 def select(
-    orders: Sequence[tuple[int, ...]], scores: Sequence[float], width: int, beam: Sequence[Path] = (),
+    orders: Sequence[tuple[int, ...]], scores: Sequence[float], width: int, beam: Sequence[SkipList] = (),
     rounding: float = 0.0,
-) -> list[Path]:  # fmt: skip
+) -> list[SkipList]:  # fmt: skip
     """The `width` best; of equals, the lower sub-block removed last wins, then the better parent (the earlier). beam:
     the parents, which hand down their trails. rounding: scores count as equal where the next one is no further away,
     beside the width-th best."""
@@ -47,32 +47,32 @@ def select(
     for before, i in zip([None, *rising], rising, strict=False):
         place += before is not None and scores[i] - scores[before] > gap
         places[i] = place
-    ranked = sorted(rising, key=lambda i: (places[i], orders[i][-1], i))
-    trails = {path.order: path.trail for path in beam}
+    best_first = sorted(rising, key=lambda i: (places[i], orders[i][-1], i))
+    trails = {skips.order: skips.trail for skips in beam}
 
-    def path(order: tuple[int, ...], score: float) -> Path:
+    def longer(order: tuple[int, ...], score: float) -> SkipList:
         trail = trails.get(order[:-1], ())
-        return Path(order, score, (*trail, score) if len(trail) == len(order) - 1 else ())
+        return SkipList(order, score, (*trail, score) if len(trail) == len(order) - 1 else ())
 
-    return [path(orders[i], scores[i]) for i in ranked[:width] if scores[i] < math.inf]
+    return [longer(orders[i], scores[i]) for i in best_first[:width] if scores[i] < math.inf]
 
 
 def search(
-    rank: Rank, costs: Sequence[int], total: int, target: float, width: int, beam: Sequence[Path] = (),
+    lowest: Lowest, costs: Sequence[int], total: int, target: float, width: int, beam: Sequence[SkipList] = (),
     rounding: float = 0.0,
-) -> Iterator[list[Path]]:  # fmt: skip
+) -> Iterator[list[SkipList]]:  # fmt: skip
     """Yield the beam after each step, until its best list reaches the target sparsity.
 
-    rank: see `Rank`. costs: parameters of each sub-block; total: of the encoder; target: fraction of `total` to
+    lowest: see `Lowest`. costs: parameters of each sub-block; total: of the encoder; target: fraction of `total` to
     remove; width: of the beam (k); beam: where to go on from, as yielded before; rounding: see `select`. Raises
     SearchError where even removing everything would not reach the target, and where nothing more can be removed without
     an overflow.
     """
     check_reach(costs, total, target)
-    beam = list(beam) or [Path((), 0.0)]
+    beam = list(beam) or [SkipList((), 0.0)]
     while sum(costs[i] for i in beam[0].order) < target * total:
         orders = expand(beam, len(costs))
-        beam = select(orders, rank([assignment(order) for order in orders], width), width, beam, rounding)
+        beam = select(orders, lowest([assignment(order) for order in orders], width), width, beam, rounding)
         if not beam:
             raise SearchError(NOT_FINITE)
         yield beam

@@ -42,7 +42,7 @@ class Fitting:
     """How stand-ins are fitted. rank: of each; ranks: where there are any, those to choose from at the end; ridges:
     tried, relative to the mean eigenvalue of the Gram matrix, the one best on held-out prompts is taken; null: share of
     the null prompt in all weight; held_out: every so many-th prompt chooses the ridge and is fitted on only after that
-    (0: the first ridge is taken); swaps: exchanges that a search tries at its end (see heal.py)."""
+    (0: the first ridge is taken); swaps: exchanges that a search tries at its end (see search/with_standins.py)."""
 
     RANKS: ClassVar[tuple[int, ...]] = (4, 8, 16, 32, 64)
 
@@ -58,7 +58,7 @@ class Fitting:
             raise SearchError(f"a rank of {self.rank} makes no sense for stand-ins: use 1 to {MAX_RANK}, like 16")
 
 
-MAX_RANKED = 64
+MAX_MEASURED = 64
 """Prompts that a search with stand-ins ranks candidates on; all others are fitted on."""
 
 
@@ -92,12 +92,12 @@ def least_bytes(width: int) -> int:
 
 
 def halved(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Prompts to fit on, and others to rank candidates on: every 8th, at most MAX_RANKED. Raises SearchError."""
+    """Prompts to fit on, and others to measure candidates on: every 8th, at most MAX_MEASURED. Raises SearchError."""
     if len(set(prompts)) < 16:
         raise SearchError(f"{len(set(prompts))} prompts are too few to fit stand-ins on: give at least 16, better 500")
-    ranked = list(dict.fromkeys(prompts))[::8][:MAX_RANKED]
-    apart = set(ranked)
-    return [p for p in prompts if p not in apart], ranked
+    measured = list(dict.fromkeys(prompts))[::8][:MAX_MEASURED]
+    apart = set(measured)
+    return [p for p in prompts if p not in apart], measured
 
 
 @dataclass

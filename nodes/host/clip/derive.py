@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 from ....skrr_engine.encoder.rewire import rewire
 from .guard import guard, guarded_tokenizer
-from .patcher import pruned_class
+from .patcher import plant
 from .tree import LINEAR
 from .views import ATTACHMENT, Pruned, pruning, views
 
@@ -29,8 +29,7 @@ def derive(clip, pruned: Mapping[str, Pruned]):
     pruned = {**before, **{name: carried(entry, before.get(name, entry)) for name, entry in pruned.items()}}
     derived = clip.clone()
     patcher = derived.patcher
-    patcher.__class__ = pruned_class(type(patcher))
-    patcher.plant(known, pruned)
+    plant(patcher, known, pruned)
     patcher.set_attachments(ATTACHMENT, pruned)
     patcher.size = 0
     patcher.patches_uuid = uuid.uuid4()  # else ComfyUI would take the dense tree's load state for this one's

@@ -23,15 +23,6 @@ class PrunedPatcher:
     skrr_tree: nn.Module
     skrr_forwards: dict[str, Callable]
 
-    def plant(self, known: Mapping[str, View], pruned: Mapping[str, Pruned]) -> None:
-        """Make the fork of the model that this patcher has now."""
-        self.skrr_views = known
-        self.skrr_tree, self.skrr_forwards = make_tree(self.model, known, pruned)
-        for view in (known[name] for name, entry in pruned.items() if entry.unread):
-            for path in (view.path, f"{view.path}.{TRANSFORMER.rstrip('.')}"):
-                if hasattr(self.model.get_submodule(path), "generate"):
-                    self.skrr_forwards[f"{path}.generate"] = refusing(view.name)
-
     def patch_model(self, *args, **kwargs):
         others = self.object_patches
         self.object_patches = {**others, **self.skrr_forwards}  # what is left out stays so, whoever patches it
@@ -65,12 +56,12 @@ class PrunedPatcher:
 
     def clone(self, *args, **kwargs):
         clone = super().clone(*args, **kwargs)
-        clone.__class__ = pruned_class(type(clone))  # some loaders' clone() sets its own
         if clone.model is self.model:
+            clone.__class__ = pruned_class(type(clone))  # some loaders' clone() sets its own
             clone.skrr_views, clone.skrr_tree, clone.skrr_forwards = self.skrr_views, self.skrr_tree, self.skrr_forwards
         else:  # ComfyUI has loaded it anew, for another device or without dynamic VRAM
             pruned = self.get_attachment(ATTACHMENT)
-            clone.plant(views_of(clone.model, pruned), pruned)
+            plant(clone, views_of(clone.model, pruned), pruned)
         return clone
 
     def model_state_dict(self, filter_prefix=None):
@@ -95,3 +86,14 @@ class PrunedPatcher:
 def pruned_class(base: type) -> type:
     """`base`, a ModelPatcher class (ComfyUI's, ComfyUI-GGUF's, ...), with PrunedPatcher's ways."""
     return base if issubclass(base, PrunedPatcher) else type(f"Pruned{base.__name__}", (PrunedPatcher, base), {})
+
+
+def plant(patcher, known: Mapping[str, View], pruned: Mapping[str, Pruned]) -> None:
+    """Turn a patcher, in place, into one of a fork of the model that it has now. Raises EncoderError, before it is."""
+    tree, forwards = make_tree(patcher.model, known, pruned)
+    for view in (known[name] for name, entry in pruned.items() if entry.unread):
+        for path in (view.path, f"{view.path}.{TRANSFORMER.rstrip('.')}"):
+            if hasattr(patcher.model.get_submodule(path), "generate"):
+                forwards[f"{path}.generate"] = refusing(view.name)
+    patcher.__class__ = pruned_class(type(patcher))
+    patcher.skrr_views, patcher.skrr_tree, patcher.skrr_forwards = known, tree, forwards
