@@ -21,7 +21,7 @@ CHANGES = (
     ("a family of encoders", "skrr_engine/encoder/families/", "one file, and its line in the table"),
     ("what can be done at a place", "skrr_engine/encoder/actions.py", "one class with the protocol's three methods"),
     ("what D measures", "skrr_engine/measure/discrepancy.py", "a Criterion"),
-    ("a denoiser's text projection", "skrr_engine/measure/projection.py", "one row of LAYOUTS"),
+    ("a denoiser's text projection", "skrr_engine/measure/projection.py", "one row of RECIPES"),
     ("the calibration prompts", "skrr_engine/measure/prompts.py", "words and forms"),
     ("how removals are chosen", "skrr_engine/search/", "a file beside skip.py and reuse.py, and a line in job.py"),
     ("a plan's format", "skrr_engine/plan/model.py", "the field; then docs/plan.schema.json, see tests/test_plan.py"),

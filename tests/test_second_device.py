@@ -12,7 +12,7 @@ from skrr_engine.files.folder import Encoder
 from skrr_engine.measure.calibration import Calibration
 from skrr_engine.measure.discrepancy import COSINE, Criterion
 from skrr_engine.measure.meter import Meter
-from skrr_engine.measure.projection import LAYOUTS, build
+from skrr_engine.measure.projection import RECIPES, build
 from skrr_engine.search.run import search
 from skrr_engine.search.settings import Settings
 from skrr_engine.standins import fit as standin
@@ -43,7 +43,7 @@ def everything(name: str, device: str) -> tuple:
             "fc1.bias": tensor(8),
             "fc2.bias": tensor(8),
         }
-        projection = build(LAYOUTS[0], lambda key: weights[key.removeprefix("y_embedder.y_proj.")])
+        projection = build(RECIPES[0], lambda key: weights[key.removeprefix("y_embedder.y_proj.")])
         if stack is not None:
             stack.take(projection)
         ids = [[3 + (7 * n + i * i) % 90 for i in range(8)] for n in range(9)]

@@ -19,7 +19,7 @@ from skrr_engine.files.offload import Files
 from skrr_engine.measure.calibration import Batch, Calibration, grouped
 from skrr_engine.measure.meter import Meter
 from skrr_engine.measure.processes import Team
-from skrr_engine.measure.projection import LAYOUTS, build
+from skrr_engine.measure.projection import RECIPES, build
 from skrr_engine.memory import batch_tokens, free_memory
 from skrr_engine.plan import model as plans
 from skrr_engine.search import reuse
@@ -80,7 +80,7 @@ def projection_for(card: Card, width: int, features: int):
         shape = (out, into) if key.endswith("weight") else (out,)
         return torch.randn(shape, generator=draw, device=card.device) * into**-0.5
 
-    return build(LAYOUTS[0], fetch)
+    return build(RECIPES[0], fetch)
 
 
 def batches_of(encoder: Encoder, ids: list[list[int]], tokens: int, race: bool) -> list[Batch]:

@@ -3,7 +3,7 @@
 import comfy.lora
 import torch
 
-from ...skrr_engine.measure.projection import LAYOUTS, ProjectionError, TextProjection, build, find
+from ...skrr_engine.measure.projection import RECIPES, ProjectionError, TextProjection, build, find
 from .clip.views import View
 
 CLIP_COLUMNS = {"clip_l": (0, 768), "clip_g": (768, 1280)}
@@ -19,15 +19,15 @@ def from_model(model, view: View, width: int | None = None) -> TextProjection:
     found = find(denoiser.state_dict().keys())
     kind = getattr(model.model.model_config, "unet_config", {}).get("image_model") or type(model.model).__name__
     if found is None:
-        names = ", ".join(layout.name for layout in LAYOUTS)
+        names = ", ".join(recipe.name for recipe in RECIPES)
         raise ProjectionError(
             f"no text projection that Skrr knows ({names}) in this model ({kind}): disconnect MODEL to search on the"
             " bare embeddings"
         )
-    layout, _ = found
-    projection = build(layout, lambda key: weight(model, denoiser, key))
+    recipe, _ = found
+    projection = build(recipe, lambda key: weight(model, denoiser, key))
     projection.denoiser = str(kind)[:100]
-    if layout.denoiser == "sd3" and view.name in CLIP_COLUMNS:
+    if recipe.denoiser == "sd3" and view.name in CLIP_COLUMNS:
         projection = projection.columns(*CLIP_COLUMNS[view.name])
     if projection.width != width:
         raise ProjectionError(

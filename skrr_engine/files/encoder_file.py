@@ -26,7 +26,7 @@ from ..errors import SkrrError, first_line
 from ..plan.model import EncoderPlan, Plan
 from ..plan.text import PlanError
 from . import companion as standin_file
-from .layout import MAX_BLOCKS, Layout, _matches, layouts_of
+from .layout import MAX_BLOCKS, Layout, layouts_of, matching
 
 PLAN, RECORD = "skrr_plan", "skrr"
 """Metadata of a pruned file: the plan's JSON, and JSON of its own (see `Record`)."""
@@ -239,7 +239,7 @@ class Checkpoint:
         elif len(found) > 1:
             names = ", ".join(f"{layout.family} under {layout.prefix or 'no prefix'}" for layout in found)
             what = f"holds {len(found)} text encoders ({names}): get each as a file of its own"
-        elif not found and (self.record or any(_matches(family, self.entries) for family in families.FAMILIES)):
+        elif not found and (self.record or any(matching(family, self.entries) for family in families.FAMILIES)):
             what = "parts of this text encoder are missing; get the file again"
         else:
             return None

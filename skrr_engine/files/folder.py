@@ -38,7 +38,7 @@ class Padding:
 
 
 PADDED = {"flux": Padding(256), "sd3": Padding(77), "wan": Padding(512, masked=True)}
-"""Denoiser (see projection.LAYOUTS) -> how ComfyUI pads its T5's prompts. The others' are not padded."""
+"""Denoiser (see projection.RECIPES) -> how ComfyUI pads its T5's prompts. The others' are not padded."""
 
 
 def padding(family: str, denoiser: str | None, least: int | None = None) -> Padding:

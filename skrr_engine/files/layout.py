@@ -96,14 +96,14 @@ def layouts_of(entries: Mapping[str, Entry]) -> list[Layout]:
     """All encoders among these tensors that are whole and of a family that the engine knows."""
     found: dict[str, Layout] = {}
     for family in families.FAMILIES:
-        for prefix, matches in _matches(family, entries).items():
+        for prefix, matches in matching(family, entries).items():
             layout = None if prefix in found else _layout(family, prefix, matches, entries)
             if layout is not None:
                 found[prefix] = layout
     return list(found.values())
 
 
-def _matches(family, entries: Collection[str]) -> dict[str, dict[str, re.Match]]:
+def matching(family, entries: Collection[str]) -> dict[str, dict[str, re.Match]]:
     """The tensors of blocks that a family may have, by what stands before their names; blocks that hold anything that
     the family's do not are another architecture's."""
     found: dict[str, dict[str, re.Match]] = {}

@@ -1,6 +1,6 @@
 """A denoiser's own text projection, found by its tensors' names and rebuilt from them.
 
-One row of `LAYOUTS` per kind: which tensors it has, and what is done with them in turn.
+One row of `RECIPES` per kind: which tensors it has, and what is done with them in turn.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ class ProjectionError(SkrrError):
 
 
 @dataclass(frozen=True)
-class Layout:
+class Recipe:
     """One kind of projection. denoiser: whose; name: the module; stages: `("linear", key)`, `("rms", key, epsilon)` or
     `("gelu",)` in turn, a leading "?" marking a stage that may be missing; marks: other tensors of such a denoiser."""
 
@@ -34,29 +34,29 @@ class Layout:
         return [*self.marks, *(f"{s[1]}.weight" for s in self.stages if len(s) > 1 and not s[0].startswith("?"))]
 
 
-LAYOUTS = (
-    Layout(
+RECIPES = (
+    Recipe(
         "pixart",
         "y_embedder.y_proj",
         (("linear", "y_embedder.y_proj.fc1"), ("gelu",), ("linear", "y_embedder.y_proj.fc2")),
     ),
-    Layout("sd3", "context_embedder", (("linear", "context_embedder"),)),
-    Layout("chroma", "txt_in", (("linear", "txt_in"),), ("distilled_guidance_layer.norms.0.scale",)),
-    Layout("flux", "txt_in", (("?rms", "txt_norm", 1e-6), ("linear", "txt_in"))),
-    Layout("wan", "text_embedding", (("linear", "text_embedding.0"), ("gelu",), ("linear", "text_embedding.2"))),
-    Layout("lumina2", "cap_embedder", (("rms", "cap_embedder.0", 1e-5), ("linear", "cap_embedder.1"))),
+    Recipe("sd3", "context_embedder", (("linear", "context_embedder"),)),
+    Recipe("chroma", "txt_in", (("linear", "txt_in"),), ("distilled_guidance_layer.norms.0.scale",)),
+    Recipe("flux", "txt_in", (("?rms", "txt_norm", 1e-6), ("linear", "txt_in"))),
+    Recipe("wan", "text_embedding", (("linear", "text_embedding.0"), ("gelu",), ("linear", "text_embedding.2"))),
+    Recipe("lumina2", "cap_embedder", (("rms", "cap_embedder.0", 1e-5), ("linear", "cap_embedder.1"))),
 )
 
 
 class TextProjection(nn.Sequential):
-    """`[batch, tokens, width] -> [batch, tokens, features]` in float32: a denoiser's own layers. layout: which; layers:
+    """`[batch, tokens, width] -> [batch, tokens, features]` in float32: a denoiser's own layers. recipe: which; layers:
     by the names that they have there, "" for those without weights. denoiser, name: for a plan's provenance; width:
     that it takes."""
 
-    def __init__(self, layout: Layout, layers: Sequence[tuple[str, nn.Module]]):
+    def __init__(self, recipe: Recipe, layers: Sequence[tuple[str, nn.Module]]):
         super().__init__(*(layer for _, layer in layers))
         self.requires_grad_(False)
-        self.layout, self.layers, self.denoiser, self.name = layout, tuple(layers), layout.denoiser, layout.name
+        self.recipe, self.layers, self.denoiser, self.name = recipe, tuple(layers), recipe.denoiser, recipe.name
         self.width = next(layer.weight.shape[-1] for name, layer in layers if name)
 
     @property
@@ -69,28 +69,28 @@ class TextProjection(nn.Sequential):
         if len(self.layers) != 1:
             return self
         ((name, layer),) = self.layers
-        return TextProjection(self.layout, [(name, linear(layer.weight[:, start : start + width], layer.bias))])
+        return TextProjection(self.recipe, [(name, linear(layer.weight[:, start : start + width], layer.bias))])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.float())
 
 
-def find(keys: Iterable[str]) -> tuple[Layout, str] | None:
-    """The layout that a denoiser's tensor names fit, and the prefix that they stand under."""
+def find(keys: Iterable[str]) -> tuple[Recipe, str] | None:
+    """The recipe that a denoiser's tensor names fit, and the prefix that they stand under."""
     names = set(keys)
     for prefix in PREFIXES:
-        for layout in LAYOUTS:
-            if all(prefix + key in names for key in layout.required()):
-                return layout, prefix
+        for recipe in RECIPES:
+            if all(prefix + key in names for key in recipe.required()):
+                return recipe, prefix
     return None
 
 
-def build(layout: Layout, fetch: Callable[[str], torch.Tensor | None]) -> TextProjection:
+def build(recipe: Recipe, fetch: Callable[[str], torch.Tensor | None]) -> TextProjection:
     """Rebuild a projection. fetch: tensor of a name below the denoiser, as floating point, or None. Raises
     ProjectionError where tensors do not fit together."""
     layers: list[tuple[str, nn.Module]] = []
     width = None  # of what comes out of the layers so far
-    for kind, *rest in layout.stages:
+    for kind, *rest in recipe.stages:
         if kind == "gelu":
             layers.append(("", nn.GELU(approximate="tanh")))
             continue
@@ -110,7 +110,7 @@ def build(layout: Layout, fetch: Callable[[str], torch.Tensor | None]) -> TextPr
             )
         layers.append((name, linear(weight, bias) if kind == "linear" else rms(weight, *epsilon)))
         width = shape[0]
-    return TextProjection(layout, layers)
+    return TextProjection(recipe, layers)
 
 
 KINDS = {"linear": "linear", "rms": "norm", "?rms": "norm"}
@@ -139,18 +139,18 @@ def from_file(path: str | Path) -> TextProjection:
             names = set(file.keys())
             found = find(names)
             if found is None:
-                kinds = ", ".join(layout.name for layout in LAYOUTS)
+                kinds = ", ".join(recipe.name for recipe in RECIPES)
                 raise ProjectionError(
                     f"{path}: no text projection in this file (looked for {kinds}): give the denoiser's file"
                 )
-            layout, prefix = found
+            recipe, prefix = found
 
             def fetch(key: str) -> torch.Tensor | None:
                 if prefix + key not in names:
                     return None
                 return dequantised(prefix + key, file.get_tensor, names, str(path))
 
-            return build(layout, fetch)
+            return build(recipe, fetch)
     except (SafetensorError, OSError) as error:
         raise ProjectionError(
             f"{path}: can't be read as safetensors ({first_line(error)}); give the denoiser's file"
