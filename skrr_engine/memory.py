@@ -5,9 +5,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux tells a container's limits (version 2)."""
 
@@ -41,6 +43,21 @@ def out_of_memory(error: Exception) -> bool:
     text = str(error).lower() if isinstance(error, RuntimeError) else ""
     sayings = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")
     return any(saying in text for saying in sayings)
+
+
+def retried(act: Callable[[], T], shrink: Callable[[], bool]) -> T:
+    """What `act` returns; where the device runs out of memory, it is tried again for as long as `shrink` says that this
+    makes sense. `shrink` is called when the failed try's tensors are gone: while an error is handled, its frames, and
+    all that they hold, stay."""
+    while True:
+        try:
+            return act()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            failed = error.with_traceback(None)
+        if not shrink():
+            raise failed
 
 
 def batch_tokens(memory: int, width: int, device: torch.device | str = "cpu") -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import weakref
 
 import pytest
 import reference
@@ -21,7 +22,7 @@ from skrr_engine.errors import SearchError
 from skrr_engine.measure.calibration import Batch, Calibration
 from skrr_engine.measure.meter import Meter
 from skrr_engine.measure.walk import Walk
-from skrr_engine.memory import Store, batch_tokens, free_memory, nbytes
+from skrr_engine.memory import Store, batch_tokens, free_memory, nbytes, retried
 from skrr_engine.search import baselines, naive, skip
 from skrr_engine.search.resume import State, StateError, fingerprint
 from skrr_engine.search.run import search
@@ -506,3 +507,24 @@ def test_a_container_bounds_what_is_free(tmp_path, monkeypatch):
     assert free_memory() == 900 // 4 < whole
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory() == pytest.approx(whole, rel=0.5)
+
+
+def test_what_ran_out_of_memory_is_gone_before_it_is_made_smaller():
+    """Else the device's memory could not be given back where it is short."""
+    tried, shrunk = [], []
+
+    def act():
+        big = torch.zeros(3)
+        tried.append(weakref.ref(big))
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return "done"
+
+    def shrink():
+        shrunk.append(tried[-1]() is None)
+        return len(shrunk) < 5
+
+    assert retried(act, shrink) == "done" and shrunk == [True, True]
+    tried.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        retried(act, lambda: False)

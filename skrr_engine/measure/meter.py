@@ -10,7 +10,7 @@ import torch
 from ..encoder.actions import Assignment
 from ..encoder.row import EncoderError
 from ..encoder.trace import Reading, Tracer
-from ..memory import Store, batch_tokens, out_of_memory
+from ..memory import Store, batch_tokens, retried
 from .calibration import Calibration
 from .discrepancy import Criterion, Discrepancy, Projection, features, read_only, token_norm, tokens_read
 from .elimination import Board, lowest
@@ -254,12 +254,7 @@ class Meter:
 
     def _guarded(self, batch: int, act: Callable):
         """What `act` returns; where the device runs out of memory, the batch is halved, and it is tried again."""
-        while True:
-            try:
-                return act()
-            except RuntimeError as error:
-                if not out_of_memory(error) or not self.shrink([batch]):
-                    raise
+        return retried(act, functools.partial(self.shrink, [batch]))
 
     def shrink(self, batches: Iterable[int] | None = None) -> bool:
         """After an out-of-memory error: let go of what can be had again, hold and stack fewer states and halve some

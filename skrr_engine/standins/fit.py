@@ -30,7 +30,7 @@ from ..encoder.trace import Trace
 from ..errors import SearchError
 from ..measure.calibration import Calibration
 from ..measure.sums import double, place
-from ..memory import free_memory, out_of_memory
+from ..memory import free_memory, retried
 from ..plan.model import MAX_RANK
 
 DTYPE = torch.float16
@@ -273,16 +273,13 @@ class Streams:
     def guarded(self, act: Callable):
         """What `act` returns; where the device runs out of memory, what was held is let go of, the batches and the room
         are halved, and it is tried again."""
-        while True:
-            try:
-                return act()
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                self._held, self._masks = {}, {}
-                if not self.calibration.shrink():
-                    raise
-                self._room = self._rooms()
+        return retried(act, self._shrink)
+
+    def _shrink(self) -> bool:
+        self._held, self._masks = {}, {}
+        again = self.calibration.shrink()
+        self._room = self._rooms()
+        return again
 
     def _apply(self, index: int, x: torch.Tensor, trace: Trace) -> torch.Tensor:
         return self.row.sub_blocks[index].apply(x, trace.calls[index])
