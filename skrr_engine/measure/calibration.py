@@ -39,8 +39,7 @@ class Calibration:
         self, encoder: nn.Module, tracer: Tracer, batches: Sequence[Batch], null: Batch, memory: int | None = None
     ):
         self.encoder, self.tracer = encoder, tracer
-        self.device = next(encoder.parameters()).device
-        self.memory = free_memory(self.device) if memory is None else memory
+        self.memory = free_memory(next(encoder.parameters()).device) if memory is None else memory
         self.pieces = [[batch] for batch in (null, *batches)]
         self._traces = Store(self.memory // 8)
 
@@ -51,6 +50,11 @@ class Calibration:
     def held(self) -> int:
         """Bytes of the traces that are held."""
         return self._traces.used
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; the weights may lie elsewhere."""
+        return self.trace(0).x.device
 
     def batches(self) -> tuple[list[Batch], Batch]:
         """The prompts' batches and the null prompt's, as they are split now."""

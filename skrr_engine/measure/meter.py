@@ -45,9 +45,8 @@ class Meter:
         self.team, self.criterion = team or Team(), criterion
         self.tracer, self.row = calibration.tracer, calibration.tracer.row
         self.against, self._walk = against or self.tracer, Walk(self.tracer)
-        memory = calibration.memory
-        self._dense, self._states = Store(memory // 4), Store(0)
-        self._stack = batch_tokens(memory // 2, self.row.width, calibration.device)  # that streams may pass together
+        self._dense, self._states = Store(calibration.memory // 4), Store(0)
+        self._stack = 0  # tokens of streams that may pass a sub-block together
         self._known: dict[tuple[bool, frozenset], tuple[float, np.ndarray]] = {}  # by whether streams were stacked, too
         self._expected: np.ndarray | None = None  # the prompts' shares of the best candidates' discrepancies so far
         self.share, self._work = 0.5, Stepping(None, 0, 0)
@@ -58,6 +57,7 @@ class Meter:
         self._scale = [elements[0].sum(axis=1), *[totals] * (len(calibration) - 1)]
         self._weights = [e[0] / totals[0] for e in elements[1:]]
         self._tokens = [self._guarded(b, functools.partial(calibration.tokens, b)) for b in numbers]
+        self._stack = batch_tokens(calibration.memory // 2, self.row.width, calibration.device)
         # States take what the dense features and the traces leave of five eighths.
         dense = min(self._dense_size, self._dense.capacity)
         self._states.capacity = max(0, calibration.memory * 5 // 8 - dense - calibration.held)

@@ -227,7 +227,7 @@ class Streams:
     def _rooms(self) -> dict[str, int]:
         """Bytes that may be held on the device, and beside it in RAM."""
         beside = 0
-        if self.calibration.trace(0).x.device.type != "cpu":  # where it computes: its weights may lie elsewhere
+        if self.calibration.device.type != "cpu":
             beside = free_memory("cpu") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return {"device": self.calibration.memory // 4, "cpu": beside}
 
@@ -356,7 +356,7 @@ def fit_here(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> Tri
     kept.join(held)
     del held  # of a wide encoder these matrices are large: see `fit_bytes`
     chosen = solve(kept, fitting.rank, ridge)
-    fitted = stand_in(chosen, norm).to(streams.calibration.trace(0).x.device)
+    fitted = stand_in(chosen, norm).to(streams.calibration.device)
     return Tried(fitted, kept.error(chosen) - harm)
 
 
