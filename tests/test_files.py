@@ -517,6 +517,16 @@ def test_tensors_of_every_type_are_kept(files, tmp_path, dtype):
     assert found.dtype == extra.dtype and torch.equal(found.view(torch.uint8), extra.view(torch.uint8))
 
 
+def test_tensors_without_bytes_are_kept(files, tmp_path):
+    """They begin where the next one does; what was written is found to be so all the same."""
+    empty = {"z": torch.zeros(0, dtype=torch.float32), "a": torch.zeros(0, dtype=torch.float16)}
+    save_file({**load_file(files["scaled_fp8"]), **empty}, tmp_path / "whole.safetensors")
+    out = tmp_path / "pruned.safetensors"
+    write_pruned(Checkpoint(tmp_path / "whole.safetensors"), out, "t5xxl", plan_for(), 8)
+    found = verify(out)
+    assert all(found.tensor(key).dtype == t.dtype and not found.tensor(key).numel() for key, t in empty.items())
+
+
 def test_types_that_torch_lacks_are_kept_as_bytes(tmp_path):
     data = bytes(range(12))
     path = header(
@@ -528,7 +538,7 @@ def test_types_that_torch_lacks_are_kept_as_bytes(tmp_path):
         Checkpoint(half)
 
 
-@pytest.mark.parametrize("text", ["gap", "overlap", "twice", "nested", "list", "metadata"])
+@pytest.mark.parametrize("text", ["gap", "overlap", "twice", "nested", "list", "metadata", "no metadata"])
 def test_headers_as_strict_as_safetensors(tmp_path, text):
     from safetensors import SafetensorError, safe_open
 
@@ -543,6 +553,7 @@ def test_headers_as_strict_as_safetensors(tmp_path, text):
         "nested": "[" * 100_000,
         "list": "[]",
         "metadata": json.dumps({"__metadata__": {"a": 1}, "a": tensor(0, 8)}),
+        "no metadata": json.dumps({"__metadata__": [], "a": tensor(0, 8)}),
     }
     path = header(tmp_path / "x.safetensors", heads[text].encode(), b"12345678")
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
@@ -600,15 +611,46 @@ def test_the_refusal_tells_its_cause(host, comfy, small_heads, text_encoders, fi
         host("nodes.host.files.load").load(["vocabulary.safetensors"], "mochi", choice(host, None))
 
 
-def test_a_vocabulary_in_the_file_is_saved_from_memory(host, pack):
-    from types import SimpleNamespace
+def test_a_vocabulary_in_the_file_is_saved_from_memory(host, comfy, monkeypatch, text_encoders, files):
+    """ComfyUI makes the tokenizer of UMT5 from a tensor of its file: without it what is saved would never load."""
+    import io
 
-    saving = host("nodes.host.files.save")
-    vocabulary = torch.arange(9, dtype=torch.uint8)
-    tokenizer = SimpleNamespace(state_dict=lambda: {"spiece_model": vocabulary})
-    view = SimpleNamespace(name="umt5xxl")
-    for held in (SimpleNamespace(umt5xxl=tokenizer), tokenizer):
-        assert torch.equal(saving.tokenizer_tensors(SimpleNamespace(tokenizer=held), view)["spiece_model"], vocabulary)
+    import comfy.sd
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    words = iter(["a red cube", "a blue ball on the table", "green trees by the river"] * 20)
+    SentencePieceTrainer.train(
+        sentence_iterator=words, model_writer=model, vocab_size=24, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        minloglevel=2,
+    )  # fmt: skip
+    tensors = t5xxl_tensors(torch.float16)
+    bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+    tensors |= {bias.format(i): tensors[bias.format(0)] * i for i in range(1, 24)}
+    tensors["spiece_model"] = torch.tensor(list(model.getvalue()), dtype=torch.uint8)
+    path = files["fp16"].with_name("umt5.safetensors")
+    save_file(tensors, path)
+    text_encoders.filename_list_cache.clear()
+    sizes = {"d_model": WIDTH, "d_ff": FFN, "d_kv": 4, "num_heads": HEADS, "vocab_size": 64}
+    original = comfy.sd.CLIP.__init__
+
+    def init(self, *args, model_options=None, **kwargs):
+        return original(self, *args, model_options={**(model_options or {}), "umt5xxl_model_config": sizes}, **kwargs)
+
+    monkeypatch.setattr(comfy.sd.CLIP, "__init__", init)
+    encoders, saving = host("nodes.host.clip.views"), host("nodes.host.files.save")
+    plan = choice(host, plan_for("umt5xxl")).plan.encoder("umt5xxl")
+    pruned = encoders.Pruned(plan, plan.levels[-1])
+    whole = comfy.sd.load_clip([str(path)], clip_type=comfy.sd.CLIPType.WAN)
+    clip = host("nodes.host.clip.derive").derive(whole, {"umt5xxl": pruned})
+    name, _ = saving.save(clip, encoders.choose(clip), pruned, "umt5 from memory")
+    assert torch.equal(load_file(path.with_name(name))["spiece_model"], tensors["spiece_model"])
+    text_encoders.filename_list_cache.clear()
+    again = host("nodes.host.files.load").load([name], "wan", choice(host, None))
+    tokens = again.tokenize("a red cube")
+    assert tokens == clip.tokenize("a red cube")
+    found = again.encode_from_tokens(tokens)
+    assert torch.equal(found, clip.encode_from_tokens(tokens)) and found.isfinite().all()
 
 
 def test_writing_is_whole_or_not_at_all(files, tmp_path, monkeypatch):

@@ -97,10 +97,12 @@ def read(file: BinaryIO, size: int) -> Header:
         raw = json.loads(text.decode(), object_pairs_hook=_once)
     except RecursionError:
         raise ValueError("its header is nested too deeply") from None
-    metadata = raw.pop("__metadata__", None) or {}
+    metadata = raw.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are no texts")
-    found = sorted((*_span(value), key, value) for key, value in raw.items())
+    # Tensors without bytes share their place with the next one: in the header's own order, as they were written.
+    found = sorted(((*_span(value), key, value) for key, value in raw.items()), key=lambda item: item[:2])
     entries, starts, end = {}, {}, 0
     for first, last, key, value in found:
         entry = Entry(value["dtype"], tuple(value["shape"]))
