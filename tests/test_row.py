@@ -11,10 +11,11 @@ import torch
 
 from skrr_engine.encoder import families
 from skrr_engine.encoder.actions import SKIP, Reuse, assignment
-from skrr_engine.encoder.rewire import fork, rewire, undo
+from skrr_engine.encoder.rewire import rewire, undo
 from skrr_engine.encoder.row import Call, EncoderError
 from skrr_engine.encoder.standin import StandIn
 from skrr_engine.encoder.trace import Trace, Tracer
+from skrr_engine.encoder.tree import fork
 from skrr_engine.measure.walk import Shelf, Walk, forwards, prefixes
 from skrr_engine.memory import Store
 

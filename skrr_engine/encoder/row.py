@@ -5,7 +5,8 @@ feed-forward with its norm. The row never owns the encoder: it holds the modules
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from dataclasses import dataclass, field
 
 import torch
@@ -88,10 +89,19 @@ class SubBlock:
         """`x + F(norm(x))`, with `[batch, tokens, width]` in and out; never writes into `x`."""
         raise NotImplementedError
 
-    def placeholders(self, reused: "SubBlock | None" = None, standin: nn.Module | None = None) -> dict[str, nn.Module]:
+    def finish(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The stream behind the sub-block, from the one before it and what its out-projection gives."""
+        raise NotImplementedError
+
+    def placeholders(
+        self,
+        reused: "SubBlock | None" = None,
+        standin: nn.Module | None = None,
+        left: Mapping[str, nn.Module] | None = None,
+    ) -> dict[str, nn.Module]:
         """Path -> module, for each path in `parts`: leaves the residual stream unchanged, or adds to it what a
-        `reused`, kept sub-block (its norm and weights) makes of it, or what a `standin` does (standin.py). Only a
-        stand-in has parameters."""
+        `reused`, kept sub-block (its norm and weights) makes of it, what a `standin` does (standin.py), or what is
+        `left` of itself (path -> a narrower copy of that part, see units.cut). Only the last two have parameters."""
         raise NotImplementedError
 
 
@@ -123,7 +133,8 @@ class Numbers:
     """An encoder's numbers, dense: the one holder of them, for encoders in memory and in files.
 
     family: name of the architecture; width: of the residual stream. total: parameters, the embedding included;
-    parameter_counts: of each sub-block; total_bytes, sub_block_bytes: likewise in bytes.
+    parameter_counts: of each sub-block; total_bytes, sub_block_bytes: likewise in bytes. unit_parameters, unit_bytes:
+    how many of these lie in units, alike in each, and go with them; the others stay for as long as one unit does.
     """
 
     family: str
@@ -133,14 +144,23 @@ class Numbers:
     parameter_counts: tuple[int, ...]
     total_bytes: int
     sub_block_bytes: tuple[int, ...]
+    unit_parameters: tuple[int, ...]
+    unit_bytes: tuple[int, ...]
 
-    def sparsity(self, skipped: Iterable[int]) -> float:
-        """Removed parameters over all encoder parameters, for some skipped sub-blocks."""
-        return sum(self.parameter_counts[i] for i in skipped) / self.total
+    def sparsity(self, places: Iterable[int]) -> float:
+        """Removed parameters over all encoder parameters. places: removed sub-blocks; or sub-block -> the share of its
+        units that stays, 0 where it is removed."""
+        return self._gone(places, self.parameter_counts, self.unit_parameters) / self.total
 
-    def bytes_of(self, sub_blocks: Iterable[int]) -> int:
-        """Bytes of some sub-blocks."""
-        return sum(self.sub_block_bytes[i] for i in sub_blocks)
+    def bytes_of(self, places: Iterable[int]) -> int:
+        """Bytes that go with some sub-blocks, or with the units that they lose (see `sparsity`)."""
+        return self._gone(places, self.sub_block_bytes, self.unit_bytes)
+
+    @staticmethod
+    def _gone(places: Iterable[int], whole: Sequence[int], units: Sequence[int]) -> int:
+        kept = places if isinstance(places, Mapping) else {}
+        shares = {place: kept.get(place, 0) for place in places}
+        return sum(int(units[i] * (1 - Fraction(share))) if share else whole[i] for i, share in shares.items())
 
 
 @dataclass(frozen=True)

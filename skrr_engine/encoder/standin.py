@@ -5,6 +5,8 @@ norm is of the kind that the family's own norms are, without weights: those are 
 nothing of the sub-block that it stands for, and one serves every precision of an encoder. standins/fit.py fits them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .actions import Action, Layer
+from .actions import Action
+from .units import Build
 
 if TYPE_CHECKING:
     from .row import Row
@@ -52,10 +55,14 @@ class StandIn(Action):
         down, up, bias = (t.to(x) for t in (self.down, self.up, self.bias))
         return x + F.linear(F.linear(NORMS[self.norm](x), down), up, bias)
 
-    def placeholders(self, row: "Row", place: int, linear: Layer) -> dict[str, nn.Module]:
-        return row.sub_blocks[place].placeholders(standin=StandInModule(self, linear))
+    def module(self, linear: Callable[..., nn.Linear]) -> StandInModule:
+        """It as a module, whose layers are of the class `linear`."""
+        return StandInModule(self, linear)
 
-    def to(self, device: torch.device | str) -> "StandIn":
+    def placeholders(self, row: Row, place: int, build: Build) -> dict[str, nn.Module]:
+        return row.sub_blocks[place].placeholders(standin=self.module(build.linear))
+
+    def to(self, device: torch.device | str) -> StandIn:
         """The same on a device."""
         return StandIn(self.norm, self.down.to(device), self.up.to(device), self.bias.to(device))
 
@@ -73,7 +80,7 @@ class StandInModule(nn.Module):
     linear: the class of its two layers.
     """
 
-    def __init__(self, standin: StandIn, linear: Layer = Linear):
+    def __init__(self, standin: StandIn, linear: Callable[..., nn.Linear] = Linear):
         super().__init__()
         self.norm, (rank, width) = standin.norm, standin.down.shape
         # No dtype is named: ComfyUI might cast the bias to it, too, and T5's huge channels do not survive float16.

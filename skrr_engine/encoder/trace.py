@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from .rewire import fork, replace
 from .row import Call, Placeholder, Row
+from .tree import fork, replace
 
 Reading = list[tuple[torch.Tensor, torch.Tensor | None]]
 """What a denoiser reads of an encoder: tensors `[batch, tokens, width]`, each with the mask `[batch, tokens]` of the

@@ -36,6 +36,7 @@ class Layout(Numbers):
     ) -> "Layout":  # fmt: skip
         """From its tensors."""
         counts = {key: parameters(key, entry) for key, entry in entries.items()}
+        in_units = [list(filter(families.by_name(family).in_units, own)) for own in keys]
         return cls(
             family,
             len(keys) // 2,
@@ -44,6 +45,8 @@ class Layout(Numbers):
             tuple(sum(counts[key] for key in own) for own in keys),
             sum(entry.nbytes for entry in entries.values()),
             tuple(sum(entries[key].nbytes for key in own) for own in keys),
+            tuple(sum(counts[key] for key in own) for own in in_units),
+            tuple(sum(entries[key].nbytes for key in own) for own in in_units),
             tuple(map(tuple, keys)),
             entries,
             prefix,

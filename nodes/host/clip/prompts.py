@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from ....skrr_engine.encoder.actions import assignment
-from ....skrr_engine.encoder.rewire import fork, rewire
+from ....skrr_engine.encoder.rewire import rewire
 from ....skrr_engine.encoder.row import EncoderError
 from ....skrr_engine.encoder.trace import Reading
+from ....skrr_engine.encoder.tree import fork
 from ....skrr_engine.measure.calibration import Batch, grouped
 from .views import TRANSFORMER, View, as_dense, pristine_fork, views
 

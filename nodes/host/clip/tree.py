@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 import comfy.ops
 from torch import nn
 
-from ....skrr_engine.encoder.rewire import fork, rewire
+from ....skrr_engine.encoder.rewire import rewire
+from ....skrr_engine.encoder.tree import fork
 from .views import Pruned, View
 
 LINEAR = comfy.ops.manual_cast.Linear

@@ -10,9 +10,9 @@ from torch import nn
 
 from ....skrr_engine.encoder import families
 from ....skrr_engine.encoder.actions import SKIP, Action, assignment
-from ....skrr_engine.encoder.rewire import fork
 from ....skrr_engine.encoder.row import EncoderError, Numbers, Row
 from ....skrr_engine.encoder.standin import StandIn
+from ....skrr_engine.encoder.tree import fork
 from ....skrr_engine.files.encoder_file import Stamp
 from ....skrr_engine.files.layout import Layout
 from ....skrr_engine.plan.model import EncoderPlan, Level
@@ -167,15 +167,18 @@ def choose(clip, name: str = "auto") -> View:
 
 def numbers_of(row: Row, module: nn.Module) -> Numbers:
     """Of an encoder in memory, its bytes as ComfyUI counts them."""
-    counts = row.total, row.parameter_counts
-    return Numbers(row.family, row.blocks, row.width, *counts, size(module), row.sub_block_bytes)
+    return Numbers(
+        row.family, row.blocks, row.width, row.total, row.parameter_counts, size(module), row.sub_block_bytes,
+        row.unit_parameters, row.unit_bytes,
+    )  # fmt: skip
 
 
 def numbers_of_file(row: Row, module: nn.Module, layout: Layout) -> Numbers:
     """Of an encoder whose sub-blocks are yet to be read from a file: as its modules hold them where they have room
     for them, as the file does where they have none (quantised weights), and none where the file lacks them."""
     counts, sizes, total, total_bytes = [], [], row.total, size(module)
-    layers = dict(module.named_modules())
+    unit_counts, unit_sizes = list(row.unit_parameters), list(row.unit_bytes)
+    layers, in_units = dict(module.named_modules()), families.by_name(row.family).in_units
 
     def weights(key: str) -> int:  # a quantised layer's own count, however the file packs them
         path, _, kind = layout.name(key).rpartition(".")
@@ -188,8 +191,14 @@ def numbers_of_file(row: Row, module: nn.Module, layout: Layout) -> Numbers:
         coming = [key for key in keys if layout.name(key) not in held]
         counts.append((count if keys else 0) + sum(map(weights, coming)))
         sizes.append((nbytes if keys else 0) + sum(layout.entries[key].nbytes for key in coming))
+        more = [key for key in coming if in_units(layout.name(key))]
+        unit_counts[sub_block.index] += sum(map(weights, more))
+        unit_sizes[sub_block.index] += sum(layout.entries[key].nbytes for key in more)
         total, total_bytes = total - count + counts[-1], total_bytes - nbytes + sizes[-1]
-    return Numbers(row.family, row.blocks, row.width, total, tuple(counts), total_bytes, tuple(sizes))
+    return Numbers(
+        row.family, row.blocks, row.width, total, tuple(counts), total_bytes, tuple(sizes), tuple(unit_counts),
+        tuple(unit_sizes),
+    )  # fmt: skip
 
 
 def size(module: nn.Module) -> int:

@@ -31,6 +31,7 @@ def find(encoder: nn.Module) -> Row:
         path, blocks = found
         family.check(encoder, blocks)
         sub_blocks = tuple(family.sub_blocks(blocks, path))
+        in_units = [[t for key, t in s.tensors().items() if family.in_units(key)] for s in sub_blocks]
         return Row(
             family.name,
             len(blocks),
@@ -39,6 +40,8 @@ def find(encoder: nn.Module) -> Row:
             tuple(sub_block.parameter_count() for sub_block in sub_blocks),
             sum(tensor.nbytes for tensor in encoder.state_dict(keep_vars=True).values()),
             tuple(sum(tensor.nbytes for tensor in s.tensors().values()) for s in sub_blocks),
+            tuple(sum(map(parameter_count, tensors)) for tensors in in_units),
+            tuple(sum(tensor.nbytes for tensor in tensors) for tensors in in_units),
             sub_blocks,
             tuple(f"{path}.{i}" for i in range(len(blocks))),
         )

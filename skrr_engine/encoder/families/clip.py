@@ -31,6 +31,9 @@ CLIP = Family(
     children=frozenset(("layer_norm1", "self_attn", "layer_norm2", "mlp")),
     attention=lambda block: block.self_attn,
     arguments=frozenset(("x", "mask", "optimized_attention")),
+    ins=frozenset(("q_proj", "k_proj", "v_proj", "fc1")),
+    outs=frozenset(("out_proj", "fc2")),
+    heads=lambda attention: getattr(attention, "heads", None) or attention.num_heads,
     file_key=re.compile(
         r"(?P<prefix>(?:.*\.)?)text_model\.encoder\.layers\.(?P<block>\d+)\."
         r"(?:(?:(?P<attention>self_attn|layer_norm1)|(?P<feed_forward>mlp|layer_norm2))\.(?P<rest>.+)|(?P<other>.+))"

@@ -21,7 +21,9 @@ class Family:
     In modules. find_blocks: encoder -> (path, its list of blocks), None where it is none of this family; width: of a
     block's residual stream; sub_blocks: (blocks, path) -> attention and feed-forward of each block in turn; bodies:
     block -> the modules whose children and arguments must be known; children: names of theirs that may hold weights;
-    arguments: that attention may take, in ComfyUI's classes.
+    arguments: that attention may take, in ComfyUI's classes. ins, outs: last names of the projections into a
+    sub-block's units and out of them (see units.py), in modules and in files; heads: an attention module -> how many
+    key/value heads it has.
 
     In files. file_key: names of a block's tensors, with the groups prefix, block, attention, feed_forward, rest, other;
     file_width: the ending of a tensor as long as the stream is wide; file_unused: what follows a prefix but no text
@@ -38,10 +40,19 @@ class Family:
     children: Set[str]
     attention: Callable[[nn.Module], nn.Module]
     arguments: Set[str]
+    ins: Set[str]
+    outs: Set[str]
+    heads: Callable[[nn.Module], int]
     file_key: re.Pattern
     file_width: str
     file_unused: re.Pattern
     stays: Callable[[int, str, Collection[str]], bool] = _none_stays
+
+    def in_units(self, key: str) -> bool:
+        """Whether a tensor of a sub-block, by its name, lies in its units: they own rows of what leads into them, and
+        columns of what leads out."""
+        *_, layer, kind = ("", *key.split("."))
+        return (layer in self.ins and kind in ("weight", "bias")) or (layer in self.outs and kind == "weight")
 
     def check(self, encoder: nn.Module, blocks: nn.ModuleList) -> None:
         """Raises EncoderError where a block does more than this family's do: a walk over it would not be what it

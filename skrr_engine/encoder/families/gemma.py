@@ -5,7 +5,7 @@ import re
 from torch import nn
 
 from .family import Family
-from .residual import module_at, pairs
+from .residual import key_value_heads, module_at, pairs
 
 ATTENTION = ("input_layernorm", "self_attn", "post_attention_layernorm")
 FEED_FORWARD = ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm")
@@ -36,6 +36,9 @@ GEMMA = Family(
     arguments=frozenset(
         ("hidden_states", "attention_mask", "freqs_cis", "optimized_attention", "past_key_value", "sliding_window")
     ),
+    ins=frozenset(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")),
+    outs=frozenset(("o_proj", "down_proj")),
+    heads=key_value_heads,
     file_key=re.compile(
         r"(?P<prefix>(?:.*\.)?)model\.(?:language_model\.)?layers\.(?P<block>\d+)\.(?:"
         r"(?:(?P<attention>self_attn|input_layernorm|post_attention_layernorm)"

@@ -1,6 +1,7 @@
 """What CLIP, Llama and Gemma share: the residual addition stands in the block, `x + post(body(norm(x)))`."""
 
 import inspect
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -29,10 +30,19 @@ class ResidualSubBlock(SubBlock):
     def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         return x + self.branch(x, call)
 
+    def finish(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return x + (out if self.post is None else self.post(out))
+
     def placeholders(
-        self, reused: "ResidualSubBlock | None" = None, standin: nn.Module | None = None
+        self,
+        reused: "ResidualSubBlock | None" = None,
+        standin: nn.Module | None = None,
+        left: Mapping[str, nn.Module] | None = None,
     ) -> dict[str, nn.Module]:
         norm, body, *post = self.paths
+        if left is not None:
+            narrow = NarrowBody(left[body], standin, self)
+            return {norm: Through(self.norm), body: narrow, **{p: Through(self.post) for p in post}}
         place = Body(reused, standin, self.tuple_out)
         if hasattr(self.body, "is_sliding"):  # read by transformers' Gemma 3 blocks
             place.is_sliding = self.body.is_sliding
@@ -56,6 +66,48 @@ class Body(Placeholder):
         else:
             out = x.new_zeros(()) if self.reused is None else self.reused.branch(x, call)
         return (out, advanced(call.kwargs.get("past_key_value"), x.shape[1])) if self.tuple_out else out
+
+
+class NarrowBody(nn.Module):
+    """In place of a body of which some units are left: adds what these make of the stream, and what a stand-in does.
+
+    left: the narrower copy of the body; its children are this module's, too. The norms of its block only hand on what
+    they get (see Through), so that it sees the residual stream itself, which the stand-in needs; it uses theirs.
+    """
+
+    def __init__(self, left: nn.Module, standin: nn.Module | None, place: ResidualSubBlock):
+        super().__init__()
+        self._modules.update(left._modules)
+        self.standin = standin
+        self.__dict__.update(left=left, place=place)
+        if hasattr(left, "is_sliding"):
+            self.is_sliding = left.is_sliding
+
+    def forward(self, *args, **kwargs):
+        x, call = Call.split(args, kwargs)
+        out = call.again(self.left, own_forward(self.place.norm, x))
+        out, *rest = out if self.place.tuple_out else (out,)
+        out = out if self.place.post is None else own_forward(self.place.post, out)
+        out = out if self.standin is None else out + self.standin(x)
+        return (out, *rest) if self.place.tuple_out else out
+
+
+class Through(nn.Module):
+    """In place of a norm that a `NarrowBody` uses: hands on what it gets, and holds the norm's weights under their
+    names. Both have one registry of them, so that whoever replaces a weight here replaces it there."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        for registry in ("_parameters", "_buffers", "_modules"):
+            self.__dict__[registry] = norm.__dict__[registry]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def own_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a module's class makes of a state, whatever forward a host has put on the module."""
+    return type(module).forward(module, x)
 
 
 def advanced(past_key_value, tokens: int):
@@ -96,3 +148,9 @@ def returns_tuple(attention: nn.Module) -> bool:
 def from_transformers(module: nn.Module) -> bool:
     """Whether a module is transformers' rather than ComfyUI's: the two return differently shaped results."""
     return type(module).__module__.startswith("transformers.")
+
+
+def key_value_heads(attention: nn.Module) -> int:
+    """How many key/value heads an attention with grouped queries has."""
+    own = getattr(attention, "num_kv_heads", None)
+    return attention.config.num_key_value_heads if own is None else own

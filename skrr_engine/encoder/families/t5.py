@@ -6,7 +6,7 @@ per block, which goes with its attention.
 
 import inspect
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -61,10 +61,38 @@ class T5FeedForward(SubBlock):
         (body,) = self.parts.values()
         return clamped(body(x.clone()), body)  # ComfyUI's adds into its input
 
+    def finish(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return clamped(x + out, *self.parts.values())
+
     def placeholders(
-        self, reused: "T5FeedForward | None" = None, standin: nn.Module | None = None
+        self,
+        reused: "T5FeedForward | None" = None,
+        standin: nn.Module | None = None,
+        left: Mapping[str, nn.Module] | None = None,
     ) -> dict[str, nn.Module]:
+        if left is not None:
+            return {path: NarrowT5Layer(part, standin) for path, part in left.items()}
         return {path: FeedForwardPlaceholder(reused, standin) for path in self.parts}
+
+
+class NarrowT5Layer(nn.Module):
+    """In place of a layer of which some units are left: what these make of the stream, and what a stand-in adds.
+
+    left: the narrower copy of the layer; its children are this module's, too.
+    """
+
+    def __init__(self, left: nn.Module, standin: nn.Module | None):
+        super().__init__()
+        self._modules.update(left._modules)
+        self.standin = standin
+        self.__dict__["left"] = left
+
+    def forward(self, *args, **kwargs):
+        if self.standin is None:
+            return self.left(*args, **kwargs)
+        added = self.standin(args[0] if args else kwargs["hidden_states"])  # before ComfyUI's adds into its input
+        out = self.left(*args, **kwargs)
+        return (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
 
 
 class FeedForwardPlaceholder(Placeholder):
@@ -92,9 +120,17 @@ class T5Attention(SubBlock):
     def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         return clamped(call.again(self.body, x.clone())[0], self.body)  # ComfyUI's adds into its input
 
+    def finish(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return clamped(x + out, self.body)
+
     def placeholders(
-        self, reused: "T5Attention | None" = None, standin: nn.Module | None = None
+        self,
+        reused: "T5Attention | None" = None,
+        standin: nn.Module | None = None,
+        left: Mapping[str, nn.Module] | None = None,
     ) -> dict[str, nn.Module]:
+        if left is not None:
+            return {path: NarrowT5Layer(part, standin) for path, part in left.items()}
         kept = BiasKeeper(self.body.SelfAttention) if self.shared_bias else None
         return {self.path: AttentionPlaceholder(reused, standin, kept)}
 
@@ -174,6 +210,9 @@ T5 = Family(
     children=frozenset(("layer", "layer_norm", "SelfAttention", "DenseReluDense")),
     attention=lambda block: block.layer[0],
     arguments=frozenset(("x", "mask", "past_bias", "optimized_attention")),
+    ins=frozenset(("q", "k", "v", "wi", "wi_0", "wi_1")),
+    outs=frozenset(("o", "wo")),
+    heads=lambda attention: getattr(attention, "n_heads", None) or attention.num_heads,
     file_key=re.compile(
         r"(?P<prefix>(?:.*\.)?)encoder\.block\.(?P<block>\d+)\.(?:"
         r"layer\.(?:(?P<attention>0)|(?P<feed_forward>1))\.(?P<rest>.+)|(?P<other>.+))"

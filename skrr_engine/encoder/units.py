@@ -1,0 +1,317 @@
+"""Units: what a sub-block is made of and can be narrowed by.
+
+A unit is a neuron of a feed-forward, or in attention a key/value head with the query heads that read it. A sub-block
+is a sum over its units, taken by its out-projection: unit u owns some rows of every in-projection and the matching
+columns of the out-projection, and no unit reads another. So a sub-block narrowed to some units is itself with those
+rows and columns alone; no weight changes. Units are numbered as they lie in the weights.
+
+`masked` runs a whole sub-block as if it were narrowed, `cut` makes the narrow one, whose weights are copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import families
+from .row import Call, EncoderError, Row, describe
+from .tree import fork, replace, shallow
+
+Cut = Callable[[torch.Tensor, torch.Tensor, int], "torch.Tensor | None"]
+"""(weight, indices, dimension 0 or 1) -> those rows or columns of it, in its own form; None where they can't be cut."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """A sub-block's units. count: how many; ins: path below the encoder -> in-projection; out: the out-projection, at
+    out_path; heads: whether they are an attention's."""
+
+    count: int
+    ins: dict[str, nn.Module]
+    out_path: str
+    out: nn.Module
+    heads: bool
+
+    @property
+    def inner(self) -> int:
+        """Width of what the out-projection takes."""
+        return columns_of(self.out)
+
+    @property
+    def size(self) -> int:
+        """Columns of the out-projection for each unit."""
+        return self.inner // self.count
+
+    def columns(self, units: torch.Tensor) -> torch.Tensor:
+        """The out-projection's columns of some units."""
+        return spread(units, self.size)
+
+    def mask(self, units: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """`[inner]`, one at the columns of some units, zero elsewhere; of the kind of `like`."""
+        found = torch.zeros(self.inner, dtype=like.dtype, device=like.device)
+        found[self.columns(units).to(like.device)] = 1
+        return found
+
+
+def spread(units: torch.Tensor, size: int) -> torch.Tensor:
+    """Numbers of the rows or columns of some units, `size` for each, int64."""
+    return (units.long().unsqueeze(1) * size + torch.arange(size, device=units.device)).flatten()
+
+
+def columns_of(layer: nn.Module) -> int:
+    """How wide the states are that a linear layer takes; quantised weights report their logical shape."""
+    width = getattr(layer, "in_features", None)
+    return layer.weight.shape[1] if width is None else width
+
+
+def rows_of(layer: nn.Module) -> int:
+    """How wide the states are that a linear layer gives."""
+    width = getattr(layer, "out_features", None)
+    return layer.weight.shape[0] if width is None else width
+
+
+def units_of(row: Row, place: int) -> Units:
+    """The units of a sub-block. Raises EncoderError where it can't be narrowed."""
+    family, sub_block = families.by_name(row.family), row.sub_blocks[place]
+    ins, outs = {}, {}
+    for path, part in sub_block.parts.items():
+        for name, layer in part.named_modules(prefix=path):
+            kind = name.rpartition(".")[2]
+            if kind in family.ins:
+                ins[name] = layer
+            elif kind in family.outs:
+                outs[name] = layer
+    if len(outs) != 1 or not ins:
+        raise EncoderError(f"{describe(place)} has no projections that Skrr knows, so it can't be narrowed")
+    ((out_path, out),) = outs.items()
+    if sub_block.is_attention:
+        attention = next(m for p in sub_block.parts.values() for m in p.modules() if out in m.children())
+        count = family.heads(attention)
+    else:
+        count = columns_of(out)
+    if count < 1 or any(rows_of(layer) % count for layer in ins.values()) or columns_of(out) % count:
+        raise EncoderError(f"{describe(place)} has projections that its {count} heads don't divide: not narrowed")
+    return Units(count, ins, out_path, out, sub_block.is_attention)
+
+
+@contextlib.contextmanager
+def reading(out: nn.Module, seen: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """While it lasts, `seen` is called with what the out-projection takes `[batch, tokens, inner]`; what it returns, if
+    anything, goes in instead."""
+
+    def before(module, args):
+        given = seen(args[0])
+        return None if given is None else (given, *args[1:])
+
+    handle = out.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def masked(row: Row, place: int, units: torch.Tensor, x: torch.Tensor, call: Call) -> torch.Tensor:
+    """The stream behind a sub-block of which only some units act, `[batch, tokens, width]`; its weights stay whole."""
+    own = units_of(row, place)
+    with reading(own.out, lambda hidden: hidden * own.mask(units, hidden)):
+        return row.sub_blocks[place].apply(x, call)
+
+
+def activations(row: Row, place: int, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a sub-block's out-projection takes, `[batch, tokens, inner]`, and the stream behind the sub-block."""
+    found = []
+    with reading(units_of(row, place).out, lambda hidden: found.append(hidden.clone())):
+        behind = row.sub_blocks[place].apply(x, call)
+    return found[0], behind
+
+
+def out_weight(out: nn.Module) -> torch.Tensor:
+    """What an out-projection multiplies with, float32 `[width, inner]`, however it is stored (patches included)."""
+    weight = getattr(out, "weight", None)
+    plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype in (torch.float32, torch.float64)
+    if plain and weight.ndim == 2 and type(out) is nn.Linear:
+        return weight.detach().float()
+    device = weight.device
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    found = out(torch.eye(columns_of(out), dtype=dtype, device=device).unsqueeze(0))[0].float()
+    bias = getattr(out, "bias", None)
+    return (found if bias is None else found - bias.to(found)).T
+
+
+def index_cut(weight: torch.Tensor, indices: torch.Tensor, dimension: int) -> torch.Tensor | None:
+    """Rows or columns of a plain tensor, of any type of whole bytes; None for any other kind of tensor."""
+    if type(weight) not in (nn.Parameter, torch.Tensor):
+        return None
+    indices = indices.to(weight.device)
+    if weight.device.type != "meta" and weight.itemsize == 1 and weight.dtype.is_floating_point:
+        return weight.detach().view(torch.uint8).index_select(dimension, indices).view(weight.dtype)
+    return weight.detach().index_select(dimension, indices)
+
+
+@dataclass
+class Take:
+    """Some features of a state, `[..., width]` to `[..., n]`."""
+
+    index: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.index.device != x.device:  # it moves once
+            self.index = self.index.to(x.device)
+        return x.index_select(-1, self.index)
+
+
+@dataclass
+class Put:
+    """Features at their places among `width`, the others zero: `[..., n]` to `[..., width]`."""
+
+    index: torch.Tensor
+    width: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.index.device != x.device:
+            self.index = self.index.to(x.device)
+        return x.new_zeros((*x.shape[:-1], self.width)).index_copy_(-1, self.index, x)
+
+
+@dataclass(frozen=True)
+class Build:
+    """How the modules of placeholders are made. linear: class of a stand-in's layers, called as `torch.nn.Linear` is;
+    cut: see Cut; rounded: (tensor, dtype, seed) -> a patched weight as it is stored; cleaned: called with the copy of a
+    layer that is to be narrowed, to take off what a host had put on the original."""
+
+    linear: Callable[..., nn.Linear]
+    cut: Cut
+    rounded: Callable[[torch.Tensor, torch.dtype, int | None], torch.Tensor] = lambda tensor, dtype, seed: tensor.to(
+        dtype
+    )
+    cleaned: Callable[[nn.Module], None] = lambda layer: None
+
+
+class NarrowLayer:
+    """Mixed into the class of a projection of which only some rows or columns are left, or which is used as if.
+
+    skrr_before, skrr_after: what is done to its input and output. Where a projection into heads has lost some, their
+    outputs are filled up with zeros, which attention hands on as zeros: so attention itself, its norms, its rotary
+    tables and the position bias stay as they are. skrr_dimension: 0 where rows are left, 1 where columns are, None where
+    its weight is whole; skrr_index: which; skrr_full: how many there were.
+    """
+
+    skrr_before: tuple[Take | Put, ...]
+    skrr_after: tuple[Take | Put, ...]
+    skrr_dimension: int | None
+    skrr_index: torch.Tensor
+    skrr_full: int
+    skrr_build: Build
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        for step in self.skrr_before:
+            x = step(x)
+        x = super().forward(x, *args, **kwargs)
+        for step in self.skrr_after:
+            x = step(x)
+        return x
+
+    def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs) -> torch.Tensor:
+        """For whoever patches the weight (LoRA): at its full size, the missing rows or columns zero."""
+        base = getattr(super(), "convert_weight", None)
+        return self._grown(weight if base is None else base(weight, inplace=inplace, **kwargs), self.skrr_dimension)
+
+    def convert_bias(self, bias: torch.Tensor, inplace: bool = False, **kwargs) -> torch.Tensor:
+        """The same for the bias, which goes with the rows."""
+        return self._grown(bias, 0 if self.skrr_dimension == 0 else None)
+
+    def _grown(self, tensor: torch.Tensor, dimension: int | None) -> torch.Tensor:
+        if dimension is None:
+            return tensor
+        shape = list(tensor.shape)
+        shape[dimension] = self.skrr_full
+        return tensor.new_zeros(shape).index_copy_(dimension, self.skrr_index.to(tensor.device), tensor)
+
+    def set_weight(self, weight: torch.Tensor, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """A weight that was patched at its full size, cut again."""
+        if self.skrr_dimension is not None:
+            weight = weight.index_select(self.skrr_dimension, self.skrr_index.to(weight.device))
+        base = getattr(super(), "set_weight", None)
+        if base is None:
+            return self._set("weight", weight, inplace_update, seed, return_weight)
+        return base(weight, inplace_update=inplace_update, seed=seed, return_weight=return_weight, **kwargs)
+
+    def set_bias(self, bias: torch.Tensor, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """The same for the bias."""
+        if self.skrr_dimension == 0:
+            bias = bias.index_select(0, self.skrr_index.to(bias.device))
+        return self._set("bias", bias, inplace_update, seed, return_weight)
+
+    def _set(self, name: str, tensor: torch.Tensor, inplace_update: bool, seed: int | None, return_weight: bool):
+        own = getattr(self, name)
+        tensor = self.skrr_build.rounded(tensor, own.dtype, seed)
+        if return_weight:
+            return tensor
+        if inplace_update:
+            own.data.copy_(tensor)
+        else:
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+        return None
+
+
+@functools.cache
+def narrow_class(base: type) -> type:
+    """`base`, a class of linear layers, with NarrowLayer's ways."""
+    return base if issubclass(base, NarrowLayer) else type(f"Narrow{base.__name__}", (NarrowLayer, base), {})
+
+
+def narrow_layer(
+    layer: nn.Module, own: Units, units: torch.Tensor, is_out: bool, build: Build, whole: bool = False
+) -> nn.Module:
+    """A copy of one of a sub-block's projections with the weights of some units alone; the layer itself stays. Its
+    weight stays whole, and is shared, where `build.cut` can't cut it, or where `whole` says so."""
+    twin = shallow(layer)
+    twin.__class__ = narrow_class(type(layer))
+    build.cleaned(twin)
+    dimension = 1 if is_out else 0
+    full = columns_of(layer) if is_out else rows_of(layer)
+    index = spread(units.cpu(), full // own.count)
+    weight = getattr(layer, "weight", None)
+    cut = None if whole or weight is None else build.cut(weight, index, dimension)
+    whole = whole or (weight is not None and cut is None)
+    if cut is not None:
+        twin.weight = nn.Parameter(cut, requires_grad=False)
+    if not whole and not is_out and getattr(layer, "bias", None) is not None:
+        twin.bias = nn.Parameter(build.cut(layer.bias, index, 0), requires_grad=False)
+    twin.skrr_dimension, twin.skrr_index, twin.skrr_full = None if whole else dimension, index, full
+    twin.skrr_before, twin.skrr_after, twin.skrr_build = (), (), build
+    if not whole and hasattr(layer, "in_features" if is_out else "out_features"):
+        setattr(twin, "in_features" if is_out else "out_features", len(index))
+    if is_out:
+        if own.heads:
+            twin.skrr_before = (Take(index), *((Put(index, full),) if whole else ()))
+        elif whole:
+            twin.skrr_before = (Put(index, full),)
+    elif own.heads:
+        twin.skrr_after = () if whole else (Put(index, full),)
+    elif whole:
+        twin.skrr_after = (Take(index),)
+    return twin
+
+
+def cut(row: Row, place: int, units: torch.Tensor, build: Build, whole: Collection[str] = ()) -> dict[str, nn.Module]:
+    """Path -> a copy of each part of a sub-block that holds projections, with the weights of some units alone; what is
+    not a projection is shared with the sub-block. whole: paths of projections whose weights are to stay whole."""
+    own = units_of(row, place)
+    layers = {**own.ins, own.out_path: own.out}
+    found = {}
+    for path, part in row.sub_blocks[place].parts.items():
+        inside = [name for name in layers if name.startswith(f"{path}.")]
+        if not inside:
+            continue
+        twin = fork(part, [name.removeprefix(f"{path}.") for name in inside])
+        for name in inside:
+            narrow = narrow_layer(layers[name], own, units, name == own.out_path, build, name in whole)
+            replace(twin, name.removeprefix(f"{path}."), narrow)
+        found[path] = twin
+    return found
