@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ MALFORMED = [
     (("format",), ["skrr-plan"], "format"),
     (("format",), MISSING, "format"),
     (("version",), 0, "version"),
-    (("version",), 2, "version"),
+    (("version",), 3, "version"),
     (("version",), 1.0, "version"),
     (("version",), True, "version"),
     (("version",), "1", "version"),
@@ -180,7 +181,7 @@ MALFORMED = [
     *[((*T5, "extensions"), value, "encoders.t5xxl.extensions") for value in (None, 3, "x", [])],
     ((*T5, "depth"), 3, "encoders.t5xxl.depth"),
     # the level
-    *[((*FIRST, "skipped"), value, f"{FIRST_TEXT}.skipped") for value in [*INTEGER, 0, 1025, 5, MISSING]],
+    *[((*FIRST, "skipped"), value, f"{FIRST_TEXT}.skipped") for value in [*INTEGER, 0, 8193, 5, MISSING]],
     *[((*FIRST, "sparsity"), value, f"{FIRST_TEXT}.sparsity") for value in ("0.1", True, None, -0.1, 1.01, 10**400)],
     ((*FIRST, "sparsity"), MISSING, f"{FIRST_TEXT}.sparsity"),
     *[((*FIRST, "discrepancy"), value, f"{FIRST_TEXT}.discrepancy") for value in ("0", False, -1e-9, {}, 10**400)],
@@ -252,9 +253,9 @@ def test_levels_may_share_a_sparsity_but_not_a_length():
 
 
 def test_a_newer_version_is_what_the_message_is_about():
-    data = changed(("version",), 2) | {"shape": "new"}
+    data = changed(("version",), 3) | {"shape": "new"}
     del data["encoders"]
-    assert "version: expected version 1 (newer plans need a newer Skrr), found 2" in refusal(json.dumps(data))
+    assert "version: expected version 1 or 2 (newer plans need a newer Skrr), found 3" in refusal(json.dumps(data))
 
 
 def test_messages_show_little_of_the_file():
@@ -673,7 +674,7 @@ def pixart() -> EncoderPlan:
 
 def test_level_by_length(pixart):
     assert pixart.level(12).reuse == {2: 4, 5: 7, 11: 13, 17: 19, 18: 16, 23: 21}
-    with pytest.raises(PlanError, match=r"no level skips 25 sub-blocks; choose one of 1, 2, 3, .*, 24$") as caught:
+    with pytest.raises(PlanError, match=r"no level takes 25 steps; choose one of 1, 2, 3, .*, 24$") as caught:
         pixart.level(25)
     checked(caught.value)
 
@@ -814,3 +815,68 @@ def test_parameters_are_those_of_t5_xxl():
     """The whole of transformers' T5EncoderModel for T5-XXL 1.1 on the meta device counts 4,762,310,656."""
     assert paper_plans.TOTAL == 4_762_310_656
     assert (paper_plans.ATTENTION, paper_plans.FEED_FORWARD) == (67_112_960, 125_833_216)
+
+
+UNITS = {"sha256": "a" * 64, "attention": 64, "feed_forward": 10240}
+STEPS = [3, [5, 640], [4, 8], [5, 64], 4]
+
+
+def narrowing(**entry) -> dict:
+    """A plan of version 2, with some of its encoder's fields changed."""
+    level = {"skipped": 3, "reuse": {}, "sparsity": 0.2, "standins": {"sha256": "a" * 64, "ranks": {"5": 16, "4": 16}}}
+    full = {"family": "t5", "blocks": 24, "width": 4096, "order": STEPS, "units": UNITS, "levels": [level]}
+    return {
+        "format": "skrr-plan", "version": 2, "encoders": {"t5xxl": {**full, **entry}}, "provenance": {"source": "search"}
+    }  # fmt: skip
+
+
+def test_a_plan_with_narrowed_sub_blocks():
+    plan = Plan.from_json(json.dumps(narrowing()))
+    entry = plan.encoder("t5xxl")
+    level = entry.levels[0]
+    assert entry.left(level) == {3: 0, 5: 640, 4: 8} and entry.narrowed(level) == {5: 640, 4: 8}
+    assert entry.left(5) == {3: 0, 5: 64, 4: 0}
+    assert entry.shares(level) == {3: 0, 5: Fraction(1, 16), 4: Fraction(1, 8)}
+    assert Plan.from_json(plan.to_json()) == plan and '"version": 2' in plan.to_json()
+    assert jsonschema.Draft202012Validator(plans.json_schema()).is_valid(json.loads(plan.to_json()))
+    made = Plan(encoders={"t5xxl": entry}, provenance=plan.provenance)
+    assert made.version == 2 and made == plan
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ({"order": [3, [5, 0], [4, 8]]}, r"order\[1\]: expected an integer from 0 to 1023, or a pair"),
+        ({"order": [3, [5, 640, 1], [4, 8]]}, r"order\[1\]: expected .*, found a list of 3"),
+        ({"order": [3, [5, True], [4, 8]]}, r"order\[1\]: expected .*, found a list of 2"),
+        ({"order": [3, [5.0, 640], [4, 8]]}, r"order\[1\]: expected .*, found a list of 2"),
+        ({"order": [3, [5, "640"], [4, 8]]}, r"order\[1\]"),
+        ({"order": [3, [5, None], [4, 8]]}, r"order\[1\]"),
+        ({"order": [3, [48, 640], [4, 8]]}, r"order\[1\]: expected an integer from 0 to 47, found 48"),
+        ({"order": [3, [5, 10240], [4, 8]]}, r"order\[1\]: expected fewer than 10240 units of sub-block 5"),
+        ({"order": [3, [5, 64], [5, 64]]}, r"order\[2\]: expected fewer than 64 units"),
+        ({"order": [3, [3, 64], [4, 8]]}, r"order\[1\]: expected every sub-block once"),
+        ({"units": None}, r"units: missing, as order narrows"),
+        ({"units": {**UNITS, "sha256": "x"}}, r"units.sha256: expected 64 hexadecimal"),
+        ({"units": {**UNITS, "attention": 0}}, r"units.attention: expected an integer from 1"),
+        ({"units": {**UNITS, "heads": 0}}, r"units.heads: unknown field"),
+        ({"units": []}, r"units: expected an object"),
+    ],
+)
+def test_malformed_narrowing_is_refused(entry, named):
+    with pytest.raises(PlanError, match=f"encoders.t5xxl.{named}") as caught:
+        Plan.from_json(json.dumps(narrowing(**entry)))
+    checked(caught.value)
+
+
+def test_narrowing_needs_version_2_and_a_place_for_what_stands_in():
+    with pytest.raises(PlanError, match="version: expected version 2, as sub-blocks are narrowed, found 1"):
+        Plan.from_json(json.dumps({**narrowing(), "version": 1}))
+    level = {"skipped": 3, "reuse": {"5": 7}, "sparsity": 0.2}
+    with pytest.raises(PlanError, match=r"reuse.5: expected one of the 1 sub-blocks that this level skips"):
+        Plan.from_json(json.dumps(narrowing(levels=[level])))
+    with pytest.raises(PlanError, match=r"reuse.3: expected a sub-block that this level keeps, found 5"):
+        Plan.from_json(json.dumps(narrowing(levels=[{**level, "reuse": {"3": 5}}])))
+    level = {**level, "reuse": {}, "standins": {"sha256": "a" * 64, "ranks": {"7": 4}}}
+    with pytest.raises(PlanError, match=r"ranks.7: expected one of the 3 sub-blocks that this level changes"):
+        Plan.from_json(json.dumps(narrowing(levels=[level])))

@@ -1,8 +1,9 @@
-"""Stand-ins in files: safetensors, a few MB, beside a plan or inside a pruned encoder file; plans name them by hash.
+"""What is too large for a plan: safetensors, a few MB, beside it or inside a pruned encoder file; plans name it by hash.
 
 A file holds the stand-ins of all levels of a plan, under names like `t5xxl.17.46.down`: encoder, length of the level's
-prefix, place, and `down`, `up` or `bias` (see repair.StandIn). One serves every precision of the encoder. Such files
-are untrusted input, as plans are.
+prefix, place, and `down`, `up` or `bias` (see encoder/standin.py); and of each place that is narrowed at some level all
+its units, those that stay longest first: `t5xxl.units.46`, int32. At a level the first so many of them stay. One file
+serves every precision of the encoder. Such files are untrusted input, as plans are.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from ..disk.atomic import abandoned, claim, file_sha256, replacing, unnamed
+from ..encoder.actions import Assignment, assignment
 from ..encoder.standin import NORMS, StandIn
 from ..errors import SkrrError, first_line
 from ..plan.model import EncoderPlan, Level, Plan, StandIns
@@ -24,6 +27,8 @@ from ..plan.text import PlanError
 
 ENDING = ".standins.safetensors"
 FORMAT = {"format": "skrr-standins", "version": "1"}
+VERSIONS = ("1", "2")
+"""The second knows units."""
 PARTS = ("down", "up", "bias")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_BYTES = 1 << 30
@@ -40,11 +45,34 @@ def beside(plan: str | os.PathLike[str]) -> Path:
 
 Found = Mapping[str, Mapping[int, Mapping[int, StandIn]]]
 """Encoder -> length of a level's prefix -> place -> stand-in."""
+Orders = Mapping[str, Mapping[int, torch.Tensor]]
+"""Encoder -> place -> numbers of all its units, int64 or int32, those that stay longest first."""
 
 
-def packed(found: Found) -> tuple[dict[str, torch.Tensor], str]:
-    """Stand-ins as a file names them, and a text that says the norms of each encoder's."""
-    tensors: dict[str, torch.Tensor] = {}
+@dataclass(frozen=True)
+class Fitted:
+    """What a level's companion file holds of an encoder. standins: place -> what stands there; units: narrowed place ->
+    numbers of all its units, those that stay longest first."""
+
+    standins: Mapping[int, StandIn] = field(default_factory=dict)
+    units: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    def assignment(self, entry: EncoderPlan, level: Level) -> Assignment:
+        """What is done to the encoder at a level; nothing where the units that it needs are missing."""
+        narrowed = entry.narrowed(level)
+        if not narrowed.keys() <= self.units.keys():
+            return {}
+        left = {place: self.units[place][:count] for place, count in narrowed.items()}
+        return assignment(entry.left(level), level.reuse, self.standins, left)
+
+
+def packed(found: Found, orders: Orders | None = None) -> tuple[dict[str, torch.Tensor], str]:
+    """Stand-ins and units as a file names them, and a text that says the norms of each encoder's stand-ins."""
+    tensors: dict[str, torch.Tensor] = {
+        f"{name}.units.{place}": order.to("cpu", torch.int32).contiguous()
+        for name, places in (orders or {}).items()
+        for place, order in places.items()
+    }
     norms = set()
     for name, levels in found.items():
         for level, standins in levels.items():
@@ -55,12 +83,12 @@ def packed(found: Found) -> tuple[dict[str, torch.Tensor], str]:
     return tensors, ",".join(sorted(norms))
 
 
-def encoded(plan: Plan, found: Found) -> tuple[Plan, bytes]:
-    """A plan that names its stand-ins, and their file's bytes. Levels without an entry stay as they are."""
+def encoded(plan: Plan, found: Found, orders: Orders | None = None) -> tuple[Plan, bytes]:
+    """A plan that names its stand-ins and units, and their file's bytes. Levels without an entry stay as they are."""
     from safetensors.torch import save
 
-    tensors, norms = packed(found)
-    data = save(tensors, {**FORMAT, "norms": norms})
+    tensors, norms = packed(found, orders)
+    data = save(tensors, {**FORMAT, "version": VERSIONS[1 if orders else 0], "norms": norms})
     digest = hashlib.sha256(data).hexdigest()
 
     def named(level: Level, standins: Mapping[int, StandIn] | None) -> Level:
@@ -69,13 +97,12 @@ def encoded(plan: Plan, found: Found) -> tuple[Plan, bytes]:
         ranks = {place: standin.rank for place, standin in sorted(standins.items())}
         return level.model_copy(update={"standins": StandIns(sha256=digest, ranks=ranks)})
 
-    entries = {
-        name: entry.model_copy(
-            update={"levels": tuple(named(level, found.get(name, {}).get(level.skipped)) for level in entry.levels)}
-        )
-        for name, entry in plan.encoders.items()
-    }
-    return plan.model_copy(update={"encoders": entries}), data
+    def of_entry(name: str, entry: EncoderPlan) -> EncoderPlan:
+        levels = tuple(named(level, found.get(name, {}).get(level.skipped)) for level in entry.levels)
+        units = entry.units and entry.units.model_copy(update={"sha256": digest})
+        return entry.model_copy(update={"levels": levels, "units": units})
+
+    return plan.model_copy(update={"encoders": {n: of_entry(n, e) for n, e in plan.encoders.items()}}), data
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:
@@ -153,22 +180,27 @@ def clear_stranded(folder: Path, now: float) -> None:
 
 
 def digests(plan: Plan) -> set[str]:
-    """The hashes of the files of stand-ins that a plan names."""
-    return {x.standins.sha256 for entry in plan.encoders.values() for x in entry.levels if x.standins}
+    """The hashes of the companion files that a plan names."""
+    return {digest for e in plan.encoders.values() for x in e.levels for digest in level_digests(e, x)}
 
 
-def read(path: str | os.PathLike[str], name: str, entry: EncoderPlan, level: Level) -> dict[int, StandIn]:
-    """The stand-ins of a level of the plan's entry `name` from their file, each tensor checked. Raises StandInError."""
+def level_digests(entry: EncoderPlan, level: Level) -> set[str]:
+    """The hashes of the files that a level needs: of its stand-ins, and of its units where it narrows."""
+    named = (level.standins, entry.units if entry.narrowed(level) else None)
+    return {part.sha256 for part in named if part is not None}
+
+
+def read(path: str | os.PathLike[str], name: str, entry: EncoderPlan, level: Level) -> Fitted:
+    """What a level of the plan's entry `name` needs of its file, each tensor checked. Raises StandInError."""
     from safetensors import SafetensorError, safe_open
 
-    assert level.standins is not None
     path = Path(path)
-    if sha256(path) != level.standins.sha256:
+    if sha256(path) not in level_digests(entry, level):
         raise StandInError(f"{path.name}: not the stand-ins that this plan names; get the file that came with the plan")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata, names = file.metadata() or {}, set(file.keys())
-            if any(metadata.get(key) != value for key, value in FORMAT.items()):
+            if metadata.get("format") != FORMAT["format"] or metadata.get("version") not in VERSIONS:
                 raise StandInError(f"{path.name}: no stand-ins that this Skrr can read; update Skrr, or get it again")
 
             def fetch(key: str) -> torch.Tensor | None:
@@ -183,9 +215,11 @@ def read(path: str | os.PathLike[str], name: str, entry: EncoderPlan, level: Lev
 
 def checked(
     fetch: Callable[[str], torch.Tensor | None], norms: str, source: str, name: str, entry: EncoderPlan, level: Level
-) -> dict[int, StandIn]:
-    """The stand-ins of a level out of named tensors and their norms, as `packed` gives both. Raises StandInError."""
-    assert level.standins is not None
+) -> Fitted:
+    """What a level needs out of named tensors and their norms, as `packed` gives both. Raises StandInError."""
+    units = {place: checked_units(fetch, source, f"{name}.units.{place}", entry, place) for place in entry.narrowed(level)}
+    if level.standins is None:
+        return Fitted(units=units)
     norm = dict(part.split(":", 1) for part in norms.split(",") if ":" in part).get(name)
     if norm not in NORMS:
         raise StandInError(f"{source}: no stand-ins for {name} that this Skrr can read; update Skrr, or get it again")
@@ -203,7 +237,19 @@ def checked(
                 raise StandInError(f"{source}: {key}: holds numbers that are not finite; get it again")
             parts[part] = tensor
         found[place] = StandIn(norm, **parts)
-    return found
+    return Fitted(found, units)
+
+
+def checked_units(fetch, source: str, key: str, entry: EncoderPlan, place: int) -> torch.Tensor:
+    """The numbers of all units of a place, int64, from a named tensor. Raises StandInError."""
+    order, count = fetch(key), entry.units.of(place)
+    if order is None or order.dtype != torch.int32 or tuple(order.shape) != (count,):
+        has = "missing" if order is None else f"{order.dtype} {list(order.shape)}"
+        raise StandInError(f"{source}: {key}: expected torch.int32 [{count}], found {has}; get it again")
+    order = order.long()
+    if not torch.equal(order.sort().values, torch.arange(count)):
+        raise StandInError(f"{source}: {key}: expected each unit from 0 to {count - 1} once; get it again")
+    return order
 
 
 def sha256(path: Path) -> str:
@@ -238,15 +284,23 @@ def find(folders: Iterable[Path], wanted: str, first: Path | None = None) -> Pat
 
 def of_level(
     folders: Iterable[Path], name: str, entry: EncoderPlan, level: Level, first: Path | None = None
-) -> tuple[dict[int, StandIn], str]:
-    """A level's stand-ins, and what to tell where their file is missing (then there are none). Raises StandInError for
-    a file of the right hash that holds the wrong things."""
-    if level.standins is None:
-        return {}, ""
-    path = find(folders, level.standins.sha256, first)
-    if path is None:
-        return {}, (
-            f"{name}: the file of this plan's stand-ins (*{ENDING}) is missing: the plan only skips and re-uses now,"
-            " and pictures may break; put the file beside the plan, or into models/skrr_plans"
+) -> tuple[Fitted, str]:
+    """What a level needs of its companion file, and what to tell where that is missing (then there is nothing). Raises
+    StandInError for a file of the right hash that holds the wrong things."""
+    wanted = level_digests(entry, level)
+    if not wanted:
+        return Fitted(), ""
+    if len(wanted) > 1:
+        raise StandInError(f"{name}: the plan names two files for one level; export it again")
+    path = find(folders, min(wanted), first)
+    if path is not None:
+        return read(path, name, entry, level), ""
+    put = "put the file beside the plan, or into models/skrr_plans"
+    if entry.narrowed(level):
+        return Fitted(), (
+            f"{name}: the file of this plan's units and stand-ins (*{ENDING}) is missing, so the encoder stays whole: {put}"
         )
-    return read(path, name, entry, level), ""
+    return Fitted(), (
+        f"{name}: the file of this plan's stand-ins (*{ENDING}) is missing: the plan only skips and re-uses now,"
+        f" and pictures may break; {put}"
+    )

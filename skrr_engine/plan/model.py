@@ -1,7 +1,8 @@
-"""The plan: which sub-blocks of a text encoder are skipped, in which order, and which kept one stands in for which.
+"""The plan: which sub-blocks of a text encoder are skipped or narrowed, in which order, and what stands in for them.
 
-A plan is about 1 KB of JSON, independent of the weights' precision. It is untrusted input: reading checks every field,
-and every failure is a `PlanError` of one line that names the field, what was expected and the way out.
+A plan is 1 to 10 KB of JSON, independent of the weights' precision. It is untrusted input: reading checks every field,
+and every failure is a `PlanError` of one line that names the field, what was expected and the way out. Version 2 knows
+narrowed sub-blocks; plans without any are written as version 1, which earlier Skrrs read.
 
 Sub-blocks are numbered as in the paper: `2 * block` is self-attention, `2 * block + 1` is the feed-forward.
 """
@@ -10,10 +11,21 @@ from __future__ import annotations
 
 import os
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from ..disk.atomic import replacing
 from .text import _REMEDY, MAX_BYTES, PlanError, _dumped, _expected, _found, _listed, _parse, _quoted
@@ -21,6 +33,8 @@ from .text import _REMEDY, MAX_BYTES, PlanError, _dumped, _expected, _found, _li
 MAX_BLOCKS = 512
 MAX_WIDTH = 65_536
 MAX_RANK = 4_096
+MAX_UNITS = 1 << 20
+MAX_STEPS = 8_192
 SPARSITY_TOLERANCE = 1e-9
 _NAME = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
 _ONE_LINE = r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029]+$"
@@ -79,6 +93,41 @@ _Rank = Annotated[int, Field(strict=True, ge=1, le=MAX_RANK)]
 _Sorted = PlainSerializer(lambda places: dict(sorted(places.items())))
 _Ranks = Annotated[dict[_SubBlock, _Rank], BeforeValidator(_integer_keys), _Sorted]
 _Reuse = Annotated[dict[_SubBlock, _SubBlock], BeforeValidator(_integer_keys), _Sorted]
+_Units = Annotated[int, Field(strict=True, ge=1, le=MAX_UNITS)]
+_Sha256 = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
+_STEP_EXPECTED = f"an integer from 0 to {2 * MAX_BLOCKS - 1}, or a pair of one and a number of units from 1 up"
+
+
+def _step(value: Any) -> Any:
+    """A step of an order: a sub-block that is removed, or `(sub-block, units that stay)`. Raises PlanError."""
+    pair = list(value) if isinstance(value, list | tuple) else [value, 1]
+    if len(pair) != 2 or not all(type(n) is int for n in pair):
+        raise PlanError(_expected(_STEP_EXPECTED, value))
+    if not (0 <= pair[0] < 2 * MAX_BLOCKS and 1 <= pair[1] <= MAX_UNITS):
+        raise PlanError(_expected(_STEP_EXPECTED, value))
+    return tuple(pair) if isinstance(value, list | tuple) else value
+
+
+_Step = Annotated[
+    Any,
+    AfterValidator(_step),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0, "maximum": 2 * MAX_BLOCKS - 1},
+                {
+                    "type": "array",
+                    "prefixItems": [
+                        {"type": "integer", "minimum": 0, "maximum": 2 * MAX_BLOCKS - 1},
+                        {"type": "integer", "minimum": 1, "maximum": MAX_UNITS},
+                    ],
+                    "minItems": 2,
+                    "maxItems": 2,
+                },
+            ]
+        }
+    ),
+]
 _Extensions = Annotated[
     dict[Annotated[str, Field(strict=True)], Any], Field(json_schema_extra={"additionalProperties": True})
 ]
@@ -89,14 +138,12 @@ _EXTENSIONS_EXPECTED = "an object (Skrr carries it through unread)"
 
 
 class StandIns(_Part):
-    """The linear stand-ins of a level (see standin.py): the SHA-256 of the file that holds them, and the rank of each.
+    """The linear stand-ins of a level (see encoder/standin.py): the SHA-256 of the file that holds them, and the rank of each.
 
     Where that file is missing, the level is used with its re-use map alone.
     """
 
-    sha256: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")] = Field(
-        description="64 hexadecimal digits in lower case"
-    )
+    sha256: _Sha256 = Field(description="64 hexadecimal digits in lower case")
     ranks: Annotated[_Ranks, Field(min_length=1)] = Field(
         description='an object like {"5": 16}, skipped sub-block to the rank of its stand-in, '
         f"integers from 0 to {2 * MAX_BLOCKS - 1} without leading zeros and ranks from 1 to {MAX_RANK}",
@@ -108,8 +155,24 @@ class StandIns(_Part):
         return sum(4 * width * (rank + 1) for rank in self.ranks.values())
 
 
+class Units(_Part):
+    """The units of an encoder that has narrowed sub-blocks: how many each attention and each feed-forward has (key/value
+    heads, neurons), and the SHA-256 of the file that says in which order they go.
+
+    Where that file is missing, the encoder stays whole.
+    """
+
+    sha256: _Sha256 = Field(description="64 hexadecimal digits in lower case")
+    attention: _Units = Field(description=f"an integer from 1 to {MAX_UNITS}")
+    feed_forward: _Units = Field(description=f"an integer from 1 to {MAX_UNITS}")
+
+    def of(self, place: int) -> int:
+        """Of a sub-block."""
+        return self.feed_forward if place % 2 else self.attention
+
+
 class Level(_Part):
-    """One strength of a plan: the first `skipped` sub-blocks of the encoder's order are left out.
+    """One strength of a plan: the first `skipped` steps of the encoder's order are taken.
 
     `reuse` maps a skipped sub-block to the kept one of the same type that stands in for it (paper, algorithm 2).
     `sparsity` is the fraction (0 to 1) of the encoder's parameters, embedding included, that the level removes.
@@ -117,8 +180,8 @@ class Level(_Part):
     `discrepancy` is D of this level (paper, algorithm 1), stand-ins in place, or None where nobody measured it.
     """
 
-    skipped: Annotated[int, Field(strict=True, ge=1, le=2 * MAX_BLOCKS)] = Field(
-        description=f"an integer from 1 to {2 * MAX_BLOCKS}, the length of a prefix of order"
+    skipped: Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)] = Field(
+        description=f"an integer from 1 to {MAX_STEPS}, the length of a prefix of order"
     )
     reuse: _Reuse = Field(
         description='an object like {"5": 7}, skipped sub-block to the kept one that stands in for it, '
@@ -138,7 +201,9 @@ class Level(_Part):
 class EncoderPlan(_Part):
     """What a plan says about one text encoder of `blocks` blocks of `width` channels.
 
-    `order` lists sub-blocks, the most dispensable first. Every level is a prefix of it with a re-use map of its own.
+    `order` lists steps, the most dispensable first: a sub-block that is removed, or a pair of one and the number of its
+    units that stay. Every level is a prefix of it with a re-use map of its own. `units` says what units there are, None
+    where no step narrows. Steps are those that a budget takes in turn: any prefix is the best there is for its size.
     """
 
     family: _Name = Field(
@@ -150,9 +215,13 @@ class EncoderPlan(_Part):
     width: Annotated[int, Field(strict=True, ge=1, le=MAX_WIDTH)] = Field(
         description=f"an integer from 1 to {MAX_WIDTH}"
     )
-    order: Annotated[tuple[_SubBlock, ...], Field(min_length=1, max_length=2 * MAX_BLOCKS)] = Field(
-        description="a list of at least one sub-block, each an integer from 0 to 2 * blocks - 1 and named once",
+    order: Annotated[tuple[_Step, ...], Field(min_length=1, max_length=MAX_STEPS)] = Field(
+        description="a list of at least one sub-block, each an integer from 0 to 2 * blocks - 1 and named once, or of"
+        " steps like [7, 640] that narrow one",
         json_schema_extra={"uniqueItems": True},
+    )
+    units: Units | None = Field(
+        default=None, description="an object with sha256, attention and feed_forward, or null where nothing is narrowed"
     )
     levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=2 * MAX_BLOCKS)] = Field(
         description="a list of at least one level, each an object"
@@ -169,14 +238,19 @@ class EncoderPlan(_Part):
         return self
 
     def _check_order(self) -> None:
-        seen: set[int] = set()
-        for index, sub_block in enumerate(self.order):
+        left: dict[int, int] = {}
+        for index, step in enumerate(self.order):
             path = ("order", index)
-            if sub_block >= 2 * self.blocks:
-                raise PlanError(_expected(f"an integer from 0 to {2 * self.blocks - 1}", sub_block), path)
-            if sub_block in seen:
-                raise PlanError(f"expected every sub-block once, found {sub_block} again; {_REMEDY}", path)
-            seen.add(sub_block)
+            place, units = step if isinstance(step, tuple) else (step, 0)
+            if place >= 2 * self.blocks:
+                raise PlanError(_expected(f"an integer from 0 to {2 * self.blocks - 1}", place), path)
+            if units and self.units is None:
+                raise PlanError(f"missing, as order narrows sub-blocks; {_REMEDY}", ("units",))
+            if left.get(place) == 0:
+                raise PlanError(f"expected every sub-block once, found {place} again; {_REMEDY}", path)
+            if units and units >= (before := left.get(place, self.units.of(place))):
+                raise PlanError(_expected(f"fewer than {before} units of sub-block {place}", units), path)
+            left[place] = units
 
     def _check_step(self, index: int, level: Level) -> None:
         path = ("levels", index)
@@ -194,36 +268,51 @@ class EncoderPlan(_Part):
             raise PlanError(_expected(what, level.sparsity), (*path, "sparsity"))
 
     def _check_reuse(self, path: tuple[str | int, ...], level: Level) -> None:
-        skipped = set(self.order[: level.skipped])
+        touched = self.left(level)
+        skipped = {place for place, units in touched.items() if not units}
         for place, target in level.reuse.items():
             here = (*path, str(place))
             if place not in skipped:
-                what = f"one of the {level.skipped} sub-blocks that this level skips as the place of a re-use"
+                what = f"one of the {len(skipped)} sub-blocks that this level skips as the place of a re-use"
                 raise PlanError(_expected(what, place), here)
             if target >= 2 * self.blocks:
                 raise PlanError(_expected(f"an integer from 0 to {2 * self.blocks - 1}", target), here)
             if target % 2 != place % 2:
                 kind = "a feed-forward sub-block (odd)" if place % 2 else "an attention sub-block (even)"
                 raise PlanError(_expected(f"{kind}, the type of its place", target), here)
-            if target in skipped:
+            if target in touched:
                 raise PlanError(_expected("a sub-block that this level keeps", target), here)
 
     def _check_standins(self, path: tuple[str | int, ...], level: Level) -> None:
-        skipped = set(self.order[: level.skipped])
+        touched = self.left(level)
         for place, rank in (level.standins.ranks if level.standins else {}).items():
-            if place not in skipped:
-                what = f"one of the {level.skipped} sub-blocks that this level skips as the place of a stand-in"
+            if place not in touched:
+                what = f"one of the {len(touched)} sub-blocks that this level changes as the place of a stand-in"
                 raise PlanError(_expected(what, place), (*path, str(place)))
             if rank > self.width:
                 raise PlanError(_expected(f"at most {self.width}, the width", rank), (*path, str(place)))
 
+    def left(self, level: Level | int) -> dict[int, int]:
+        """Sub-block -> the number of its units that stay at a level, 0 where it is removed; those that the level
+        changes, in the order in which it first does. level: or a number of steps."""
+        steps = self.order[: level if isinstance(level, int) else level.skipped]
+        return dict(step if isinstance(step, tuple) else (step, 0) for step in steps)
+
+    def shares(self, level: Level | int) -> dict[int, Fraction]:
+        """The same as shares of each sub-block's units."""
+        return {i: Fraction(n, self.units.of(i)) if n else Fraction(0) for i, n in self.left(level).items()}
+
+    def narrowed(self, level: Level | int) -> dict[int, int]:
+        """The narrowed ones of them alone."""
+        return {place: units for place, units in self.left(level).items() if units}
+
     def level(self, skipped: int) -> Level:
-        """The level that skips exactly `skipped` sub-blocks. Raises PlanError that names the levels there are."""
+        """The level of exactly `skipped` steps. Raises PlanError that names the levels there are."""
         for level in self.levels:
             if level.skipped == skipped:
                 return level
         have = _listed(level.skipped for level in self.levels)
-        raise PlanError(f"no level skips {_found(skipped)} sub-blocks; choose one of {have}", ("levels",))
+        raise PlanError(f"no level takes {_found(skipped)} steps; choose one of {have}", ("levels",))
 
     def choose(self, sparsity: float) -> Level:
         """The strongest level whose sparsity (fraction, 0 to 1) is at or below the one asked for.
@@ -263,9 +352,7 @@ class Provenance(_Part):
     projection: _Text | None = Field(default=None, description=_TEXT_EXPECTED)
     denoiser: _Text | None = Field(default=None, description=_TEXT_EXPECTED)
     prompts: _Count | None = Field(default=None, description=_COUNT_EXPECTED)
-    prompts_sha256: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")] | None = Field(
-        default=None, description="64 hexadecimal digits in lower case"
-    )
+    prompts_sha256: _Sha256 | None = Field(default=None, description="64 hexadecimal digits in lower case")
     beam: _Count | None = Field(default=None, description=_COUNT_EXPECTED)
     created_with: _Text | None = Field(default=None, description=_TEXT_EXPECTED)
 
@@ -276,8 +363,8 @@ class Plan(_Part):
     model_config = ConfigDict(json_schema_extra={"required": ["format", "version", "encoders", "provenance"]})
 
     format: Literal["skrr-plan"] = Field(default="skrr-plan", description="'skrr-plan' (other files are no plans)")
-    version: Annotated[int, Field(strict=True, ge=1, le=1)] = Field(
-        default=1, description="version 1 (newer plans need a newer Skrr)"
+    version: Annotated[int, Field(strict=True, ge=1, le=2)] = Field(
+        default=1, description="version 1 or 2 (newer plans need a newer Skrr)"
     )
     encoders: Annotated[dict[_Name, EncoderPlan], Field(min_length=1)] = Field(
         description="an object of at least one encoder, each an object under its name: a letter, then at most 31 "
@@ -285,6 +372,20 @@ class Plan(_Part):
         json_schema_extra={"additionalProperties": False},
     )
     provenance: Provenance = Field(description="an object")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _versioned(cls, data: Any) -> Any:
+        """The version that a new plan needs."""
+        entries = data.get("encoders") if isinstance(data, dict) and "version" not in data else None
+        narrows = isinstance(entries, dict) and any(getattr(entry, "units", None) for entry in entries.values())
+        return {**data, "version": 2} if narrows else data
+
+    @model_validator(mode="after")
+    def _check_version(self) -> Plan:
+        if self.version < 2 and any(entry.units for entry in self.encoders.values()):
+            raise PlanError(_expected("version 2, as sub-blocks are narrowed", self.version), ("version",))
+        return self
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "the plan") -> Plan:
