@@ -7,18 +7,18 @@ transformers' or any function of a prompt that gives token ids. Errors are SkrrE
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from .encoder import families
-from .encoder.actions import Assignment, assignment
+from .encoder.actions import Assignment
 from .encoder.rewire import rewire
 from .encoder.row import EncoderError, Row
-from .encoder.standin import StandIn
 from .encoder.trace import Tracer
 from .files import pruned
+from .files.companion import Fitted
 from .files.encoder_file import Checkpoint
 from .files.folder import Encoder, usual_name
 from .measure.calibration import Calibration
@@ -64,14 +64,15 @@ def discrepancy(
     sparsity: float | None = None,
     *,
     projection: Projection | None = None,
+    fitted: Fitted = Fitted(),  # noqa: B008 - frozen
 ) -> Discrepancy:
     """The discrepancy of a plan's level on prompts.
 
-    sparsity: the strongest level at or below it; None: the strongest of all. Others: as for `find_plan`. Raises
-    PlanError, EncoderError.
+    sparsity: the strongest level at or below it; None: the strongest of all. fitted: see `prune`. Others: as for
+    `find_plan`. Raises PlanError, EncoderError.
     """
     seen = _seen(encoder, tokenizer)
-    removed, _ = _removed(seen.row, plan, sparsity)
+    removed = _removed(seen.row, plan, sparsity, fitted)
     return Meter(_calibration(seen, prompts), projection).measure([removed])[0]
 
 
@@ -79,16 +80,15 @@ def prune(
     encoder: nn.Module,
     plan: Plan,
     sparsity: float | None = None,
-    standins: Mapping[int, StandIn] | None = None,
+    fitted: Fitted = Fitted(),  # noqa: B008 - frozen
 ) -> nn.Module:
     """Rewire an encoder by a plan's level, in place: what is left out is freed once nobody else holds it.
 
-    sparsity: see `discrepancy`. standins: of that level (place -> stand-in), see files.companion.read. Returns the
-    encoder. Raises PlanError, EncoderError.
+    sparsity: see `discrepancy`. fitted: the level's stand-ins and units, see files.companion.read. Returns the
+    encoder. Raises PlanError, EncoderError, where units are missing that the level needs, too.
     """
     row = families.find(encoder)
-    removed, _ = _removed(row, plan, sparsity, standins)
-    rewire(encoder, row, removed)
+    rewire(encoder, row, _removed(row, plan, sparsity, fitted))
     return encoder
 
 
@@ -119,12 +119,13 @@ def _level(shape, entry: EncoderPlan, sparsity: float | None) -> Level:
     return entry.levels[-1] if sparsity is None else entry.choose(sparsity)
 
 
-def _removed(
-    row: Row, plan: Plan, sparsity: float | None, standins: Mapping[int, StandIn] | None = None
-) -> tuple[Assignment, Level]:
+def _removed(row: Row, plan: Plan, sparsity: float | None, fitted: Fitted) -> Assignment:
     _, entry = entry_for(row, plan)
     level = _level(row, entry, sparsity)
-    return assignment(entry.order[: level.skipped], level.reuse, standins), level
+    found = fitted.assignment(entry, level)
+    if not found:
+        raise EncoderError("this level narrows sub-blocks: give its companion file's content, see files.companion.read")
+    return found
 
 
 def _seen(encoder: nn.Module, tokenizer: Tokenizer) -> Encoder:

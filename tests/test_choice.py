@@ -143,7 +143,9 @@ def asked_of_all(host, plan: Plan, sparsity: float) -> set:  # noqa: F811
     from skrr_engine.cli import commands as cli
 
     pack_plan = of_pack(host, plan)
-    shape = host("skrr_engine.encoder.row").Numbers("clip", 4, 64, 1000, (50,) * 8, 4000, (200,) * 8, (40,) * 8, (160,) * 8)
+    shape = host("skrr_engine.encoder.row").Numbers(
+        "clip", 4, 64, 1000, (50,) * 8, 4000, (200,) * 8, (40,) * 8, (160,) * 8
+    )  # fmt: skip
     level = host("nodes.host.plans.inputs").Choice(pack_plan, sparsity, 0.0).level
     error = (host("skrr_engine.errors").SkrrError, cli.SkrrError)
     told = host("nodes.host.server").answer({"plan": "", "plan_json": plan.to_json(), "sparsity": sparsity})

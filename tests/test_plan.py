@@ -825,9 +825,8 @@ def narrowing(**entry) -> dict:
     """A plan of version 2, with some of its encoder's fields changed."""
     level = {"skipped": 3, "reuse": {}, "sparsity": 0.2, "standins": {"sha256": "a" * 64, "ranks": {"5": 16, "4": 16}}}
     full = {"family": "t5", "blocks": 24, "width": 4096, "order": STEPS, "units": UNITS, "levels": [level]}
-    return {
-        "format": "skrr-plan", "version": 2, "encoders": {"t5xxl": {**full, **entry}}, "provenance": {"source": "search"}
-    }  # fmt: skip
+    top = {"format": "skrr-plan", "version": 2, "provenance": {"source": "search"}}
+    return {**top, "encoders": {"t5xxl": {**full, **entry}}}
 
 
 def test_a_plan_with_narrowed_sub_blocks():

@@ -15,7 +15,7 @@ from ..measure.prompts import broad as broad_prompts
 from ..measure.prompts import from_file as read_prompts
 from ..measure.prompts import generate as generate_prompts
 from ..plan.model import Plan, is_name
-from ..plan.words import describe_plan, duration
+from ..plan.words import changes, describe_plan, duration
 from ..search import RESUMABLE
 
 if TYPE_CHECKING:
@@ -170,14 +170,14 @@ def run_discrepancy(options) -> None:
     from ..measure.discrepancy import finite
 
     bench = prepare(options)
-    name, level, standins, removed = removal(options, bench)
+    name, entry, level, fitted, removed = removal(options, bench)
     row, meter = bench.encoder.row, bench.meter(bench.prompts)
     (found,) = meter.measure([removed])
     result = {
         "encoder": name,
         "skipped": level.skipped,
-        "sparsity": row.sparsity(removed),
-        "standins": len(standins),
+        "sparsity": row.sparsity(entry.shares(level)) if removed else 0.0,
+        "standins": len(fitted.standins),
         "D": found.finite,  # JSON has no infinity
         "D_cond": finite(found.conditional),
         "D_null": finite(found.null),
@@ -186,35 +186,33 @@ def run_discrepancy(options) -> None:
     if options.json:
         print(json.dumps(result))
         return
-    repaired = f", {len(standins)} repaired by stand-ins" if standins else f", {len(level.reuse)} of them re-used"
-    print(f"{name}: {level.skipped} of {len(row)} sub-blocks skipped{repaired}, sparsity {result['sparsity']:.1%}")
+    print(f"{name}: {changes(entry, level, len(row), len(fitted.standins))}, sparsity {result['sparsity']:.1%}")
     print(f"D_cond    {found.conditional:.6g}")
     print(f"D_null    {found.null:.6g}")
     print(f"null_norm {result['null_norm']['dense']:.6g} dense, {found.null_norm:.6g} pruned")
 
 
-def standins_beside(path: str, name: str, entry, level):
-    """The stand-ins of a level of the plan at `path`; none, and a word on stderr, where their file is missing."""
+def fitted_beside(path: str, name: str, entry, level):
+    """The stand-ins and units of a level of the plan at `path`; none, and a word on stderr, where their file is
+    missing."""
     from ..files import companion as standin_file
 
-    standins, problem = standin_file.of_level([Path(path).parent], name, entry, level, standin_file.beside(path))
+    fitted, problem = standin_file.of_level([Path(path).parent], name, entry, level, standin_file.beside(path))
     if problem:
         print(f"skrr: {problem}", file=sys.stderr)
-    return standins
+    return fitted
 
 
 def removal(options, bench: "Bench"):
-    """The name of the plan's entry for the encoder, its level asked for, the stand-ins that are there, and all of it as
-    an assignment."""
-    from ..encoder.actions import assignment
-
+    """The name of the plan's entry for the encoder, the entry, its level asked for, what is there of its companion,
+    and all of it as an assignment."""
     plan, encoder = Plan.read(options.plan), bench.encoder
     name = options.name or (encoder.name if encoder.name in plan.encoders else next(iter(plan.encoders)))
     entry, row = plan.encoder(name), encoder.row
     entry.check(row.family, row.blocks, row.width, name)
     level = entry.choose(options.sparsity)
-    standins = standins_beside(options.plan, name, entry, level)
-    return name, level, standins, assignment(entry.order[: level.skipped], level.reuse, standins)
+    fitted = fitted_beside(options.plan, name, entry, level)
+    return name, entry, level, fitted, fitted.assignment(entry, level)
 
 
 def run_encode(options) -> None:
@@ -258,11 +256,12 @@ def run_apply(options) -> None:
     entry = plan.encoder(name)
     entry.check(*shape, name)
     level = entry.choose(options.sparsity)
-    standins = standins_beside(options.plan, name, entry, level)
-    written = write_pruned(source, options.out, name, plan, level.skipped, standins=standins)
-    gone = layout.sparsity(entry.order[: level.skipped])
+    fitted = fitted_beside(options.plan, name, entry, level)
+    written = write_pruned(source, options.out, name, plan, level.skipped, fitted=fitted)
+    gone = layout.sparsity(entry.shares(level)) if fitted.assignment(entry, level) else 0
     before = source.path.stat().st_size
-    print(f"{name}: {level.skipped} of {2 * layout.blocks} sub-blocks left out, {gone:.1%} of its parameters")
+    changed = changes(entry, level, 2 * layout.blocks, len(fitted.standins))
+    print(f"{name}: {changed}, {gone:.1%} of its parameters left out")
     print(f"{options.out}: {written:,} bytes of {before:,} ({written / before:.1%})")
 
 
@@ -273,7 +272,8 @@ def run_verify(options) -> None:
     found = verify(options.file)
     record = found.record
     print(f"{options.file}: whole; {record.encoder} of {record.source['name']} without {len(record.dropped)} tensors,")
-    print(f"{record.skipped} sub-blocks skipped by its plan and {len(record.unread)} unread ones")
+    more = f", {len(record.narrowed)} tensors narrowed" if record.narrowed else ""
+    print(f"{record.skipped} steps of its plan taken{more}, and {len(record.unread)} unread sub-blocks left out")
     if record.header_sha256 is None:
         print("it was written by an earlier Skrr, without a hash of its header: that could not be checked")
 

@@ -138,8 +138,8 @@ def assignment(
 ) -> dict[int, Action]:
     """The assignment of a level.
 
-    places: its removed or narrowed sub-blocks. reuse: place -> the one that it re-uses; standins: place -> its stand-in;
-    units: narrowed place -> the units that stay, in any order.
+    places: its removed or narrowed sub-blocks. reuse: place -> the one that it re-uses; standins: place -> its
+    stand-in; units: narrowed place -> the units that stay, in any order.
     """
     found: dict[int, Action] = {}
     for place in places:

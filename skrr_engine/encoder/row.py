@@ -6,8 +6,8 @@ feed-forward with its norm. The row never owns the encoder: it holds the modules
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 from torch import nn

@@ -197,8 +197,8 @@ class NarrowLayer:
 
     skrr_before, skrr_after: what is done to its input and output. Where a projection into heads has lost some, their
     outputs are filled up with zeros, which attention hands on as zeros: so attention itself, its norms, its rotary
-    tables and the position bias stay as they are. skrr_dimension: 0 where rows are left, 1 where columns are, None where
-    its weight is whole; skrr_index: which; skrr_full: how many there were.
+    tables and the position bias stay as they are. skrr_dimension: 0 where rows are left, 1 where columns are, None
+    where its weight is whole; skrr_index: which; skrr_full: how many there were.
     """
 
     skrr_before: tuple[Take | Put, ...]

@@ -1,4 +1,4 @@
-"""What is too large for a plan: safetensors, a few MB, beside it or inside a pruned encoder file; plans name it by hash.
+"""What is too large for a plan: safetensors, a few MB, beside it or in a pruned encoder file; plans name it by hash.
 
 A file holds the stand-ins of all levels of a plan, under names like `t5xxl.17.46.down`: encoder, length of the level's
 prefix, place, and `down`, `up` or `bias` (see encoder/standin.py); and of each place that is narrowed at some level all
@@ -217,7 +217,9 @@ def checked(
     fetch: Callable[[str], torch.Tensor | None], norms: str, source: str, name: str, entry: EncoderPlan, level: Level
 ) -> Fitted:
     """What a level needs out of named tensors and their norms, as `packed` gives both. Raises StandInError."""
-    units = {place: checked_units(fetch, source, f"{name}.units.{place}", entry, place) for place in entry.narrowed(level)}
+    units = {
+        place: checked_units(fetch, source, f"{name}.units.{place}", entry, place) for place in entry.narrowed(level)
+    }
     if level.standins is None:
         return Fitted(units=units)
     norm = dict(part.split(":", 1) for part in norms.split(",") if ":" in part).get(name)
@@ -298,7 +300,8 @@ def of_level(
     put = "put the file beside the plan, or into models/skrr_plans"
     if entry.narrowed(level):
         return Fitted(), (
-            f"{name}: the file of this plan's units and stand-ins (*{ENDING}) is missing, so the encoder stays whole: {put}"
+            f"{name}: the file of this plan's units and stand-ins (*{ENDING}) is missing, so the encoder stays whole:"
+            f" {put}"
         )
     return Fitted(), (
         f"{name}: the file of this plan's stand-ins (*{ENDING}) is missing: the plan only skips and re-uses now,"

@@ -11,8 +11,8 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,12 +21,13 @@ from ..disk import safetensors as header
 from ..disk.atomic import sha256_from
 from ..disk.safetensors import DTYPES, Entry
 from ..encoder import families
-from ..encoder.standin import StandIn
 from ..errors import SkrrError, first_line
 from ..plan.model import EncoderPlan, Plan
 from ..plan.text import PlanError
 from . import companion as standin_file
+from .companion import Fitted
 from .layout import MAX_BLOCKS, Layout, layouts_of, matching
+from .narrow import Piece
 
 PLAN, RECORD = "skrr_plan", "skrr"
 """Metadata of a pruned file: the plan's JSON, and JSON of its own (see `Record`)."""
@@ -52,7 +53,8 @@ class Record:
     further sub-blocks left out because no conditioning reads them; source: `{"name", "sha256"}` of the dense file;
     data_sha256: over the tensors' bytes in file order; dropped: name -> (dtype, shape) of what was left out; blocks: of
     the encoder before others shortened the dense file, 0 where they did not; header_sha256: over what the header
-    says (see `_header_sha256`), None in files of before."""
+    says (see `_header_sha256`), None in files of before; narrowed: name -> (dtype, shape) in the dense file of what was
+    cut to some of its rows or columns."""
 
     encoder: str
     plan: EncoderPlan | None
@@ -63,6 +65,7 @@ class Record:
     dropped: Mapping[str, Entry]
     blocks: int = 0
     header_sha256: str | None = None
+    narrowed: Mapping[str, Entry] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,11 @@ class Checkpoint:
         both = next((key for key in left_out if key in entries), None)
         if both is not None:
             raise self._damaged(f'"{both[:80]}" is said to be left out, but is there')
-        self.entries = {**entries, **left_out}
+        narrowed = self.record.narrowed if self.record else {}
+        lost = next((key for key in narrowed if key not in entries or key in left_out), None)
+        if lost is not None:
+            raise self._damaged(f'"{lost[:80]}" is said to be narrowed, but is not there')
+        self.entries = {**entries, **left_out, **narrowed}
         if self.record and self.record.header_sha256 not in (None, _header_sha256(found.entries, self.metadata)):
             raise self._damaged("its header is not what was written")
         places = range(2 * self.known_layout.blocks) if self.known_layout else ()
@@ -130,6 +137,7 @@ class Checkpoint:
             )
             if plan is not None:
                 plan.level(raw["skipped"])
+            narrowed = {str(k): Entry(d, tuple(shape)) for k, (d, shape) in raw.get("narrowed", {}).items()}
             unread = tuple(raw["unread"])
             if not all(type(i) is int for i in unread) or len(set(unread)) < len(unread):
                 raise ValueError("unread is no list of different numbers")
@@ -140,28 +148,50 @@ class Checkpoint:
                 raise ValueError(f"an encoder of {blocks} blocks")
             return Record(
                 str(raw["encoder"]), plan, int(raw["skipped"]), unread, source, str(raw["data_sha256"]), dropped,
-                blocks, None if digest is None else str(digest),
+                blocks, None if digest is None else str(digest), narrowed,
             )  # fmt: skip
         except (PlanError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise self._damaged(first_line(error)) from None
 
+    def stored(self, key: str) -> Entry:
+        """A tensor as it lies in this file: of a narrowed one, what is left of it."""
+        return self._header.entries[key]
+
     def tensor(self, key: str) -> torch.Tensor:
         """A tensor of the file, read now, in memory of its own. Of a type that torch lacks: its bytes."""
         entry = self._header.entries[key]
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        raw = self._bytes(key, [(0, entry.nbytes)])
+        return raw.view(DTYPES[entry.dtype]).reshape(entry.shape) if entry.dtype in DTYPES else raw
+
+    def piece(self, key: str, piece: Piece) -> torch.Tensor:
+        """What stays of a tensor. Of rows nothing else is read."""
+        entry = self._header.entries[key]
+        if piece.dimension or entry.dtype not in DTYPES:
+            return piece.cut(self.tensor(key))
+        row = entry.nbytes // entry.shape[0]
+        raw = self._bytes(key, [(first * row, count * row) for first, count in runs(piece.index)])
+        return raw.view(DTYPES[entry.dtype]).reshape(piece.entry.shape)
+
+    def _bytes(self, key: str, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Spans (start, length) of a tensor's bytes, one behind the other."""
+        raw = torch.empty(sum(length for _, length in spans), dtype=torch.uint8)
+        view, got = memoryview(raw.numpy()), 0
         try:
-            self._file.seek(self._header.starts[key])
-            view, got = memoryview(raw.numpy()), 0
-            while got < entry.nbytes and (count := self._file.readinto(view[got:])):
-                got += count
+            for start, length in spans:
+                self._file.seek(self._header.starts[key] + start)
+                end = got + length
+                while got < end and (count := self._file.readinto(view[got:end])):
+                    got += count
+                if got < end:
+                    break
         except OSError as error:
             raise CheckpointError(
                 f"{self.path.name}: can't be read any more ({first_line(error)}); see that its drive is connected, and"
                 " run the workflow again"
             ) from None
-        if got < entry.nbytes:
+        if got < len(raw):
             raise CheckpointError(f"{self.path.name}: was cut while it was read; get the file again")
-        return raw.view(DTYPES[entry.dtype]).reshape(entry.shape) if entry.dtype in DTYPES else raw
+        return raw
 
     def start(self, key: str) -> int:
         """Where a tensor begins in the file."""
@@ -196,12 +226,12 @@ class Checkpoint:
         return found
 
     @functools.cached_property
-    def standins(self) -> dict[int, StandIn]:
-        """The stand-ins in a pruned file, by the places that they repair. Raises StandInError."""
+    def fitted(self) -> Fitted:
+        """The stand-ins and units in a pruned file. Raises StandInError."""
         record = self.record
         level = record.plan.level(record.skipped) if record and record.plan else None
-        if level is None or level.standins is None or not self._standins:
-            return {}
+        if level is None or not self._standins:
+            return Fitted()
 
         def fetch(key: str) -> torch.Tensor | None:
             return self.tensor(STANDINS + key) if STANDINS + key in self._standins else None
@@ -272,6 +302,13 @@ class Checkpoint:
         raise CheckpointError(
             f"{self.path.name}: no text encoder that Skrr knows ({names}; by ComfyUI's tensor names) in this file"
         )
+
+
+def runs(index: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Rising numbers as runs of neighbours: (first, count)."""
+    breaks = (index.diff() != 1).nonzero().flatten() + 1
+    for run in index.tensor_split(breaks.tolist()):
+        yield int(run[0]), len(run)
 
 
 def _header_sha256(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:

@@ -13,11 +13,12 @@ from .. import __version__
 from ..disk import safetensors as header
 from ..disk.atomic import replacing
 from ..disk.safetensors import NAMES, Entry, tensor_bytes
-from ..encoder.standin import StandIn
-from ..plan.model import Plan
+from ..plan.model import EncoderPlan, Level, Plan
 from . import companion as standin_file
+from .companion import Fitted
 from .encoder_file import PLAN, RECORD, STANDINS, Checkpoint, CheckpointError, Record, _header_sha256
 from .layout import Layout
+from .narrow import Piece, narrowing
 
 
 class Source(Protocol):
@@ -30,6 +31,7 @@ class Source(Protocol):
     layout: "Layout"
 
     def tensor(self, key: str) -> torch.Tensor: ...
+    def piece(self, key: str, piece: Piece) -> torch.Tensor: ...
     def sha256(self) -> str: ...
     def check_unchanged(self) -> None: ...
 
@@ -41,31 +43,36 @@ def write_pruned(
     plan: Plan | None,
     skipped: int = 0,
     unread: Collection[int] = (),
-    standins: Mapping[int, StandIn] | None = None,
+    fitted: Fitted = Fitted(),  # noqa: B008 - frozen
     blocks: int = 0,
     spare: Collection[str] = (),
+    refitted: Mapping[str, torch.Tensor] | None = None,
 ) -> int:
     """Write a copy of an encoder's file without what a plan's level skips; returns the bytes written.
 
-    name: the plan's entry for this encoder; skipped: the level; unread: further sub-blocks to leave out; standins: the
-    level's, to be written along; blocks: of the whole encoder, where others have shortened the file; spare: names of
+    name: the plan's entry for this encoder; skipped: the level; unread: further sub-blocks to leave out; fitted: the
+    level's stand-ins and units, to be written along; refitted: name -> tensor that takes the place of what is left of
+    that one, of its shape and type; blocks: of the whole encoder, where others have shortened the file; spare: names of
     tensors that this encoder does not use. Streamed, one tensor in memory at a time; written whole or not at all.
     Raises CheckpointError, PlanError, OSError.
     """
     if source.record is not None:
         raise CheckpointError(f"{source.path.name} is pruned already: start from {source.record.source['name']}")
-    layout, gone = source.layout.extended(blocks), set(unread)
+    layout, gone, pieces = source.layout.extended(blocks), set(unread), {}
     if plan is not None:
         entry = plan.encoder(name)
         entry.check(layout.family, layout.blocks, layout.width, name)
         level = entry.level(skipped)
-        gone |= set(entry.order[:skipped])
-        gone -= set(level.reuse.values())
+        wholly = removed(entry, level, fitted)
+        gone = (gone | wholly) - set(level.reuse.values()) - (fitted.assignment(entry, level).keys() - wholly)
+        pieces = dict(narrowing(layout, entry, level, fitted.units).pieces)
     extra, more = {}, {}
-    if standins:
-        tensors, more[STANDINS] = standin_file.packed({name: {skipped: standins}})
+    if fitted.standins or fitted.units:
+        tensors, more[STANDINS] = standin_file.packed({name: {skipped: fitted.standins}}, {name: fitted.units})
         extra = {STANDINS + key: tensor for key, tensor in tensors.items()}
     left_out = layout.dropped(gone)
+    own = dict(refitted or {})
+    check_refitted(own, pieces, source.path.name)
     if Path(out).exists() and Path(out).samefile(source.path):
         raise CheckpointError(f"{out} is the source file: choose another name")
     record = {
@@ -80,20 +87,33 @@ def write_pruned(
         **({"blocks": layout.blocks} if layout.blocks > source.layout.blocks else {}),
         "header_sha256": "0" * 64,
         "dropped": {key: [layout.entries[key].dtype, layout.entries[key].shape] for key in sorted(left_out)},
+        **(
+            {"narrowed": {key: [layout.entries[key].dtype, layout.entries[key].shape] for key in sorted(pieces)}}
+            if pieces
+            else {}
+        ),
+        **({"refitted": sorted(own)} if own else {}),
     }
     metadata = {**source.metadata, **more, RECORD: json.dumps(record, separators=(",", ":"))}
     if plan is not None:
         metadata[PLAN] = plan.to_json()
     # As safetensors' own writer has it, so that every tensor starts at a multiple of its element size.
     entries = {key: source.entries[key] for key in layout.used - set(spare)}
+    entries |= {key: piece.entry for key, piece in pieces.items()}
     entries |= {key: Entry(NAMES[t.dtype], tuple(t.shape)) for key, t in extra.items()}
     kept = sorted(entries.keys() - left_out, key=lambda k: (-entries[k].itemsize, k))
     listed = {key: entries[key] for key in kept}
+
+    def written_as(key: str) -> torch.Tensor:
+        if key in extra or key in own:
+            return extra[key] if key in extra else own[key]
+        return source.piece(key, pieces[key]) if key in pieces else source.tensor(key)
+
     with replacing(out) as file:
         file.write(header.write(listed, metadata))
         digest = hashlib.sha256()
         for key in kept:
-            for chunk in tensor_bytes(extra[key] if key in extra else source.tensor(key)):
+            for chunk in tensor_bytes(written_as(key)):
                 digest.update(chunk)
                 file.write(chunk)
         source.check_unchanged()
@@ -104,6 +124,19 @@ def write_pruned(
         file.seek(0)
         file.write(header.write(listed, metadata))  # as long as the first one
     return written
+
+
+def removed(entry: EncoderPlan, level: Level, fitted: Fitted) -> set[int]:
+    """The sub-blocks that are wholly gone at a level; none where the units that it needs are missing."""
+    shares = entry.shares(level) if entry.narrowed(level).keys() <= fitted.units.keys() else {}
+    return {place for place, share in shares.items() if not share}
+
+
+def check_refitted(own: Mapping[str, torch.Tensor], pieces: Mapping[str, Piece], source: str) -> None:
+    """Raises CheckpointError where a refitted tensor is not of the shape and type of what it takes the place of."""
+    for key, tensor in own.items():
+        if key not in pieces or Entry(NAMES[tensor.dtype], tuple(tensor.shape)) != pieces[key].entry:
+            raise CheckpointError(f"{source}: {key[:80]} can't be refitted; save it without refit")
 
 
 def verify(path: str | os.PathLike[str]) -> Checkpoint:
@@ -121,12 +154,17 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
     if record.plan is not None:
         record.plan.check(layout.family, layout.blocks, layout.width, record.encoder)
         level = record.plan.level(record.skipped)
-        gone |= set(record.plan.order[: record.skipped])
-        gone -= set(level.reuse.values())
+        fitted = found.fitted  # raises where it is not what the plan names
+        wholly = removed(record.plan, level, fitted)
+        gone = (gone | wholly) - set(level.reuse.values()) - (fitted.assignment(record.plan, level).keys() - wholly)
+        pieces = narrowing(layout, record.plan, level, fitted.units).pieces
+        odd = pieces.keys() ^ record.narrowed.keys()
+        odd |= {key for key, piece in pieces.items() if key not in odd and found.stored(key) != piece.entry}
+        if odd:
+            raise CheckpointError(f"{found.path.name}: {min(odd)[:80]} does not agree with its plan; save it again")
     wrong = layout.dropped(gone) ^ set(record.dropped)
     if wrong:
         raise CheckpointError(f"{found.path.name}: {min(wrong)[:80]} does not agree with its plan; save it again")
-    _ = found.standins  # raises where they are not what the plan names
     if found.data_sha256() != record.data_sha256:
         raise CheckpointError(f"{found.path.name}: its tensors are not what was written; get the file again")
     return found

@@ -1,20 +1,30 @@
 """Which level of a plan answers for a size; for a sparsity, see plan.EncoderPlan.choose."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Protocol
 
 from .model import EncoderPlan, Level
 from .text import PlanError
 
 
-def at_size(sub_block_bytes: Sequence[int], dense_bytes: int, plan: EncoderPlan, limit: float) -> Level | None:
-    """The weakest level with which an encoder of `dense_bytes` takes at most `limit` bytes; None where it does dense.
+class Sized(Protocol):
+    """An encoder's numbers (see encoder.row.Numbers)."""
+
+    total_bytes: int
+
+    def bytes_of(self, places: Mapping[int, Fraction]) -> int: ...
+
+
+def at_size(numbers: Sized, plan: EncoderPlan, limit: float) -> Level | None:
+    """The weakest level with which an encoder of these numbers takes at most `limit` bytes; None where it does dense.
 
     Raises PlanError that names the smallest size where no level is strong enough.
     """
-    if dense_bytes <= limit:
+    if numbers.total_bytes <= limit:
         return None
     left = [
-        dense_bytes - sum(sub_block_bytes[i] for i in plan.order[: level.skipped]) + level.standin_bytes(plan.width)
+        numbers.total_bytes - numbers.bytes_of(plan.shares(level)) + level.standin_bytes(plan.width)
         for level in plan.levels
     ]
     for level, size in zip(plan.levels, left, strict=True):

@@ -138,7 +138,7 @@ _EXTENSIONS_EXPECTED = "an object (Skrr carries it through unread)"
 
 
 class StandIns(_Part):
-    """The linear stand-ins of a level (see encoder/standin.py): the SHA-256 of the file that holds them, and the rank of each.
+    """The linear stand-ins of a level (see encoder/standin.py): the SHA-256 of the file that holds them, and each rank.
 
     Where that file is missing, the level is used with its re-use map alone.
     """
@@ -156,7 +156,7 @@ class StandIns(_Part):
 
 
 class Units(_Part):
-    """The units of an encoder that has narrowed sub-blocks: how many each attention and each feed-forward has (key/value
+    """The units of an encoder with narrowed sub-blocks: how many each attention and each feed-forward has (key/value
     heads, neurons), and the SHA-256 of the file that says in which order they go.
 
     Where that file is missing, the encoder stays whole.

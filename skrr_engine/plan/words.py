@@ -28,19 +28,33 @@ def describe_plan(plan: Plan) -> str:
     )
     lines = [printable(f"plan from {came.source}" + "".join(f", {k} {v}" for k, v in facts if v is not None))]
     for name, entry in plan.encoders.items():
-        order = ",".join(map(str, entry.order))
+        order = ",".join(str(s) if isinstance(s, int) else f"{s[0]}={s[1]}" for s in entry.order)
         lines.append(f"{name}: {entry.family}, {entry.blocks} blocks, {entry.width} wide; order {order}")
         how = entry.extensions.get("search")
         if isinstance(how, dict) and how.get("mode") == "racing":
             delta = how.get("delta")  # an extension: nobody has checked it
             risk = f", delta {delta:g}" if isinstance(delta, float) else ""
             lines.append(f"  found by racing{risk}: near-equal candidates may have been mistaken")
-        lines += [describe_level(level) for level in entry.levels]
+        lines += [describe_level(entry, level) for level in entry.levels]
         lines += ["", *plan_map(entry, entry.levels[-1])]
     return "\n".join(lines)
 
 
-def describe_level(level: Level) -> str:
+def changes(entry: EncoderPlan, level: Level, sub_blocks: int, standins: int) -> str:
+    """What a level does, in a line: "12 of 48 sub-blocks skipped, 30 narrowed, 42 repaired by stand-ins".
+
+    sub_blocks: of the encoder; standins: how many stand-ins are there."""
+    left = entry.left(level)
+    gone, narrowed = sum(not units for units in left.values()), sum(units > 0 for units in left.values())
+    parts = [f"{gone} of {sub_blocks} sub-blocks skipped", *([f"{narrowed} narrowed"] if narrowed else [])]
+    if standins:
+        parts.append(f"{standins} repaired by stand-ins")
+    elif level.reuse or not narrowed:
+        parts.append(f"{len(level.reuse)} of them re-used")
+    return ", ".join(parts)
+
+
+def describe_level(entry: EncoderPlan, level: Level) -> str:
     """A level in one line."""
     measured = "" if level.discrepancy is None else f", D {level.discrepancy:.4g}"
     pairs = " ".join(f"{i}>{j}" for i, j in level.reuse.items())
@@ -48,7 +62,10 @@ def describe_level(level: Level) -> str:
     if level.standins is not None:
         rank = in_words(level.standins.ranks.values())
         reused = f", {len(level.standins.ranks)} linear stand-ins of {rank}{f'; without them {pairs}' if pairs else ''}"
-    return f"  {level.skipped:3} skipped: sparsity {level.sparsity:.1%}{measured}{reused}"
+    left = entry.left(level)
+    gone, narrowed = sum(not units for units in left.values()), len(entry.narrowed(level))
+    more = f", {narrowed} narrowed" if narrowed else ""
+    return f"  {gone:3} skipped{more}: sparsity {level.sparsity:.1%}{measured}{reused}"
 
 
 def in_words(ranks: Iterable[int]) -> str:
@@ -60,13 +77,15 @@ def in_words(ranks: Iterable[int]) -> str:
 
 def plan_map(entry: EncoderPlan, level: Level) -> list[str]:
     """Attention above feed-forward: a block's number where kept, `.` where skipped, `~` where a stand-in repairs it,
-    `>j` where it re-uses block j."""
-    skipped = set(entry.order[: level.skipped])
+    `>j` where it re-uses block j, `25%` where that share of its units stays."""
+    shares = entry.shares(level)
     repaired = level.standins.ranks if level.standins else {}
 
     def cell(index: int) -> str:
-        if index not in skipped:
+        if index not in shares:
             return str(index // 2)
+        if shares[index]:
+            return f"{max(0.01, float(shares[index])):.0%}"
         if index in repaired:
             return "~"
         return f">{level.reuse[index] // 2}" if index in level.reuse else "."
