@@ -16,7 +16,7 @@ from ..measure.prompts import from_file as read_prompts
 from ..measure.prompts import generate as generate_prompts
 from ..plan.model import Plan, is_name
 from ..plan.words import changes, describe_plan, duration
-from ..search import RESUMABLE
+from ..search import QUALITIES, RESUMABLE
 
 if TYPE_CHECKING:
     from ..files.folder import Encoder, Padding
@@ -45,24 +45,24 @@ class UsageError(SkrrError):
 
 def run_search(options) -> None:
     """Search a plan for an encoder and write it."""
-    from ..search.settings import Settings
-
-    delta = 0.0 if options.exact else options.delta
-    settings = Settings(options.sparsity, parsed_levels(options.levels), options.beam, not options.no_reuse, delta)
-    fitting = parsed_standins(options.standins)
-    check_search(options, fitting)
-    bench = prepare(options, broad=fitting is not None)
-    job = job_of(options, bench, settings, fitting)
+    method = method_of(options)
+    fitting = parsed_standins(options.standins or ("16" if method in ("widths", "standins") else None))
+    check_search(options, method)
+    settings = settings_of(options, method, fitting)
+    bench = prepare(options, fitting, TARGETS if method == "widths" else 1)
+    job = job_of(options, bench, settings, fitting, method)
     leads = bench.team.leads
     if bench.projection is None and leads:
         print(f"skrr: {BARE}", file=sys.stderr)
     inputs = inputs_sha256(bench)
     state, save, beam = resumed(options, bench, job, inputs)
-    facts = [*job.facts(), options.dtype, bench.encoder.row.parameter_counts, bench.tokens, inputs, list(beam)]
+    facts = [*job.facts(), options.dtype, bench.encoder.row.parameter_counts, bench.tokens, inputs, beam]
     bench.team.agree(repr(facts))
     found = job.run((lambda progress: None) if options.quiet or not leads else Reporter(), save, beam)
     if leads:
-        plan, written = write_plan(options.out, job.plan(found.entry), {job.name: found.standins})
+        plan, written = write_plan(
+            options.out, job.plan(found.entry), {job.name: found.standins}, {job.name: found.orders}
+        )
         if state is not None:
             state.forget()
         if not options.quiet:
@@ -72,12 +72,57 @@ def run_search(options) -> None:
     bench.team.part()
 
 
-def check_search(options, fitting) -> None:
+def method_of(options) -> str:
+    """The method that is asked for: by name, by its quality, or by flags that only the paper's way has."""
+    if options.method:
+        return options.method
+    if options.quality:
+        return QUALITIES[options.quality]
+    if options.standins:
+        return "standins"
+    paper = options.beam is not None or options.exact or options.no_reuse or options.delta is not None
+    return QUALITIES["paper" if paper else "best"]
+
+
+def settings_of(options, method: str, fitting):
+    """The search's settings. Raises UsageError, SearchError."""
+    from ..search.settings import Settings, sparsity_for
+    from ..search.widths import LEVELS
+
+    if options.sparsity is not None and options.gb is not None:
+        raise UsageError("--gb: give either that or --sparsity")
+    sparsity = 0.42 if options.sparsity is None else options.sparsity
+    if options.gb is not None:
+        dense, places, width = size_on_disk(options.encoder)
+        standins = places * 4 * width * (fitting.rank + 1) if fitting else 0
+        sparsity = sparsity_for(options.gb * 1e9, dense, standins)
+    delta = 0.0 if options.exact else Settings.delta if options.delta is None else options.delta
+    beam = Settings.beam if options.beam is None else options.beam
+    levels, further = parsed_levels(options.levels), ()
+    if method == "widths":
+        levels, further = (), levels or LEVELS
+    return Settings(sparsity, levels, beam, not options.no_reuse, delta, further, options.gb is not None)
+
+
+def size_on_disk(path: str) -> tuple[int, int, int]:
+    """Bytes of an encoder as its files hold it, its number of sub-blocks, and its width. Raises UsageError."""
+    from ..files.layout import layout_of
+    from ..files.offload import Files
+
+    source = Path(path)
+    files = Files(sorted(source.glob("*.safetensors")) if source.is_dir() else [source])
+    layout = layout_of(files.entries)
+    if layout is None:
+        raise UsageError("--gb: what this encoder takes on the disk can't be told; give --sparsity")
+    return layout.total_bytes, 2 * layout.blocks, layout.width
+
+
+def check_search(options, method: str) -> None:
     """Refuse what can't be done before anything is loaded. Raises UsageError."""
-    if options.method == "standins" and fitting is None:
+    if options.method == "standins" and options.standins is None:
         raise UsageError("--method standins: fits stand-ins; give their rank with --standins, like 16")
-    if options.resume and options.method and options.method not in RESUMABLE:
-        raise UsageError(f"--resume: --method {options.method} takes one step; leave it out")
+    if options.resume and method not in RESUMABLE:
+        raise UsageError(f"--resume: --method {method} takes one step; leave it out")
     check_writable(options.out, "--out")
     if options.resume:
         check_writable(options.resume, "--resume")
@@ -85,7 +130,7 @@ def check_search(options, fitting) -> None:
         raise UsageError(f"--name {options.name}: an encoder's name has letters, digits, _ and -, like t5xxl")
 
 
-def job_of(options, bench: "Bench", settings, fitting):
+def job_of(options, bench: "Bench", settings, fitting, method: str):
     """The search that is asked for."""
     from ..search.job import Job
 
@@ -96,21 +141,22 @@ def job_of(options, bench: "Bench", settings, fitting):
         settings,
         bench.projection,
         fitting,
-        options.method or "",
+        method,
         options.seed,
         bench.team,
     )
 
 
-def write_plan(out: str, plan: Plan, standins) -> tuple[Plan, str]:
-    """Write a plan and, beside it, the stand-ins (encoder -> level -> place -> stand-in) where there are any; returns
-    the plan as it was written, and where."""
+def write_plan(out: str, plan: Plan, standins, orders=None) -> tuple[Plan, str]:
+    """Write a plan and, beside it, the stand-ins (encoder -> level -> place -> stand-in) and the orders of units
+    (encoder -> place -> units) where there are any; returns the plan as it was written, and where."""
     from ..files import companion
 
-    if not any(standins.values()):
+    orders = {name: own for name, own in (orders or {}).items() if own}
+    if not any(standins.values()) and not orders:
         plan.write(out)
         return plan, out
-    plan, data = companion.encoded(plan, standins)
+    plan, data = companion.encoded(plan, standins, orders)
     companion.write_both(out, plan, data)
     return plan, f"{out}, its stand-ins to {companion.beside(out)} ({len(data) / 1e6:.1f} MB)"
 
@@ -298,8 +344,13 @@ class Bench:
         return Meter(self.calibration(prompts, race), self.projection, team=self.team)
 
 
-def prepare(options, broad: bool = False) -> Bench:
-    """Encoder, prompts and projection from the options. broad: generate prompts of all kinds."""
+TARGETS = 7
+"""How many stand-ins are fitted to one place together, for widths (see standins/widths.py: its shares, and none)."""
+
+
+def prepare(options, fitting=None, targets: int = 1) -> Bench:
+    """Encoder, prompts and projection from the options. fitting: of stand-ins, where some are fitted: prompts of all
+    kinds are generated then; targets: how many to one place together."""
     import torch
 
     from ..encoder.trace import Tracer
@@ -322,7 +373,7 @@ def prepare(options, broad: bool = False) -> Bench:
     if options.prompts:
         prompts = read_prompts(options.prompts)
     else:
-        prompts = broad_prompts(options.count or 512) if broad else generate_prompts(options.count or 128)
+        prompts = broad_prompts(options.count or 512) if fitting else generate_prompts(options.count or 128)
     projection = from_file(options.projection).to(options.device) if options.projection else None
     memory = free_memory(options.device) if options.memory is None else int(options.memory * 1e9)
     shares = 2 * team.sharing
@@ -336,15 +387,15 @@ def prepare(options, broad: bool = False) -> Bench:
     torch.set_grad_enabled(False)
     tracer = Tracer(encoder.module, encoder.row)
     share = memory // shares
-    if broad:
+    if fitting:
         beside = memory // team.sharing - (budget or 0)  # weights without a budget lie beside all of the memory
-        least = least_bytes(encoder.row.width)
+        least = least_bytes(encoder.row.width, targets)
         if beside < least:
             raise UsageError(
                 f"--standins: fitting them takes {least / 1e9:.2g} GB beside the weights: give --memory"
                 f" {gigabytes(shares * least)} (GB) or more"
             )
-        share = min(share, beside - fit_bytes(encoder.row.width)) // 2  # stand-ins take prompts of their own
+        share = min(share, beside - fit_bytes(encoder.row.width, targets)) // 2  # stand-ins take prompts of their own
     tokens = batch_tokens(memory, encoder.row.width, options.device)
 
     padded = padding(encoder.row.family, projection and projection.denoiser, options.pad)

@@ -9,7 +9,7 @@ import sys
 
 from .. import __version__
 from ..errors import SkrrError, printable
-from ..search import METHODS
+from ..search import METHODS, QUALITIES
 from .commands import run_apply, run_discrepancy, run_encode, run_search, run_show, run_verify, spare_inputs
 
 
@@ -49,9 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     encoder.add_argument("--tokenizer", metavar="FOLDER", help="its tokenizer, where that is not beside the encoder")
     encoder.add_argument("--prompts", metavar="FILE", help="prompts, one a line (default: generated)")
-    encoder.add_argument(
-        "--count", type=int, metavar="N", help="how many to generate (default 128; with --standins 512)"
-    )
+    encoder.add_argument("--count", type=int, metavar="N", help="how many to generate (default 512; with paper 128)")
     encoder.add_argument("--projection", metavar="FILE", help="the denoiser's .safetensors, for its text projection")
     encoder.add_argument(
         "--pad",
@@ -74,27 +72,38 @@ def parser() -> argparse.ArgumentParser:
     level = {"type": float, "default": 1.0, "help": "the level at or below it (default: the plan's strongest)"}
     search = commands.add_parser("search", parents=[encoder], help="search a plan", description=run_search.__doc__)
     search.add_argument("--out", required=True, metavar="PLAN", help="file to write the plan to")
-    search.add_argument("--sparsity", type=float, default=0.42, help="fraction of parameters to remove (default 0.42)")
     search.add_argument(
-        "--levels", default="", metavar="A,B", help="further sparsities to find re-use for, e.g. 0.2,0.3"
+        "--quality",
+        choices=QUALITIES,
+        help="best (the default): sub-blocks narrowed under one budget, with stand-ins; parts: whole sub-blocks, with"
+        " stand-ins; paper: as in the paper (beam search, re-use)",
     )
-    search.add_argument("--beam", type=int, default=3, help="width of the beam search (default 3)")
+    search.add_argument("--sparsity", type=float, help="fraction of parameters to remove (default 0.42)")
+    search.add_argument("--gb", type=float, metavar="G", help="instead: what the encoder's file may then take, in GB")
+    search.add_argument(
+        "--levels",
+        default="",
+        metavar="A,B",
+        help="further sparsities to have levels for (best: 0.25,0.33,0.42,0.5,0.6; otherwise none), e.g. 0.2,0.3",
+    )
+    search.add_argument("--beam", type=int, help="paper: width of the beam search (default 3)")
     search.add_argument(
         "--standins",
         metavar="RANK",
-        help="repair what is removed by linear stand-ins of this rank, or auto; they go to a file beside the plan",
+        help="rank of the linear stand-ins that repair what is removed (default 16; not with paper), or auto; they go"
+        " to a file beside the plan",
     )
     search.add_argument(
         "--method",
         choices=METHODS,
-        help="how sub-blocks are chosen: skrr, the paper's way (default); standins, by what they make up for (default"
-        " with --standins); or, to compare with, another paper's way (baselines.py)",
+        help="how sub-blocks are chosen, by name: widths (best), standins (parts), skrr (paper); or, to compare with,"
+        " another paper's way (baselines.py)",
     )
     search.add_argument("--seed", type=int, default=0, help="of --method random (default 0)")
     search.add_argument("--no-reuse", action="store_true", help="skip only")
     search.add_argument("--exact", action="store_true", help="the printed algorithm's plan, slower (default: racing)")
     search.add_argument(
-        "--delta", type=float, default=0.05, help="racing: about how likely a step loses one of its best (default 0.05)"
+        "--delta", type=float, help="racing: about how likely a step loses one of its best (default 0.05)"
     )
     search.add_argument(
         "--resume", metavar="STATE", help="file that keeps the state after each step, and is gone on from if it exists"

@@ -26,7 +26,8 @@ class Action:
 
     word: what the place then is, for people. nbytes: that it adds to the encoder, what is left of the place's own
     weights not counted. fitted: whether it was fitted to streams, and so is equal to no other. target: the sub-block
-    that stands in, None where none does. units: those of its own that stay, None where that is all or nothing.
+    that stands in, None where none does. units: those of its own that stay, None where that is all or nothing. open:
+    whether a stand-in can still be fitted to what it lacks.
     """
 
     word = ""
@@ -34,6 +35,7 @@ class Action:
     fitted = False
     target: int | None = None
     units: torch.Tensor | None = None
+    open = False
 
     def through(self, place: int) -> int | None:
         """The sub-block whose own forward the stream takes at this place; None where it takes none."""
@@ -71,6 +73,7 @@ class Skip(Action):
     """Nothing is done: the residual stream goes on unchanged."""
 
     word = "skipped"
+    open = True
 
     def placeholders(self, row: Row, place: int, build: Build) -> dict[str, nn.Module]:
         return row.sub_blocks[place].placeholders()
@@ -106,6 +109,10 @@ class Narrow(Action):
 
     word = "narrowed"
     fitted = True
+
+    @property
+    def open(self) -> bool:
+        return self.standin is None
 
     @property
     def nbytes(self) -> int:

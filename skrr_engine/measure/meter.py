@@ -117,15 +117,17 @@ class Meter:
         return token_norm(self._dense_features(0, 0))
 
     def measure(
-        self, candidates: Sequence[Assignment], tick: Callable[[float], None] | None = None
+        self, candidates: Sequence[Assignment], tick: Callable[[float], None] | None = None, stack: bool = False
     ) -> list[Discrepancy]:
         """Each candidate's discrepancy. tick: called before every sub-block's forward with the share of this call's
-        work that is done; what it raises ends the measurement."""
+        work that is done; what it raises ends the measurement. stack: whether their streams may pass a sub-block
+        together, which is quicker and makes other sums, in the last bits; what they don't share is not kept then."""
         board = Board(len(candidates), self._weights)
         step = self._stepping(candidates, tick, 1.0)
         self._forget_fitted(candidates)
         everyone, pieces = range(len(candidates)), range(len(self.calibration.pieces))
-        norms = self._fill(board, candidates, everyone, pieces, len(candidates), step, stack=False)
+        few = 0 if stack else len(candidates)
+        norms = self._fill(board, candidates, everyone, pieces, few, step, stack)
         return [Discrepancy(board.conditional(c), float(board.null[c]), norm) for c, norm in enumerate(norms)]
 
     def lowest(

@@ -1,7 +1,11 @@
 """Choosing what to remove."""
 
-METHODS = ("skrr", "standins", "finercut", "shortgpt", "random")
-"""How an order is chosen: the paper's way; by what stand-ins make up for; or other papers' ways (baselines.py)."""
+METHODS = ("widths", "skrr", "standins", "finercut", "shortgpt", "random")
+"""How is chosen: widths under one budget; whole sub-blocks in the paper's way, or by what stand-ins make up for; or in
+other papers' ways (baselines.py)."""
 
-RESUMABLE = ("skrr", "standins", "finercut")
+RESUMABLE = ("widths", "skrr", "standins", "finercut")
 """Methods that take more than one step."""
+
+QUALITIES = {"best": "widths", "parts": "standins", "paper": "skrr"}
+"""What is asked for -> the method: widths and stand-ins; whole parts with stand-ins; as in the paper."""

@@ -76,7 +76,7 @@ def plan_of(meter: Meter, order: Sequence[int], targets: Sequence[float], method
             f"a sparsity of {max(targets):.0%} can't be reached: removing everything comes to {short:.1%}; ask for less"
         )
     found = meter.measure([assignment(order[:end]) for end in ends])
-    levels = [level_of(row, order[:end], d.finite) for end, d in zip(ends, found, strict=True)]
+    levels = [level_of(row, end, order[:end], d.finite) for end, d in zip(ends, found, strict=True)]
     return entry_of(row, levels, order, {"mode": method})
 
 

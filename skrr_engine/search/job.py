@@ -15,14 +15,16 @@ from ..measure.projection import TextProjection
 from ..measure.prompts import sha256 as prompts_sha256
 from ..plan.model import EncoderPlan, Plan, Provenance
 from ..standins.fit import Fitting, halved
-from . import baselines, run, with_standins
+from . import baselines, run, widths, with_standins
+from .allocate import Table
 from .entry import Found
 from .progress import Progress
 from .settings import Settings
 from .skip import SkipList
 
 Report = Callable[[Progress], None]
-Save = Callable[[Sequence[SkipList]], None]
+Saved = Sequence[SkipList] | Table
+Save = Callable[[Saved], None]
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Job:
 
     def __post_init__(self):
         object.__setattr__(self, "method", self.method or ("standins" if self.fitting else "skrr"))
-        if self.method == "standins" and self.fitting is None:
-            raise SearchError("the method standins fits stand-ins: give their rank, like 16")
+        if self.method in ("standins", "widths") and self.fitting is None:
+            raise SearchError(f"the method {self.method} fits stand-ins: give their rank, like 16")
         _ = self.split
 
     @functools.cached_property
@@ -72,10 +74,13 @@ class Job:
         self,
         report: Report = lambda progress: None,
         save: Save = lambda beam: None,
-        beam: Sequence[SkipList] = (),
+        beam: Saved = (),
     ) -> Found:
         """Search. report: called before every sub-block's forward, what it raises ends the search; save: called with
-        the beam after each step; beam: a saved one to go on from. Raises SearchError."""
+        the beam, or the table of widths, after each step; beam: a saved one to go on from. Raises SearchError."""
+        if self.method == "widths":
+            table = beam if isinstance(beam, Table) else Table()
+            return widths.search(self.fitted, self.meter, self.settings, self.fitting, report, save, table)
         if self.method == "standins":
             return with_standins.search(self.fitted, self.meter, self.settings, self.fitting, report, save, beam)
         if self.method == "skrr":
@@ -108,12 +113,12 @@ class Job:
     def plan(self, entry: EncoderPlan) -> Plan:
         """The plan with this entry, and where it comes from."""
         provenance = Provenance(
-            source="search" if self.method in ("skrr", "standins") else self.method,
+            source="search" if self.method in ("skrr", "standins", "widths") else self.method,
             projection=self.projection and self.projection.name,
             denoiser=self.projection and self.projection.denoiser,
             prompts=len(self.prompts),
             prompts_sha256=prompts_sha256(self.prompts),
-            beam=1 if self.method == "standins" else self.settings.beam,
+            beam=1 if self.method in ("standins", "widths") else self.settings.beam,
             created_with=f"skrr {__version__}",
         )
         return Plan(encoders={self.name: entry}, provenance=provenance)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..disk.atomic import replacing
 from ..errors import SkrrError
+from .allocate import Curve, Table
 from .skip import SkipList
 
 
@@ -33,13 +34,33 @@ class Entry(BaseModel):
     trail: tuple[D, ...] = ()
 
 
+class Measured(BaseModel):
+    """A place of a saved table; see allocate.Curve."""
+
+    model_config = ConfigDict(strict=True)
+
+    order: tuple[Annotated[int, Field(ge=0)], ...]
+    points: Annotated[
+        tuple[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]], ...], Field(min_length=1)
+    ]
+
+
 class Saved(BaseModel):
-    """What a state's file holds: untrusted, so each number is checked."""
+    """What a state's file holds, a beam or a table: untrusted, so each number is checked."""
 
     model_config = ConfigDict(strict=True)
 
     key: str
-    beam: Annotated[tuple[Entry, ...], Field(min_length=1)]
+    beam: tuple[Entry, ...] = ()
+    table: dict[str, Measured] = {}
+
+    @property
+    def curves(self) -> dict[int, Curve]:
+        """Of the table. Raises ValueError."""
+        found = {int(place): Curve(m.order, m.points) for place, m in self.table.items()}
+        if any(sorted(curve.order) != list(range(len(curve.order))) for curve in found.values()):
+            raise ValueError("each unit must be there once")
+        return found
 
 
 class State:
@@ -48,11 +69,15 @@ class State:
     def __init__(self, path: str | os.PathLike[str], key: str):
         self.path, self.key = Path(path), key
 
-    def load(self, length: int) -> list[SkipList]:
-        """The saved beam over `length` sub-blocks; empty where there is no file. Raises StateError."""
+    def load(self, length: int) -> list[SkipList] | Table:
+        """What is saved over `length` sub-blocks: a beam, empty where there is no file, or a table. Raises
+        StateError."""
         try:
             saved = Saved.model_validate_json(self.path.read_bytes())
             if any(len({*p.order}) < len(p.order) or max(p.order) >= length for p in saved.beam):
+                raise ValueError
+            curves = saved.curves
+            if max(curves, default=0) >= length or bool(curves) == bool(saved.beam):
                 raise ValueError
         except FileNotFoundError:
             return []
@@ -63,14 +88,19 @@ class State:
                 f"{self.path}: belongs to a search with another encoder, other prompts or settings; remove it or name"
                 " another file"
             )
+        if curves:
+            return Table(curves)
         return [SkipList(p.order, p.discrepancy, p.trail if len(p.trail) == len(p.order) else ()) for p in saved.beam]
 
-    def save(self, beam: Sequence[SkipList]) -> None:
-        """Replace the file by one with this beam; a crash at any moment leaves the old or the new one.
+    def save(self, found: Sequence[SkipList] | Table) -> None:
+        """Replace the file by one with this beam or table; a crash at any moment leaves the old or the new one.
         Raises WriteError."""
-        entries = [{"order": p.order, "discrepancy": p.discrepancy, "trail": p.trail} for p in beam]
+        if isinstance(found, Table):
+            held = {"table": {str(i): {"order": c.order, "points": c.points} for i, c in found.curves.items()}}
+        else:
+            held = {"beam": [{"order": p.order, "discrepancy": p.discrepancy, "trail": p.trail} for p in found]}
         with replacing(self.path) as file:
-            file.write(json.dumps({"key": self.key, "beam": entries}).encode("ascii"))
+            file.write(json.dumps({"key": self.key, **held}).encode("ascii"))
 
     def forget(self) -> None:
         """The search has ended: its plan is written."""

@@ -118,7 +118,7 @@ class Search:
             mapping, discrepancy = reuse.search(lowest, order, self.length, settings.rounding)
         else:
             mapping, (discrepancy,) = {}, lowest([assignment(order)], 1)
-        return level_of(self.row, order, discrepancy, mapping)
+        return level_of(self.row, len(order), order, discrepancy, mapping)
 
 
 def how(settings: Settings) -> dict:
@@ -132,7 +132,7 @@ def unfinished(row: Row, skips: SkipList, settings: Settings, standins: bool = F
     trail = skips.trail or (None,) * (len(skips.order) - 1) + (skips.discrepancy,)
     if standins:
         trail = (None,) * len(skips.order)
-    levels = [level_of(row, skips.order[: n + 1], d) for n, d in enumerate(trail)]
+    levels = [level_of(row, n + 1, skips.order[: n + 1], d) for n, d in enumerate(trail)]
     told = {**how(settings), **({} if standins else steps_of(skips.trail)), "unfinished": True}
     return entry_of(row, levels, skips.order, told)
 

@@ -11,16 +11,19 @@ class Settings:
     """What a search is asked for. sparsity: target, as a fraction of all encoder parameters; levels: further
     sparsities to give re-use maps for; beam: width k; reuse: whether algorithm 2 runs; delta: about how likely a step
     may lose one of its best candidates (measure/elimination.py), and how likely a level's re-use map has a mistake; 0
-    for the exact search."""
+    for the exact search. For widths: further, more sparsities that levels are fitted for, as far as they can be
+    reached; at_least: whether levels remove as much as asked or a little more, rather than a little less."""
 
     sparsity: float = 0.42
     levels: tuple[float, ...] = ()
     beam: int = 3
     reuse: bool = True
     delta: float = 0.05
+    further: tuple[float, ...] = ()
+    at_least: bool = False
 
     def __post_init__(self):
-        for value in (self.sparsity, *self.levels):
+        for value in (self.sparsity, *self.levels, *self.further):
             if not 0 < value < 1:
                 raise SearchError(f"a sparsity of {value} makes no sense: give a fraction between 0 and 1, like 0.42")
         if max(self.levels, default=0) > self.sparsity:
@@ -46,3 +49,17 @@ class Settings:
     def rounding(self) -> float:
         """How far apart equal discrepancies may be, beside them."""
         return ROUNDING if self.delta else 0.0
+
+
+def sparsity_for(limit: float, dense: float, standins: float = 0.0) -> float:
+    """The sparsity that brings an encoder of `dense` bytes to `limit`, stand-ins of so many bytes included. Raises
+    SearchError where none does, or none is needed."""
+    if limit >= dense:
+        raise SearchError(
+            f"the encoder takes {dense / 1e9:.2f} GB as it is, no more than the {limit / 1e9:.2f} GB asked for: ask for"
+            " less, or leave it whole"
+        )
+    found = 1 - (limit - standins) / dense
+    if found >= 1:
+        raise SearchError(f"no encoder of {dense / 1e9:.2f} GB fits into {limit / 1e9:.3g} GB: ask for more")
+    return found

@@ -208,5 +208,5 @@ def levels_of(
         if settings.reuse:
             lowest = functools.partial(meter.lowest, delta=settings.reuse_delta(end), tick=tick)
             mapping, _ = reuse.search(lowest, order[:end], length, settings.rounding)
-        levels.append(level_of(row, order[:end], d.finite, mapping))
+        levels.append(level_of(row, end, order[:end], d.finite, mapping))
     return Found(entry_of(row, levels, order, told), standins)

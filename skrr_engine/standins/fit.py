@@ -1,9 +1,9 @@
 """Linear stand-ins fitted in closed form: what a removed place needs so that the stream goes on as before.
 
 At place i, `norm(x)` of the *pruned* encoder's own stream is regressed (ridge) onto what is missing to the *dense*
-stream behind i. Places are taken in order, each with the earlier stand-ins in place: a fit also corrects what earlier
-removals left. The fitted map is cut to a low rank by reduced-rank regression: the directions in which the fitted part
-is largest are kept.
+stream behind i: all that the sub-block added, or, where some of its units stay, what these leave. Places are taken in
+order, each with the earlier stand-ins in place: a fit also corrects what earlier removals left. The fitted map is cut
+to a low rank by reduced-rank regression: the directions in which the fitted part is largest are kept.
 
 Every token counts by the inverse mean square of its dense stream: what reads the stream normalises each token, so
 errors matter relative to its size (some tokens are a thousand times larger than others). Nothing but Gram matrices is
@@ -69,26 +69,27 @@ MATRICES = 15
 """How many `[width, width]` float64 matrices a fit holds at once: four Gram matrices, and what solving takes."""
 
 
-def fit_bytes(width: int) -> int:
-    """Bytes that a fit takes for its matrices, beside its meter's: 2 GB where the encoder is 4096 wide."""
-    return MATRICES * 8 * width * width
+def fit_bytes(width: int, targets: int = 1) -> int:
+    """Bytes that a fit takes for its matrices, beside its meter's: 2 GB where the encoder is 4096 wide. targets: how
+    many stand-ins are fitted to one place together."""
+    return (MATRICES + targets - 1) * 8 * width * width
 
 
-def meter_bytes(memory: int, width: int) -> int:
+def meter_bytes(memory: int, width: int, targets: int = 1) -> int:
     """Bytes for each of a search's two meters, where it may take so many beside the encoder. Raises SearchError where
     they do not hold a fit."""
-    share = (memory - fit_bytes(width)) // 2
+    share = (memory - fit_bytes(width, targets)) // 2
     if share < LEAST_METER:
         raise SearchError(
-            f"fitting stand-ins of an encoder {width} wide takes {least_bytes(width) / 1e9:.2g} GB beside it, and"
-            f" {memory / 1e9:.2g} GB may be used: free memory, or search without stand-ins"
+            f"fitting stand-ins of an encoder {width} wide takes {least_bytes(width, targets) / 1e9:.2g} GB beside it,"
+            f" and {memory / 1e9:.2g} GB may be used: free memory, or search without stand-ins"
         )
     return share
 
 
-def least_bytes(width: int) -> int:
+def least_bytes(width: int, targets: int = 1) -> int:
     """Bytes that a search with stand-ins takes at least, beside the encoder."""
-    return fit_bytes(width) + 2 * LEAST_METER
+    return fit_bytes(width, targets) + 2 * LEAST_METER
 
 
 def halved(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -102,22 +103,32 @@ def halved(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 @dataclass
 class Gram:
-    """Weighted sums over tokens of features z `[tokens, width]` and targets r `[tokens, width]`, float64."""
+    """Weighted sums over tokens of features z `[tokens, width]` and targets r `[tokens, targets]`, float64; rr: of each
+    target's squares."""
 
     weight: float
     z: torch.Tensor
     r: torch.Tensor
     zz: torch.Tensor
     zr: torch.Tensor
-    rr: float
+    rr: torch.Tensor
 
     @classmethod
-    def of(cls, width: int, device) -> Gram:
-        """Of no tokens."""
-        vector, matrix = (
-            torch.zeros(*s, dtype=torch.float64, device=place(device)) for s in ((width,), (width, width))
-        )
-        return cls(0.0, vector, vector.clone(), matrix, matrix.clone(), 0.0)
+    def of(cls, width: int, device, targets: int | None = None) -> Gram:
+        """Of no tokens. targets: as many as features, unless they are given."""
+        targets = width if targets is None else targets
+        shapes = ((width,), (targets,), (width, width), (width, targets), (targets,))
+        return cls(0.0, *(torch.zeros(*shape, dtype=torch.float64, device=place(device)) for shape in shapes))
+
+    def part(self, number: int, width: int) -> Gram:
+        """The same of the number-th `width` targets alone; nothing is copied."""
+        own = slice(number * width, (number + 1) * width)
+        return Gram(self.weight, self.z, self.r[own], self.zz, self.zr[:, own], self.rr[own])
+
+    def without(self, other: Gram) -> Gram:
+        """Of those tokens alone that the other has not."""
+        pairs = ((self.z, other.z), (self.r, other.r), (self.zz, other.zz), (self.zr, other.zr), (self.rr, other.rr))
+        return Gram(self.weight - other.weight, *(own - less for own, less in pairs))
 
     def add(self, z: torch.Tensor, r: torch.Tensor, weights: torch.Tensor) -> None:
         """Some more tokens; weights `[tokens]`."""
@@ -132,12 +143,13 @@ class Gram:
         self.r += double(r * weights).sum(dim=0)
         self.zz += double(weighted.T @ z)
         self.zr += double(weighted.T @ r)
-        self.rr += float((double(r).square() * double(weights)).sum())
+        self.rr += (double(r).square() * double(weights)).sum(dim=0)
 
     def join(self, other: Gram) -> None:
         """Add another's tokens to these, in place."""
-        self.weight, self.rr = self.weight + other.weight, self.rr + other.rr
-        for own, more in ((self.z, other.z), (self.r, other.r), (self.zz, other.zz), (self.zr, other.zr)):
+        self.weight += other.weight
+        pairs = ((self.z, other.z), (self.r, other.r), (self.zz, other.zz), (self.zr, other.zr), (self.rr, other.rr))
+        for own, more in pairs:
             own += more
 
     def error(self, fit: Fit) -> float:
@@ -145,40 +157,50 @@ class Gram:
         down, up, bias = fit
         own = ((down.T @ (self.zz @ down)) * (up @ up.T)).sum() + 2 * (self.z @ down @ up) @ bias
         cross = ((down.T @ self.zr) * up).sum() + bias @ self.r
-        return self.rr + float(own + self.weight * (bias @ bias) - 2 * cross)
+        return float(self.rr.sum() + own + self.weight * (bias @ bias) - 2 * cross)
 
 
 Fit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """down `[width, rank]`, up `[rank, width]`, bias `[width]`, float64."""
 
 
-def solve(gram: Gram, rank: int, ridge: float) -> Fit:
-    """The ridge regression of r on z with a bias, cut to a rank where that costs least."""
-    mean_z, mean_r = gram.z / gram.weight, gram.r / gram.weight
-    zz = gram.zz - torch.outer(gram.z, mean_z)
-    zr = gram.zr - torch.outer(gram.z, mean_r)
+def factored(gram: Gram, ridge: float) -> torch.Tensor:
+    """The Cholesky factor of the features' covariance with a ridge: all that a fit has of its features. Raises
+    SearchError."""
+    zz = gram.zz - torch.outer(gram.z, gram.z / gram.weight)
     zz.diagonal().add_(ridge * zz.diagonal().mean() + 1e-12)
     try:
-        full = torch.cholesky_solve(zr, torch.linalg.cholesky(zz))
+        return torch.linalg.cholesky(zz)
     except torch.linalg.LinAlgError:
         raise SearchError(
             "the encoder's states are not finite in this precision, so no stand-ins can be fitted: use bfloat16"
         ) from None
-    up = leading(zr.T @ full, rank)
-    down = full @ up
+
+
+def solve(gram: Gram, rank: int, ridge: float, factor: torch.Tensor | None = None) -> Fit:
+    """The ridge regression of r on z with a bias, cut to a rank where that costs least. factor: see `factored`, where
+    it is known."""
+    factor = factored(gram, ridge) if factor is None else factor
+    mean_z, mean_r = gram.z / gram.weight, gram.r / gram.weight
+    zr = gram.zr - torch.outer(gram.z, mean_r)
+    up = leading(lambda basis: zr.T @ torch.cholesky_solve(zr @ basis, factor), len(mean_r), rank, zr.device)
+    down = torch.cholesky_solve(zr @ up, factor)
     return down, up.T, mean_r - mean_z @ down @ up.T
 
 
-def leading(matrix: torch.Tensor, rank: int, rounds: int = 8) -> torch.Tensor:
-    """Orthonormal columns `[width, rank]` that span about the leading eigenvectors of a symmetric, non-negative matrix:
-    by subspace iteration, which costs a few thin products where all eigenvectors of a wide encoder cost minutes."""
-    matrix = (matrix + matrix.T) / 2
-    columns = min(rank + 8, len(matrix))
-    start = torch.randn(len(matrix), columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    basis = start.to(matrix.device)
+def leading(
+    times: Callable[[torch.Tensor], torch.Tensor], width: int, rank: int, device: torch.device, rounds: int = 8
+) -> torch.Tensor:
+    """Orthonormal columns `[width, rank]` that span about the leading eigenvectors of a symmetric, non-negative matrix,
+    given as what it makes of some columns: by subspace iteration, which costs a few thin products where all
+    eigenvectors of a wide encoder cost minutes."""
+    columns = min(rank + 8, width)
+    start = torch.randn(width, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = start.to(device)
     for _ in range(rounds):
-        basis = torch.linalg.qr(matrix @ basis).Q
-    values, vectors = torch.linalg.eigh(basis.T @ matrix @ basis)
+        basis = torch.linalg.qr(times(basis)).Q
+    inner = basis.T @ times(basis)
+    values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
     return basis @ vectors[:, values.argsort(descending=True)[:rank]]
 
 
@@ -324,11 +346,13 @@ def fit(
     tried: Iterable[int] = (),
     tick: Callable[[float], None] = lambda share: None,
 ) -> tuple[dict[int, StandIn], dict[int, Tried]]:
-    """Stand-ins for removed sub-blocks; and for others that are kept, each as if it alone were removed on top.
+    """Stand-ins for removed and narrowed sub-blocks; and for others that are kept, each as if it alone were removed on
+    top.
 
-    calibration: the prompts that are fitted on. removed: sub-block -> SKIP where a stand-in is to be fitted; a stand-in
-    or a re-used sub-block stays what it is. tried: kept sub-blocks to fit a stand-in for as well. tick: called before
-    every sub-block of every batch with the share of the work that is done; what it raises ends the fit.
+    calibration: the prompts that are fitted on. removed: sub-block -> SKIP, or Narrow without a stand-in, where one is
+    to be fitted; a stand-in or a re-used sub-block stays what it is. tried: kept sub-blocks to fit a stand-in for as
+    well. tick: called before every sub-block of every batch with the share of the work that is done; what it raises
+    ends the fit.
     """
     row = calibration.tracer.row
     norm, tried = families.by_name(row.family).norm, set(tried)
@@ -337,10 +361,11 @@ def fit(
     found, trials = {}, {}
     for index in range(last + 1):
         action = removed.get(index, KEEP)
-        if action == SKIP or index in tried:
-            trial = streams.guarded(functools.partial(fit_here, streams, norm, fitting, index in tried))
-            if action == SKIP:
-                found[index] = action = trial.standin
+        if action.open or index in tried:
+            at = action if action.open else SKIP
+            trial = streams.guarded(functools.partial(fit_here, streams, norm, fitting, at, index in tried))
+            if action.open:
+                found[index], action = trial.standin, action.repaired(trial.standin)
             else:
                 trials[index] = trial
         else:
@@ -349,9 +374,9 @@ def fit(
     return found, trials
 
 
-def fit_here(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> Tried:
-    """The stand-in for the place where the streams are; see `grams`."""
-    kept, held, harm = grams(streams, norm, fitting, trying)
+def fit_here(streams: Streams, norm: str, fitting: Fitting, action: Action, trying: bool) -> Tried:
+    """The stand-in beside what `action` does at the place where the streams are; see `grams`."""
+    kept, held, harm = grams(streams, norm, fitting, action, trying)
     ridge = best_ridge(kept, held, fitting)
     kept.join(held)
     del held  # of a wide encoder these matrices are large: see `fit_bytes`
@@ -369,7 +394,9 @@ class Tried:
     harm: float
 
 
-def grams(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> tuple[Gram, Gram, float]:
+def grams(
+    streams: Streams, norm: str, fitting: Fitting, action: Action, trying: bool
+) -> tuple[Gram, Gram, float]:  # fmt: skip
     """The Gram matrices at the place where the streams are: of the prompts to fit on, and of those held out; and, where
     its sub-block is kept and only `trying`, the weighted squared error of the stream behind it."""
     null = prompts = 0
@@ -380,7 +407,8 @@ def grams(streams: Streams, norm: str, fitting: Fitting, trying: bool) -> tuple[
         if kept is None:
             kept, held = (Gram.of(behind.shape[-1], behind.device) for _ in range(2))
         batch, tokens, width = behind.shape
-        z, r = NORMS[norm](pair.pruned.float()), behind.float() - pair.pruned.float()
+        done = action.apply(pair.pruned, streams.row, pair.place, trace.calls[pair.place])
+        z, r = NORMS[norm](pair.pruned.float()), behind.float() - done.float()
         error = 0.0
         if trying and pair.kept is not behind:
             off = double(pair.kept) - double(behind)

@@ -1,0 +1,234 @@
+"""Narrowed sub-blocks under one budget: every place measured at every width once, then any size by allocation.
+
+For each place and each width of a ladder the discrepancy is measured with only that place changed: its units ranked and
+its stand-ins fitted on the dense stream, judged at the end on prompts that nothing was fitted on. One pass serves all
+sizes (see allocate.py). What is asked for is then fitted once more, all places in order, each on the stream that those
+before it have left.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from ..encoder.actions import KEEP, Assignment, assignment
+from ..encoder.row import EncoderError, Row, describe
+from ..encoder.standin import StandIn
+from ..encoder.units import Units, units_of
+from ..errors import SearchError
+from ..measure.calibration import Calibration
+from ..measure.meter import Meter
+from ..plan.model import Units as UnitCounts
+from ..standins import fit as standin
+from ..standins.fit import Fitting, Streams
+from ..standins.widths import fits, ladder, ranking, units_at
+from . import allocate
+from .allocate import Curve, Step, Table
+from .entry import Found, entry_of, level_of
+from .progress import Clock, Progress
+from .settings import Settings
+from .skip import NOT_FINITE, SkipList, check_reach
+
+LEVELS = (0.25, 0.33, 0.42, 0.50, 0.60)
+"""Sparsities that a plan is fitted for where nothing else is asked."""
+
+BYTES = 2
+"""Of a parameter, where bytes are weighed against stand-ins': what most files have, or twice that of 8 bits."""
+
+Report = Callable[[Progress], None]
+
+
+class Search:
+    """A measurement of all places under way, and what is made of it.
+
+    fitted: the prompts that stand-ins are fitted on; meter: of others, which widths are judged on; both of one encoder.
+    report: called before every sub-block's forward; what it raises ends the search. base: what is done to the encoder
+    while one place after the other is tried (nothing, usually): curves are then around that.
+    """
+
+    def __init__(
+        self,
+        fitted: Calibration,
+        meter: Meter,
+        settings: Settings,
+        fitting: Fitting,
+        report: Report = lambda progress: None,
+        base: Assignment | None = None,
+    ):
+        self.fitted, self.meter, self.settings, self.fitting, self.report = fitted, meter, settings, fitting, report
+        self.row, self.length, self.base = meter.row, meter.readable(), dict(base or {})
+        self.clock = Clock()
+        self.line, self.place = "", 0
+        self.counts = {place: count_of(self.row, place) for place in range(self.length)}
+
+    def measure(self, save: Callable[[Table], None], table: Table = Table()) -> Table:  # noqa: B008 - frozen
+        """Every place's curve, from a saved table on; saved after each."""
+        check_reach(self.row.parameter_counts[: self.length], self.row.total, self.settings.sparsity)
+        curves = dict(table.curves)
+        streams = Streams(self.fitted, lambda: self._tick(0.0))
+        self.clock.resume(self._work(len(curves)))
+        for place in range(self.length):
+            self.clock.mark()
+            self.place, self.line = place, f"place {place + 1} of {self.length}: {describe(place)} at several widths"
+            if place in curves:
+                streams.guarded(functools.partial(streams.pass_by, place not in self.base))
+            else:
+                curves[place] = self._curve(streams)
+                save(Table(curves))
+            streams.go_on(self.base.get(place, KEEP))
+        return Table(curves)
+
+    def _curve(self, streams: Streams) -> Curve:
+        """Of the place where the streams are."""
+        own = units_at(streams)
+        order = torch.empty(0, dtype=torch.int64)
+        if own is not None:
+            order = streams.guarded(lambda: ranking(streams, own, self.fitting.null))
+            # Processes may round differently: all take the same.
+            shared = self.meter.team.shared(range(own.count), lambda mine: order.double().numpy()[list(mine)][:, None])
+            order = torch.from_numpy(np.ascontiguousarray(shared[:, 0])).long()
+        widths = ladder(own) if own is not None else [0]
+        actions = streams.guarded(lambda: fits(streams, own, order, widths, self.fitting))
+        candidates = [{**self.base, self.place: action} for action in actions]
+        found = self.meter.measure(candidates, lambda share: self._tick(share), stack=True)
+        return Curve(tuple(order.tolist()), tuple(zip(widths, (d.total for d in found), strict=True)))
+
+    def _work(self, places: int) -> float:
+        """About how much of the whole work the first so many places take."""
+        total = self.length * (self.length + 1) / 2
+        return (total - (self.length - places) * (self.length - places + 1) / 2) / total
+
+    def _tick(self, share: float) -> None:
+        here, after = self._work(self.place), self._work(self.place + 1)
+        self.clock.worked = here + share * (after - here)
+        left = self.clock.left(1 - self.clock.worked)
+        done = min(self.clock.worked * 0.9, 0.899)  # the fits of the levels come after it
+        self.report(
+            Progress(
+                self.place + 1, self.length, int(share * 100) + 1, 100, done, left, self.line, NONE
+            )
+        )  # fmt: skip
+
+    def cost(self, place: int, units: int) -> float:
+        """Bytes that a place takes with so many of its units, and its stand-in; see BYTES."""
+        if units == self.counts[place]:
+            return BYTES * self.row.parameter_counts[place]
+        kept = (
+            self.row.parameter_counts[place]
+            - self.row.unit_parameters[place] * (self.counts[place] - units) // self.counts[place]
+        )
+        return BYTES * kept * (units > 0) + 4 * self.row.width * (self.fitting.rank + 1)
+
+    def steps(self, table: Table, base: float = 0.0) -> list[Step]:
+        """The steps of all places, the cheapest first. base: the discrepancy with all of them whole."""
+        return allocate.steps(table.curves, self.counts, self.cost, base)
+
+    def reaching(self, steps: Sequence[Step], sparsity: float) -> int:
+        """How many steps there are before one goes beyond a sparsity, at least one; or, where settings.at_least, as many
+        as it takes to reach it."""
+        gone = [self.row.sparsity(self.shares(steps[: count + 1])) for count in range(len(steps))]
+        if self.settings.at_least:
+            return next((count for count, share in enumerate(gone, 1) if share >= sparsity - 1e-9), len(steps))
+        return max(1, sum(share <= sparsity + 1e-9 for share in gone))
+
+    def targets(self) -> list[float]:
+        """The sparsities that levels are fitted for, rising: what was asked for, and what else can be reached."""
+        reach = sum(self.row.parameter_counts[: self.length]) / self.row.total
+        return sorted({*self.settings.targets, *(t for t in self.settings.further if t < reach)})
+
+    def shares(self, steps: Sequence[Step]) -> dict:
+        """Place -> share of its units that stays after these steps."""
+        return shares_of(allocate.left(steps), self.counts)
+
+    def fit(self, steps: Sequence[Step], table: Table, tick=lambda share: None) -> Assignment:
+        """What is done to the encoder after these steps, stand-ins fitted in sequence on the pruned stream."""
+        left = allocate.left(steps)
+        bare = assignment(left, units={place: units_kept(table, place, n) for place, n in left.items() if n})
+        found, _ = standin.fit(self.fitted, bare, self.fitting, tick=tick)
+        return {place: action.repaired(found[place]) for place, action in bare.items()}
+
+    def found(self, table: Table) -> Found:
+        """The plan's entry: all steps to the largest target, and a fitted level for each target."""
+        steps = self.steps(table)
+        ends = sorted({self.reaching(steps, target) for target in self.targets()})
+        levels, standins = [], {}
+        for number, end in enumerate(ends):
+            self.line = f"level {number + 1} of {len(ends)}: fitting {len(allocate.left(steps[:end]))} places"
+            standins[end], level = self._level(steps[:end], table, number / len(ends), 1 / len(ends))
+            levels.append(level)
+        order = [(step.place, step.units) if step.units else step.place for step in steps[: ends[-1]]]
+        narrowed = {step.place for step in steps[: ends[-1]] if step.units}
+        orders = {place: torch.tensor(table.curves[place].order) for place in sorted(narrowed)}
+        told = {
+            "mode": "widths",
+            "rank": self.fitting.rank,
+            "steps": [float(f"{step.discrepancy:.6g}") for step in steps[: ends[-1]]],
+        }
+        return Found(entry_of(self.row, levels, order, told, self.unit_counts(narrowed)), standins, orders)
+
+    def _level(self, steps: Sequence[Step], table: Table, start: float, span: float):
+        """The stand-ins of a level, and the level itself."""
+
+        def tick(share: float) -> None:
+            done = 0.9 + 0.1 * (start + span * share)
+            self.report(
+                Progress(self.length, self.length, int(share * 100) + 1, 100, min(done, 0.999), None, self.line, NONE)
+            )
+
+        removed = self.fit(steps, table, tick)
+        (d,) = self.meter.measure([removed], tick)
+        if d.finite is None:
+            raise SearchError(NOT_FINITE)
+        standins: dict[int, StandIn] = {place: getattr(a, "standin", a) for place, a in removed.items()}
+        return standins, level_of(self.row, len(steps), self.shares(steps), d.finite)
+
+    def unit_counts(self, narrowed) -> UnitCounts | None:
+        """How many units the encoder's sub-blocks have; None where none is narrowed. Raises SearchError where they
+        differ from block to block."""
+        if not narrowed:
+            return None
+        kinds = [{self.counts[place] for place in range(kind, self.length, 2)} for kind in (0, 1)]
+        if any(len(kind) != 1 for kind in kinds):
+            raise SearchError("this encoder's blocks differ in their units: search with whole parts instead")
+        return UnitCounts(sha256="0" * 64, attention=kinds[0].pop(), feed_forward=kinds[1].pop())
+
+
+NONE = SkipList((), 0.0)
+
+
+def count_of(row: Row, place: int) -> int:
+    """How many units a place has; 1, all or nothing, where it can't be narrowed."""
+    try:
+        own: Units = units_of(row, place)
+        return own.count
+    except EncoderError:
+        return 1
+
+
+def units_kept(table: Table, place: int, units: int) -> torch.Tensor:
+    """Numbers of the units that stay at a place, rising."""
+    return torch.tensor(table.curves[place].order[:units]).sort().values
+
+
+def shares_of(left: Mapping[int, int], counts: Mapping[int, int]) -> dict:
+    """Place -> units that stay, as shares of all that it has."""
+    return {place: Fraction(units, counts[place]) for place, units in left.items()}
+
+
+def search(
+    fitted: Calibration,
+    meter: Meter,
+    settings: Settings,
+    fitting: Fitting,
+    report: Report = lambda progress: None,
+    save: Callable[[Table], None] = lambda table: None,
+    table: Table = Table(),  # noqa: B008 - frozen
+) -> Found:
+    """Search one encoder's plan with widths. save: called with the table after each place; table: a saved one, to go on
+    from. Raises SearchError."""
+    run = Search(fitted, meter, settings, fitting, report)
+    return run.found(run.measure(save, table))
