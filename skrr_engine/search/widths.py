@@ -128,8 +128,8 @@ class Search:
         return allocate.steps(table.curves, self.counts, self.cost, base)
 
     def reaching(self, steps: Sequence[Step], sparsity: float) -> int:
-        """How many steps there are before one goes beyond a sparsity, at least one; or, where settings.at_least, as many
-        as it takes to reach it."""
+        """How many steps there are before one goes beyond a sparsity, at least one; or, where settings.at_least, as
+        many as it takes to reach it."""
         gone = [self.row.sparsity(self.shares(steps[: count + 1])) for count in range(len(steps))]
         if self.settings.at_least:
             return next((count for count, share in enumerate(gone, 1) if share >= sparsity - 1e-9), len(steps))
