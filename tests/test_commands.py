@@ -15,7 +15,7 @@ import pytest
 import small
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from skrr_engine.cli.parser import main
 from skrr_engine.plan.model import Plan
@@ -121,6 +121,29 @@ def test_single_files(name, dtype, tmp_path, tokenizer):
     with torch.no_grad():
         assert torch.equal(encoder.module(input_ids=ids).last_hidden_state, module(input_ids=ids).last_hidden_state)
     assert encoder.tokenize("a red cube") == [3, 4, 5, 2] and encoder.tokenize("") == [2]
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Gemma3"])
+def test_folder_of_a_language_model(name, tmp_path, tokenizer):
+    """Published decoders are language models: the encoder is found inside, and never filled with random weights."""
+    from skrr_engine.encoder.row import EncoderError
+    from skrr_engine.files.folder import load
+
+    config = small.build(name.lower(), 3).config
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[4, 5, 6, 2]])
+    with torch.no_grad():
+        wanted = model.model(input_ids=ids).last_hidden_state
+        assert torch.equal(
+            load(str(tmp_path), tokenizer=str(tokenizer)).module(input_ids=ids).last_hidden_state, wanted
+        )
+    weights = tmp_path / "model.safetensors"
+    state = load_file(weights)
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, weights, {"format": "pt"})
+    with pytest.raises(EncoderError, match="1 tensors are missing, layers.1.mlp.up_proj.weight first"):
+        load(str(tmp_path), tokenizer=str(tokenizer))
 
 
 def test_smollm2_tokens(smollm2_folder):

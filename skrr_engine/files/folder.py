@@ -214,8 +214,19 @@ def no_init_weights():
 
 
 def from_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The text encoder of a transformers folder."""
-    return of_folder(folder, lambda chosen, config: chosen.from_pretrained(folder, dtype=dtype, local_files_only=True))
+    """The text encoder of a transformers folder. Raises EncoderError, also where some of its weights are missing, which
+    transformers would fill with random ones."""
+
+    def make(chosen, config) -> tuple[nn.Module, dict]:
+        options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
+        if config.model_type == "gemma3_text":  # transformers 4 does not find it inside the language model
+            options["key_mapping"] = {r"^model\.": ""}
+        return chosen.from_pretrained(folder, **options)
+
+    module, info = of_folder(folder, make)
+    if missing := sorted(info["missing_keys"]):
+        raise EncoderError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} first; get the whole folder")
+    return module
 
 
 def blank(folder: Path) -> nn.Module:
