@@ -6,12 +6,14 @@ from .load_clip import SkrrCLIPLoader, SkrrDualCLIPLoader, SkrrQuadrupleCLIPLoad
 from .load_plan import SkrrLoadPlan
 from .memory_report import SkrrMemoryReport
 from .prune import SkrrPrune
+from .repair_plan import SkrrRepairPlan
 from .save_encoder import SkrrSaveEncoder
 from .trim import SkrrTrimUnread
 
 NODES = [
     SkrrPrune,
     SkrrLoadPlan,
+    SkrrRepairPlan,
     SkrrEditPlan,
     SkrrCLIPLoader,
     SkrrDualCLIPLoader,

@@ -5,7 +5,13 @@ from comfy_api.latest import io
 from .host import versions as features
 from .types import CATEGORY, SkrrPlan, advanced
 
-PAPER, STANDINS = "paper", "linear stand-ins"
+BEST, PARTS, PAPER = "best", "whole parts with stand-ins", "as in the paper"
+METHODS = {BEST: "widths", PARTS: "standins", PAPER: "skrr"}
+BEFORE = {"paper": PAPER, "linear stand-ins": PARTS}
+"""What earlier workflows call them."""
+
+ENOUGH = {BEST: 320, PARTS: 512, PAPER: 128}
+"""Prompts where none are asked for."""
 
 
 class SkrrPrune(io.ComfyNode):
@@ -30,10 +36,12 @@ class SkrrPrune(io.ComfyNode):
                     optional=True,
                     tooltip="The diffusion model that reads the prompts. Its text projection makes the plan better.",
                 ),
-                io.String.Input(
-                    "encoder",
-                    default="auto",
-                    tooltip="Which text encoder to prune: auto takes the largest; or its name, like t5xxl or clip_l.",
+                advanced(
+                    io.String.Input(
+                        "encoder",
+                        default="auto",
+                        tooltip="Which text encoder to prune: auto takes the largest; or its name, like t5xxl.",
+                    )
                 ),
                 io.Float.Input(
                     "sparsity",
@@ -41,34 +49,43 @@ class SkrrPrune(io.ComfyNode):
                     min=0.01,
                     max=0.95,
                     step=0.01,
-                    tooltip="How much of the encoder to remove. Up to 0.42 keeps pictures good; past 0.5 they break.",
+                    tooltip="How much of the encoder to remove. With the best quality 0.42 keeps pictures close to the"
+                    " whole encoder's, and 0.6 is still usable.",
                 ),
-                io.Int.Input(
-                    "beam",
-                    default=3,
-                    min=1,
-                    max=16,
-                    tooltip="How many plans the search follows side by side. 3 is best.",
+                advanced(
+                    io.Int.Input(
+                        "beam",
+                        default=3,
+                        min=1,
+                        max=16,
+                        tooltip="As in the paper only: how many plans the search follows side by side. 3 is best.",
+                    )
                 ),
-                io.Boolean.Input(
-                    "reuse",
-                    default=True,
-                    tooltip="Let kept parts stand in for removed ones where that helps. Costs no memory.",
+                advanced(
+                    io.Boolean.Input(
+                        "reuse",
+                        default=True,
+                        tooltip="Not with the best quality: let kept parts stand in for removed ones where that helps.",
+                    )
                 ),
-                io.Int.Input(
-                    "prompts",
-                    default=128,
-                    min=1,
-                    max=10000,
-                    tooltip="How many built-in prompts to compare on. More is slower, and better with stand-ins.",
+                advanced(
+                    io.Int.Input(
+                        "prompts",
+                        default=0,
+                        min=0,
+                        max=10000,
+                        tooltip="How many built-in prompts to fit and compare on. 0: enough for the chosen quality.",
+                    )
                 ),
                 io.String.Input("plan_name", default="my_plan", tooltip="Name of the plan file in models/skrr_plans."),
-                io.String.Input(
-                    "own_prompts",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    tooltip="Your own prompts, one a line, in place of the built-in ones.",
+                advanced(
+                    io.String.Input(
+                        "own_prompts",
+                        default="",
+                        multiline=True,
+                        optional=True,
+                        tooltip="Your own prompts, one a line, in place of the built-in ones. Give several hundred.",
+                    )
                 ),
                 advanced(
                     io.Boolean.Input(
@@ -80,11 +97,12 @@ class SkrrPrune(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "quality",
-                    options=[PAPER, STANDINS],
-                    default=PAPER,
+                    options=[BEST, PARTS, PAPER],
+                    default=BEST,
                     optional=True,
-                    tooltip="How removed parts are made up for: as in the paper, or by small linear maps fitted to them"
-                    " (a few MB). Those come far closer to the whole encoder; give them 500 prompts or more.",
+                    tooltip="best: parts are made narrower, each as far as pictures bear it, and small linear maps make"
+                    " up for what is gone. Whole parts: the same without narrowing. As in the paper: parts are skipped,"
+                    " and others stand in for them.",
                 ),
                 advanced(
                     io.Int.Input(
@@ -96,6 +114,16 @@ class SkrrPrune(io.ComfyNode):
                         tooltip="Size of the linear stand-ins. 16 costs about 0.2 % of what is removed from T5-XXL.",
                     )
                 ),
+                io.Float.Input(
+                    "size_gb",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Instead of a sparsity: bring the encoder to this many GB, removing as little as it takes."
+                    " 0: off.",
+                ),
             ],
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="The smaller text encoders."),
@@ -105,35 +133,51 @@ class SkrrPrune(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, quality=BEST) -> bool | str:
+        # None: another node gives it
+        if quality is None or quality in METHODS or quality in BEFORE:
+            return True
+        return f'there is no quality "{quality[:40]}": choose one of {", ".join(METHODS)}'
+
+    @classmethod
     def execute(
         cls, clip, encoder, sparsity, beam, reuse, prompts, plan_name, model=None, own_prompts="", exact=False,
-        quality=PAPER, rank=16,
+        quality=PAPER, rank=16, size_gb=0.0,
     ) -> io.NodeOutput:  # fmt: skip
-        from ..skrr_engine.files.companion import of_level
         from ..skrr_engine.measure.prompts import broad, from_text, generate
-        from ..skrr_engine.search.settings import Settings
+        from ..skrr_engine.search.settings import Settings, sparsity_for
+        from ..skrr_engine.search.widths import LEVELS
         from ..skrr_engine.standins.fit import Fitting
         from .host.clip.derive import derive
         from .host.clip.trim import trimmed
-        from .host.clip.views import Pruned, choose
+        from .host.clip.views import choose
         from .host.maps import shown
-        from .host.plans.folder import folders
+        from .host.plans.inputs import Choice
         from .host.search import find_plan
         from .host.talk import say
 
-        fitting = Fitting(rank=rank) if quality == STANDINS else None
-        texts = from_text(own_prompts) if own_prompts.strip() else (broad if fitting else generate)(prompts)
+        quality = BEFORE.get(quality, quality)
+        fitting = None if quality == PAPER else Fitting(rank=rank)
+        count = prompts or ENOUGH[quality]
+        texts = from_text(own_prompts) if own_prompts.strip() else (broad if fitting else generate)(count)
         view = choose(clip, encoder.strip())
         node = cls.hidden.unique_id
-        settings = Settings(sparsity, (), beam, reuse, 0.0 if exact else Settings.delta)
-        plan = find_plan(clip, model, view, settings, texts, plan_name, node, fitting)
+        if size_gb > 0:
+            standins = len(view.row) * 4 * view.shape.width * (rank + 1) if fitting else 0
+            sparsity = sparsity_for(size_gb * 1e9, view.shape.total_bytes, standins)
+        further = LEVELS if quality == BEST else ()
+        delta = 0.0 if exact else Settings.delta
+        settings = Settings(sparsity, (), beam, reuse, delta, further, at_least=size_gb > 0)
+        plan = find_plan(clip, model, view, settings, texts, plan_name, node, fitting, METHODS[quality])
         entry = plan.encoder(view.name)
-        level = entry.levels[-1]
-        standins, problem = of_level(folders(), view.name, entry, level)
-        pruned = trimmed(clip, view, Pruned(entry, level, standins=standins))
-        gone = f"{level.skipped} of {len(view.row)} sub-blocks skipped, {level.sparsity:.1%} of it gone"
-        unread = f", {len(pruned.unread)} more that no conditioning reads" if pruned.unread else ""
-        bare = "" if model is not None else "; searched without a MODEL's text projection: connect one for better plans"
-        say("\n".join([f"{view.name}: {gone}{unread}{bare}", *([problem] if problem else [])]), node)
+        if quality != BEST:  # its one level may be above what was asked for by as much as a part
+            sparsity, size_gb = entry.levels[-1].sparsity, 0.0
+        pruned, lines = Choice(plan, sparsity, size_gb).pruned(view.name, view, entry)
+        pruned = trimmed(clip, view, pruned)
+        if pruned.unread:
+            lines.append(f"{len(pruned.unread)} more that no conditioning reads left out")
+        if model is None:
+            lines.append("searched without a MODEL's text projection: connect one for better plans")
+        say("\n".join(lines), node)
         out = derive(clip, {view.name: pruned})
         return io.NodeOutput(out, plan, ui=shown(out, cls.hidden, plan))

@@ -142,7 +142,7 @@ def job_of(options, bench: "Bench", settings, fitting, method: str):
         bench.projection,
         fitting,
         method,
-        options.seed,
+        getattr(options, "seed", 0),
         bench.team,
     )
 
@@ -249,16 +249,57 @@ def fitted_beside(path: str, name: str, entry, level):
     return fitted
 
 
+def named_entry(options, plan: Plan, bench: "Bench") -> str:
+    """The name of the plan's entry for the encoder. Raises PlanError where that is made for another."""
+    row = bench.encoder.row
+    usual = bench.encoder.name if bench.encoder.name in plan.encoders else next(iter(plan.encoders))
+    name = options.name or usual
+    plan.encoder(name).check(row.family, row.blocks, row.width, name)
+    return name
+
+
 def removal(options, bench: "Bench"):
     """The name of the plan's entry for the encoder, the entry, its level asked for, what is there of its companion,
     and all of it as an assignment."""
-    plan, encoder = Plan.read(options.plan), bench.encoder
-    name = options.name or (encoder.name if encoder.name in plan.encoders else next(iter(plan.encoders)))
-    entry, row = plan.encoder(name), encoder.row
-    entry.check(row.family, row.blocks, row.width, name)
+    plan = Plan.read(options.plan)
+    name = named_entry(options, plan, bench)
+    entry = plan.encoder(name)
     level = entry.choose(options.sparsity)
     fitted = fitted_beside(options.plan, name, entry, level)
     return name, entry, level, fitted, fitted.assignment(entry, level)
+
+
+def run_repair(options) -> None:
+    """Fit linear stand-ins to a plan that is there already, in one pass over the prompts for each of its levels, and at
+    further sizes; with --widths, narrow sub-blocks to the sizes of its levels instead, which takes a measurement."""
+    from ..search.settings import Settings
+
+    check_writable(options.out, "--out")
+    plan, fitting = Plan.read(options.plan), parsed_standins(options.standins)
+    bench = prepare(options, fitting, TARGETS if options.widths else 1)
+    name = named_entry(options, plan, bench)
+    entry = plan.encoder(name)
+    levels = parsed_levels(options.levels)
+    report = (lambda progress: None) if options.quiet or not bench.team.leads else Reporter()
+    if options.widths:
+        sizes = sorted({*(level.sparsity for level in entry.levels), *levels})
+        job = job_of(options, bench, Settings(sizes[-1], further=tuple(sizes[:-1])), fitting, "widths")
+        found = job.run(report)
+    else:
+        job = job_of(options, bench, Settings(), fitting, "standins")
+        orders = fitted_beside(options.plan, name, entry, entry.levels[-1]).units
+        found = job.repair(entry, orders, levels, report)
+    if bench.team.leads:
+        made = plan.model_copy(
+            update={
+                "version": 2 if found.entry.units else plan.version,
+                "encoders": {**plan.encoders, name: found.entry},
+            }
+        )
+        plan, written = write_plan(options.out, made, {name: found.standins}, {name: found.orders})
+        print(describe_plan(plan))
+        print(f"written to {written}", flush=True)
+    bench.team.part()
 
 
 def run_encode(options) -> None:
@@ -423,7 +464,7 @@ def spare_inputs(options) -> None:
 
     out, state = getattr(options, "out", None), getattr(options, "resume", None)
     outputs = [("--out", out)] if out else []
-    if options.command is run_search:
+    if options.command in (run_search, run_repair):
         outputs += [("--out", str(beside(out))), *([("--resume", state)] if state else [])]
     for number, (option, path) in enumerate(outputs):
         for writer, other in outputs[:number]:

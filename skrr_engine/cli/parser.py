@@ -1,4 +1,4 @@
-"""The command line: `python -m skrr_engine search | show | discrepancy | encode | apply | verify`, without ComfyUI.
+"""The command line: `python -m skrr_engine search | repair | show | discrepancy | encode | apply | verify`, without ComfyUI.
 
 Exit code 0; 1 for a user's error, told in one line; 130 for Ctrl-C.
 """
@@ -10,7 +10,7 @@ import sys
 from .. import __version__
 from ..errors import SkrrError, printable
 from ..search import METHODS, QUALITIES
-from .commands import run_apply, run_discrepancy, run_encode, run_search, run_show, run_verify, spare_inputs
+from .commands import run_apply, run_discrepancy, run_encode, run_repair, run_search, run_show, run_verify, spare_inputs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -122,6 +122,17 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--sparsity", **level)
     measure.add_argument("--json", action="store_true", help="print one JSON object")
     measure.set_defaults(command=run_discrepancy)
+
+    repair = commands.add_parser(
+        "repair", parents=[encoder], help="fit stand-ins to a plan", description=run_repair.__doc__
+    )
+    repair.add_argument("--plan", required=True, metavar="PLAN")
+    repair.add_argument("--out", required=True, metavar="PLAN", help="file to write the repaired plan to")
+    repair.add_argument("--widths", action="store_true", help="narrow sub-blocks to the sizes of its levels instead")
+    repair.add_argument("--levels", default="", metavar="A,B", help="further sparsities to have levels for, e.g. 0.37")
+    repair.add_argument("--standins", default="16", metavar="RANK", help="rank of the stand-ins (default 16)")
+    repair.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    repair.set_defaults(command=run_repair)
 
     encode = commands.add_parser(
         "encode", parents=[encoder], help="write prompts' embeddings", description=run_encode.__doc__

@@ -99,7 +99,8 @@ def encoded(plan: Plan, found: Found, orders: Orders | None = None) -> tuple[Pla
 
     def of_entry(name: str, entry: EncoderPlan) -> EncoderPlan:
         levels = tuple(named(level, found.get(name, {}).get(level.skipped)) for level in entry.levels)
-        units = entry.units and entry.units.model_copy(update={"sha256": digest})
+        own = entry.units is not None and name in (orders or {})
+        units = entry.units.model_copy(update={"sha256": digest}) if own else entry.units
         return entry.model_copy(update={"levels": levels, "units": units})
 
     return plan.model_copy(update={"encoders": {n: of_entry(n, e) for n, e in plan.encoders.items()}}), data

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from .. import __version__
 from ..errors import SearchError
@@ -16,6 +18,7 @@ from ..measure.prompts import sha256 as prompts_sha256
 from ..plan.model import EncoderPlan, Plan, Provenance
 from ..standins.fit import Fitting, halved
 from . import baselines, run, widths, with_standins
+from . import repair as repairing
 from .allocate import Table
 from .entry import Found
 from .progress import Progress
@@ -70,6 +73,10 @@ class Job:
         """What decides the outcome beside encoder, prompts' tokens and projection; see resume.fingerprint."""
         return [__version__, repr(self.settings), repr(self.fitting), self.method, self.seed]
 
+    def state_facts(self) -> list:
+        """The same of what is saved after each step: a table of widths serves every size."""
+        return [__version__, "widths", repr(self.fitting)] if self.method == "widths" else self.facts()
+
     def run(
         self,
         report: Report = lambda progress: None,
@@ -105,6 +112,16 @@ class Job:
             own = Meter(meter.calibration, team=self.team, criterion=baselines.ANGLE_OF_OUTPUT)
             order = baselines.finercut_order(own, self.settings.sparsity, report, save, beam=beam)
         return baselines.plan_of(meter, order, self.settings.targets, self.method)
+
+    def repair(
+        self,
+        entry: EncoderPlan,
+        orders: Mapping[int, torch.Tensor],
+        targets: Sequence[float] = (),
+        report: Report = lambda progress: None,
+    ) -> Found:
+        """Stand-ins for an entry that is there already; see repair.repair. Raises SearchError."""
+        return repairing.repair(self.fitted, self.meter, entry, orders, self.fitting, targets, report)
 
     def unfinished(self, skips: SkipList) -> EncoderPlan:
         """The entry of a search that was stopped at `skips`."""

@@ -1,0 +1,92 @@
+"""Stand-ins for a plan that is there already: no search, one pass over the prompts for each level.
+
+A plan with widths can be fitted at any further size, too: its steps are those that a budget takes in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from ..encoder.actions import assignment
+from ..encoder.row import describe
+from ..encoder.units import units_of
+from ..errors import SearchError
+from ..measure.calibration import Calibration
+from ..measure.meter import Meter
+from ..plan.model import EncoderPlan, Level
+from ..standins import fit as standin
+from ..standins.fit import Fitting
+from .entry import Found
+from .progress import Clock, Progress
+from .skip import NOT_FINITE, SkipList
+
+Report = Callable[[Progress], None]
+
+
+def repair(
+    fitted: Calibration,
+    meter: Meter,
+    entry: EncoderPlan,
+    orders: Mapping[int, torch.Tensor],
+    fitting: Fitting,
+    targets: Sequence[float] = (),
+    report: Report = lambda progress: None,
+) -> Found:
+    """The entry with stand-ins at all its levels, fitted anew, and at further sparsities.
+
+    fitted: the prompts that they are fitted on; meter: of others, for the discrepancies. orders: place -> its units,
+    those that stay longest first, for an entry that narrows. targets: sparsities to have levels for, too: each is the
+    longest prefix of the entry's order at or below it. report: called before every sub-block's forward; what it raises
+    ends the work. Raises SearchError.
+    """
+    row = meter.row
+    for place, units in (entry.narrowed(len(entry.order)) if entry.units else {}).items():
+        if place not in orders:
+            raise SearchError(f"the units of {describe(place)} are missing, so the plan can't be fitted: get its file")
+        if len(orders[place]) != units_of(row, place).count or units >= len(orders[place]):
+            raise SearchError(
+                f"{describe(place)} has other units than the plan says: take a plan made for this encoder"
+            )
+    known = {level.skipped: level for level in entry.levels}
+    ends = sorted({*known, *(reaching(row, entry, target) for target in targets)})
+    clock, levels, standins = Clock(), [], {}
+    for number, end in enumerate(ends):
+        left = entry.left(end)
+        line = f"level {number + 1} of {len(ends)}: fitting {len(left)} places"
+
+        def tick(share: float, number=number, line=line) -> None:
+            clock.worked = (number + share) / len(ends)
+            left_over = clock.left(1 - clock.worked)
+            nothing = SkipList((), 0.0)
+            report(
+                Progress(
+                    number + 1, len(ends), int(share * 100) + 1, 100, min(clock.worked, 0.999), left_over, line, nothing
+                )
+            )  # fmt: skip
+
+        bare = assignment(left, units={place: orders[place][:n] for place, n in left.items() if n})
+        standins[end], _ = standin.fit(fitted, bare, fitting, tick=lambda share, tick=tick: tick(0.9 * share))
+        removed = {place: action.repaired(standins[end][place]) for place, action in bare.items()}
+        (d,) = meter.measure([removed], lambda share, tick=tick: tick(0.9 + 0.1 * share))
+        if d.finite is None:
+            raise SearchError(NOT_FINITE)
+        sparsity = round(row.sparsity(entry.shares(end)), 6)
+        fresh = Level(skipped=end, reuse={}, sparsity=sparsity, discrepancy=d.finite)
+        level = known.get(end, fresh)
+        levels.append(level.model_copy(update={"discrepancy": d.finite, "standins": None, "sparsity": sparsity}))
+    told = {**entry.extensions, "repaired": {"rank": fitting.rank}}
+    made = entry.model_copy(update={"levels": tuple(levels), "extensions": told})
+    return Found(made, standins, dict(orders))
+
+
+def reaching(row, entry: EncoderPlan, sparsity: float) -> int:
+    """Length of the longest prefix of an entry's order at or below a sparsity; at least one. Raises SearchError where
+    all of it stays far below."""
+    gone = [row.sparsity(entry.shares(end)) for end in range(1, len(entry.order) + 1)]
+    if gone[-1] < sparsity - 0.02:
+        raise SearchError(
+            f"this plan's order ends at a sparsity of {gone[-1]:.1%}: ask for at most that, or search for more"
+        )
+    return max(1, sum(share <= sparsity + 1e-9 for share in gone))
