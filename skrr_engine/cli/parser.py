@@ -1,4 +1,5 @@
-"""The command line: `python -m skrr_engine search | repair | show | discrepancy | encode | apply | verify`, without ComfyUI.
+"""The command line, without ComfyUI: `python -m skrr_engine search | repair | show | discrepancy | encode | apply |
+verify`.
 
 Exit code 0; 1 for a user's error, told in one line; 130 for Ctrl-C.
 """
