@@ -172,3 +172,36 @@ def test_state_holds_a_table(searched, tmp_path):
 def test_narrow_units_follow_the_hand_made_norm():
     assert set(NORMS) == {"rms", "layer"} and StandIn.open is False and Narrow(torch.arange(2)).open
     assert units_of(families.find(small.build("llama")), 0).count == 2
+
+
+@pytest.mark.parametrize("name", ["t5", "clip", "llama"])
+def test_a_refitted_out_projection_comes_closer(name):
+    """Two places narrowed: the stream behind each is nearer to the dense one than with stand-ins alone; nothing that is
+    whole changes; walk and rewired encoder agree."""
+    from skrr_engine.encoder.rewire import rewire, undo
+    from skrr_engine.measure.walk import Walk
+    from skrr_engine.standins.refit import refit
+
+    module = small.build(name)
+    calibration, meter = calibrated(name, module), Meter(calibrated(name, module))
+    row, fitting = families.find(module), Fitting(rank=2, ridges=(0.003,))
+    chosen = {1: torch.arange(0, 64, 2), 4: torch.tensor([0])}
+    bare = {place: Narrow(units) for place, units in chosen.items()}
+    found, _ = standin.fit(calibration, bare, fitting)
+    plain = {place: action.repaired(found[place]) for place, action in bare.items()}
+    better = refit(calibration, plain, fitting)
+    assert better.keys() == bare.keys() and all(
+        a.out.shape == (32, len(units_of(row, p).columns(a.units))) for p, a in better.items()
+    )
+    d_plain, d_better = meter.measure([plain, better])
+    assert d_better.conditional < 0.95 * d_plain.conditional
+    run = small.batch(name, [[5, 9, 33, 4], [8, 7, 6, 5]]).run
+    tracer = Tracer(module, row)
+    ((_, walked),) = Walk(tracer)(tracer.trace(run), [better])
+    replaced = rewire(module, row, better)
+    rewired = run(module)[0][0]
+    undo(module, replaced)
+    torch.testing.assert_close(walked[0][0], rewired, rtol=1e-4, atol=1e-5)
+    whole = {1: Narrow(torch.arange(64))}
+    (same,) = meter.measure([refit(calibration, whole, fitting)])
+    assert same.total < 1e-6

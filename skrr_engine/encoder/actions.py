@@ -101,11 +101,13 @@ class Reuse(Action):
 class Narrow(Action):
     """Some of the sub-block's own units stay, `x + F_U(norm(x))`, and a stand-in adds what it can of the others.
 
-    units: numbers of those that stay, rising, int64. Two are equal only where they are the same object.
+    units: numbers of those that stay, rising, int64. out: another out-projection for them, `[width, columns]`, None for
+    what is left of its own. Two are equal only where they are the same object.
     """
 
     units: torch.Tensor
     standin: StandIn | None = None
+    out: torch.Tensor | None = None
 
     word = "narrowed"
     fitted = True
@@ -119,11 +121,14 @@ class Narrow(Action):
         return self.standin.nbytes if self.standin else 0
 
     def apply(self, x: torch.Tensor, row: Row, place: int, call: Call) -> torch.Tensor:
-        behind = unit_level.masked(row, place, self.units, x, call)
+        if self.out is None:
+            behind = unit_level.masked(row, place, self.units, x, call)
+        else:
+            behind = unit_level.refitted(row, place, self.units, self.out, x, call)
         return behind if self.standin is None else self.standin.apply(x) + (behind - x)
 
     def placeholders(self, row: Row, place: int, build: Build) -> dict[str, nn.Module]:
-        left = unit_level.cut(row, place, self.units, build)
+        left = unit_level.cut(row, place, self.units, build, self.out)
         standin = self.standin and self.standin.module(build.linear)
         return row.sub_blocks[place].placeholders(standin=standin, left=left)
 

@@ -122,6 +122,17 @@ def masked(row: Row, place: int, units: torch.Tensor, x: torch.Tensor, call: Cal
         return row.sub_blocks[place].apply(x, call)
 
 
+def refitted(
+    row: Row, place: int, units: torch.Tensor, out: torch.Tensor, x: torch.Tensor, call: Call
+) -> torch.Tensor:  # fmt: skip
+    """The same with another out-projection `[width, columns of the units]` in place of what is left of its own."""
+    own = units_of(row, place)
+    hidden, _ = activations(row, place, x, call)
+    bias = getattr(own.out, "bias", None)
+    made = hidden.index_select(-1, own.columns(units).to(hidden.device)) @ out.to(hidden).T
+    return row.sub_blocks[place].finish(x, made if bias is None else made + bias.to(made))
+
+
 def activations(row: Row, place: int, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """What a sub-block's out-projection takes, `[batch, tokens, inner]`, and the stream behind the sub-block."""
     found = []
@@ -299,9 +310,17 @@ def narrow_layer(
     return twin
 
 
-def cut(row: Row, place: int, units: torch.Tensor, build: Build, whole: Collection[str] = ()) -> dict[str, nn.Module]:
+def cut(
+    row: Row,
+    place: int,
+    units: torch.Tensor,
+    build: Build,
+    out: torch.Tensor | None = None,
+    whole: Collection[str] = (),
+) -> dict[str, nn.Module]:
     """Path -> a copy of each part of a sub-block that holds projections, with the weights of some units alone; what is
-    not a projection is shared with the sub-block. whole: paths of projections whose weights are to stay whole."""
+    not a projection is shared with the sub-block. out: what the out-projection's columns are to be instead, None where
+    they stay; whole: paths of projections whose weights are to stay whole."""
     own = units_of(row, place)
     layers = {**own.ins, own.out_path: own.out}
     found = {}
@@ -312,6 +331,8 @@ def cut(row: Row, place: int, units: torch.Tensor, build: Build, whole: Collecti
         twin = fork(part, [name.removeprefix(f"{path}.") for name in inside])
         for name in inside:
             narrow = narrow_layer(layers[name], own, units, name == own.out_path, build, name in whole)
+            if out is not None and name == own.out_path and narrow.skrr_dimension is not None:
+                narrow.weight = nn.Parameter(out.to(narrow.weight), requires_grad=False)
             replace(twin, name.removeprefix(f"{path}."), narrow)
         found[path] = twin
     return found
