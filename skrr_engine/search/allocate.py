@@ -63,14 +63,15 @@ def slope(a: tuple[float, float], b: tuple[float, float]) -> float:
     return (b[1] - a[1]) / (a[0] - b[0])
 
 
-def steps(curves: Mapping[int, Curve], counts: Mapping[int, int], cost: Cost, base: float = 0.0) -> list[Step]:
-    """The steps of all hulls, the cheapest first. counts: place -> how many units it has; base: the discrepancy with
-    every place whole."""
+def steps(curves: Mapping[int, Curve], counts: Mapping[int, int], cost: Cost) -> list[Step]:
+    """The steps of all hulls, the cheapest first. counts: place -> how many units it has. A curve without a point for
+    all of them has none to lose there."""
     found = []
     for place, curve in sorted(curves.items()):
         known = [(units, d) for units, d in curve.points if d < float("inf") and units < counts[place]]
         widths = [counts[place], *(units for units, _ in known)]
-        points = [(cost(place, units), d) for units, d in zip(widths, [base, *(d for _, d in known)], strict=True)]
+        whole = next((d for units, d in curve.points if units == counts[place]), 0.0)
+        points = [(cost(place, units), d) for units, d in zip(widths, [whole, *(d for _, d in known)], strict=True)]
         chain = hull(points)
         for before, after in zip(chain, chain[1:], strict=False):
             price = slope(points[before], points[after])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from ..measure.meter import Meter
 from ..plan.model import Units as UnitCounts
 from ..standins import fit as standin
 from ..standins.fit import Fitting, Streams
-from ..standins.widths import fits, ladder, ranking, units_at
+from ..standins.widths import SHARES, fits, ladder, ranking, units_at
 from . import allocate
 from .allocate import Curve, Step, Table
 from .entry import Found, entry_of, level_of
@@ -47,8 +48,11 @@ class Search:
 
     fitted: the prompts that stand-ins are fitted on; meter: of others, which widths are judged on; both of one encoder.
     report: called before every sub-block's forward; what it raises ends the search. base: what is done to the encoder
-    while one place after the other is tried (nothing, usually): curves are then around that.
+    while one place after the other is tried (nothing, usually): curves are then around that, and hold the place whole,
+    too. shares: of a place's units, that are tried.
     """
+
+    shares: ClassVar[tuple[float, ...]] = SHARES
 
     def __init__(
         self,
@@ -91,9 +95,12 @@ class Search:
             # Processes may round differently: all take the same.
             shared = self.meter.team.shared(range(own.count), lambda mine: order.double().numpy()[list(mine)][:, None])
             order = torch.from_numpy(np.ascontiguousarray(shared[:, 0])).long()
-        widths = ladder(own) if own is not None else [0]
+        widths = ladder(own, self.shares) if own is not None else [0]
         actions = streams.guarded(lambda: fits(streams, own, order, widths, self.fitting))
         candidates = [{**self.base, self.place: action} for action in actions]
+        if self.base:
+            widths.append(self.counts[self.place])
+            candidates.append({place: action for place, action in self.base.items() if place != self.place})
         found = self.meter.measure(candidates, lambda share: self._tick(share), stack=True)
         return Curve(tuple(order.tolist()), tuple(zip(widths, (d.total for d in found), strict=True)))
 
@@ -123,9 +130,9 @@ class Search:
         )
         return BYTES * kept * (units > 0) + 4 * self.row.width * (self.fitting.rank + 1)
 
-    def steps(self, table: Table, base: float = 0.0) -> list[Step]:
-        """The steps of all places, the cheapest first. base: the discrepancy with all of them whole."""
-        return allocate.steps(table.curves, self.counts, self.cost, base)
+    def steps(self, table: Table) -> list[Step]:
+        """The steps of all places, the cheapest first."""
+        return allocate.steps(table.curves, self.counts, self.cost)
 
     def reaching(self, steps: Sequence[Step], sparsity: float) -> int:
         """How many steps there are before one goes beyond a sparsity, at least one; or, where settings.at_least, as
