@@ -195,7 +195,7 @@ def variants(bench: Bench, share: float) -> list[dict]:
 class Coarse(widths.Search):
     """A ladder of half as many widths."""
 
-    shares = (1 / 2, 1 / 5, 1 / 16)
+    rungs = (1 / 2, 1 / 5, 1 / 16)
 
 
 def tried(bench: Bench, share: float) -> list[dict]:

@@ -49,10 +49,10 @@ class Search:
     fitted: the prompts that stand-ins are fitted on; meter: of others, which widths are judged on; both of one encoder.
     report: called before every sub-block's forward; what it raises ends the search. base: what is done to the encoder
     while one place after the other is tried (nothing, usually): curves are then around that, and hold the place whole,
-    too. shares: of a place's units, that are tried.
+    too. rungs: shares of a place's units that are tried.
     """
 
-    shares: ClassVar[tuple[float, ...]] = SHARES
+    rungs: ClassVar[tuple[float, ...]] = SHARES
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Search:
             # Processes may round differently: all take the same.
             shared = self.meter.team.shared(range(own.count), lambda mine: order.double().numpy()[list(mine)][:, None])
             order = torch.from_numpy(np.ascontiguousarray(shared[:, 0])).long()
-        widths = ladder(own, self.shares) if own is not None else [0]
+        widths = ladder(own, self.rungs) if own is not None else [0]
         actions = streams.guarded(lambda: fits(streams, own, order, widths, self.fitting))
         candidates = [{**self.base, self.place: action} for action in actions]
         if self.base:
