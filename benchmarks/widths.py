@@ -14,13 +14,15 @@ writes nothing here.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -28,18 +30,24 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks import equal_bytes
 from benchmarks import standins as before
-from benchmarks.pages import fill
-from benchmarks.shapes import evaluate, scenes
-from benchmarks.shapes.table import block_share
 from skrr_engine import __version__
-from skrr_engine.encoder.actions import Assignment, assignment
+from skrr_engine.encoder import families
+from skrr_engine.encoder.actions import SKIP, Action, Assignment, Narrow, assignment
+from skrr_engine.encoder.trace import Tracer
+from skrr_engine.encoder.units import units_of
+from skrr_engine.files.folder import load
 from skrr_engine.measure import prompts
+from skrr_engine.measure.calibration import Calibration
+from skrr_engine.measure.meter import Meter
 from skrr_engine.plan.words import duration
-from skrr_engine.search import allocate, widths
+from skrr_engine.search import allocate, skip, widths, with_standins
+from skrr_engine.search import run as paper
 from skrr_engine.search.allocate import Table
 from skrr_engine.search.resume import State
 from skrr_engine.search.settings import Settings
+from skrr_engine.search.skip import SkipList
 from skrr_engine.standins import fit as standin
 from skrr_engine.standins.fit import Fitting
 from skrr_engine.standins.refit import refit
@@ -48,10 +56,12 @@ HERE = Path(__file__).resolve().parent
 CACHE = HERE.parent / ".cache" / "widths"
 PAGE, PLOT = HERE.parent / "docs" / "quality.md", HERE.parent / "docs" / "images" / "quality.png"
 LEVELS = (0.25, 0.33, 0.42, 0.50, 0.60, 0.70)  # of the parameters in blocks
-FITTED, RANKED = 256, 64  # prompts
+FITTED, RANKED = 256, 24  # prompts
 RANKED_SEED = 7000
-FEWER = 24
-"""Prompts that widths are judged on where many tables are made."""
+MORE = 64
+"""Prompts that widths are judged on, where that is tried."""
+RACED = 128
+"""Prompts of the racing beam search that is timed."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +196,8 @@ def variants(bench: Bench, share: float) -> list[dict]:
     )  # fmt: skip
     rows = [bench.row_of(str(fit), share, fit) for fit in fits]
     for seed in (1, 2):
-        rows.append(bench.row_of(f"calibration seed {seed}", share, case=Case(seed=seed, ranked=FEWER)))
-    rows.append(bench.row_of(f"{FEWER} prompts to judge widths on", share, case=Case(ranked=FEWER), pictures=False))
+        rows.append(bench.row_of(f"calibration seed {seed}", share, case=Case(seed=seed)))
+    rows.append(bench.row_of(f"{MORE} prompts to judge widths on", share, case=Case(ranked=MORE), pictures=False))
     rows.append(bench.row_of("fitted on Shapes captions", share, case=Case("Shapes captions")))
     return rows
 
@@ -195,17 +205,17 @@ def variants(bench: Bench, share: float) -> list[dict]:
 class Coarse(widths.Search):
     """A ladder of half as many widths."""
 
-    rungs = (1 / 2, 1 / 5, 1 / 16)
+    rungs = (1 / 2, 1 / 8)
 
 
 def tried(bench: Bench, share: float) -> list[dict]:
     """What could be added to the method, at equal evaluations: a second allocation around the first."""
-    case = Case(ranked=FEWER)
-    rows = [bench.row_of("as found, 6 widths a place", share, case=case, pictures=False)]
+    case = Case()
+    rows = [bench.row_of("as found, 4 widths a place", share, case=case, pictures=False)]
     run, first = bench.table(case, " coarse", bench.search(case, made=Coarse))
     rows.append(
         bench.judged(
-            "3 widths a place", (share, "coarse", case), lambda: bench.at(run, first, run.steps(first), share, Fit(), case),
+            "2 widths a place", (share, "coarse", case), lambda: bench.at(run, first, run.steps(first), share, Fit(), case),
             pictures=False,
         )
     )  # fmt: skip
@@ -215,7 +225,220 @@ def tried(bench: Bench, share: float) -> list[dict]:
         around, second = bench.table(case, f" coarse around {share}", bench.search(case, base, Coarse))
         return bench.at(around, second, around.steps(second), share, Fit(), case)
 
-    rows.append(bench.judged("3 widths a place, then 3 around that", (share, "around", case), again, pictures=False))
+    rows.append(bench.judged("2 widths a place, then 2 around that", (share, "around", case), again, pictures=False))
+    return rows
+
+
+PRECISIONS = ("bf16", "fp8", "Q8_0", "Q5_0", "Q4_0")
+BUDGETS = (0.25, 0.42, 0.50, 0.60)
+
+
+def kept_bytes(row, sizes: dict[str, int], removed: Assignment, again: int = 34) -> int:
+    """Bytes of what is left of an encoder in some precision: rows of in-projections go alone; of an out-projection the
+    columns that stay, or, where they lie in blocks, the less of these columns at 8 bits and all of it. sizes: of each
+    parameter, whole; again: bytes of 32 weights that were put into blocks anew, 0 where there are none."""
+    family = families.by_name(row.family)
+    total = sum(sizes.values()) + sum(action.nbytes for action in removed.values())
+    for place, action in removed.items():
+        own = row.sub_blocks[place].tensors()
+        if action.units is None:
+            total -= sum(sizes[key] for key in own)
+            continue
+        total += 4 * len(action.units)
+        units = units_of(row, place)
+        share = Fraction(len(action.units), units.count)
+        for key in filter(family.in_units, own):
+            left = int(sizes[key] * share)
+            if again and key.rpartition(".")[0] == units.out_path:
+                left = min(int(own[key].numel() * share) * again // 32, sizes[key])
+            total -= sizes[key] - left
+    return total
+
+
+def equal(bench: Bench, budgets: Sequence[float] = BUDGETS) -> list[dict]:
+    """Quantised encoders, whole and narrowed: bytes, discrepancy to the float32 encoder, pictures."""
+    rows = []
+    for precision in PRECISIONS:
+        wide = equal_bytes.EMBEDDING.get(precision, precision)
+        twin, sizes = equal_bytes.quantised(
+            bench.lab.studio.encoder.module, equal_bytes.PRECISIONS[precision], equal_bytes.PRECISIONS[wide]
+        )
+        row = families.find(twin)
+        for share in (0.0, *budgets):
+
+            def find(share=share, twin=twin, sizes=sizes, row=row, precision=precision) -> dict:
+                removed, more = bench.narrowed(share) if share else ({}, {"removed": 0.0})
+                verdict = asdict(bench.lab.studio.judge(removed, twin)[0])
+                blocks = 34 if precision.startswith("Q") else 0
+                return {**verdict, **more, "bytes": kept_bytes(row, sizes, removed, blocks)}
+
+            found = bench.lab.kept(("widths equal bytes", precision, share, Case(), Fit()), find)
+            rows.append({**found, "name": precision, "D": found["D_cond"] + found["D_null"]})
+    for key, better in (("D", 1), ("lpips", 1)):
+        front = equal_bytes.front([(r["bytes"], better * r[key]) for r in rows])
+        for number, r in enumerate(rows):
+            r[f"front by {key}"] = "●" if number in front else ""
+    return rows
+
+
+def changed(bench: Bench, share: float = 0.42) -> list[dict]:
+    """Widths of the plain encoder in one with a LoRA, and in one whose weights have all been changed a little: D_cond on
+    captions and long prompts against the changed encoder itself, whole."""
+    rows = []
+    for name in ("LoRA on all feed-forwards", "all weights changed"):
+        for size in (0.05, 0.2):
+
+            def find(name=name, size=size) -> dict:
+                twin = copy.deepcopy(bench.lab.studio.encoder.module)
+                generator = torch.Generator().manual_seed(0)
+                for key, parameter in twin.named_parameters():
+                    if parameter.ndim != 2 or "embed" in key or ("LoRA" in name and "down_proj" not in key):
+                        continue
+                    high, wide = parameter.shape
+                    change = torch.randn(high, 8, generator=generator) @ torch.randn(8, wide, generator=generator)
+                    if "LoRA" not in name:
+                        change = torch.randn(high, wide, generator=generator)
+                    parameter.data += change * (size * parameter.data.norm() / change.norm())
+                removed, _ = bench.narrowed(share)
+                bare = {place: bare_of(action) for place, action in removed.items()}
+                found, _ = standin.fit(
+                    bench.calibration_of(twin, before.CALIBRATION["all kinds"](FITTED, 0)), bare, Fitting()
+                )
+                fresh = {place: action.repaired(found[place]) for place, action in bare.items()}
+                texts = before.of_kind("captions") + before.of_kind("long prompts")
+                meter = Meter(bench.calibration_of(twin, texts), bench.lab.studio.projection)
+                names = ("as it is", "stand-ins fitted anew")
+                return dict(zip(names, (d.conditional for d in meter.measure([removed, fresh])), strict=True))
+
+            found = bench.lab.kept(("widths changed", name, size, share), find)
+            rows.append({**found, "name": f"{name}, {size:.0%} of each weight's size"})
+    return rows
+
+
+def bare_of(action: Action) -> Action:
+    """What is left of an action without its stand-in."""
+    return Narrow(action.units) if action.units is not None else SKIP
+
+
+class Bare:
+    """Gemma 3 270M, or another folder's encoder, without a denoiser: discrepancies of its bare embeddings."""
+
+    def __init__(self, folder: str, name: str):
+        self.name, self.encoder = name, load(folder)
+        self.row = self.encoder.row
+        self.tracer = Tracer(self.encoder.module, self.row)
+        self.unseen = functools.cache(
+            lambda kind: Meter(self.calibration(prompts.of_kind(kind, before.EACH, before.UNSEEN)))
+        )
+
+    def calibration(self, texts: Sequence[str], race: bool = False) -> Calibration:
+        """These prompts as the encoder is measured and fitted on them."""
+        batches, null = self.encoder.batches(texts, race=race), self.encoder.batch([self.encoder.tokenize("")])
+        return Calibration(self.encoder.module, self.tracer, batches, null)
+
+    def errors(self, removed: Assignment) -> dict:
+        """D_cond on unseen prompts of every kind, and D_null."""
+        found = {}
+        for kind in before.KINDS:
+            (d,) = self.unseen(kind).measure([removed])
+            found[kind], null = d.conditional, d.null
+        return {**found, "null": null}
+
+
+def second(folder: str, name: str, levels_: Sequence[float] = LEVELS) -> list[dict]:
+    """The same curves on an encoder without a denoiser: as printed (racing), whole parts with stand-ins, widths."""
+    lab = Bare(folder, name)
+    row, share = lab.row, sum(lab.row.parameter_counts) / lab.row.total
+    texts = prompts.broad(FITTED, 0)
+    judged_on = prompts.broad(RANKED, RANKED_SEED)
+    rows = []
+
+    def row_of(how: str, at: float, make) -> None:
+        path = state_path(f"{name} {how} {at}")
+        if not path.exists():
+            removed, gone, bytes_ = make()
+            path.write_text(json.dumps({"removed": gone / share, "bytes": bytes_, **lab.errors(removed)}))
+        rows.append({**json.loads(path.read_text()), "name": how})
+
+    def timed(how: str, make):
+        path = state_path(f"{name} {how}")
+        if not path.exists():
+            start = time.monotonic()
+            found = make()
+            log(f"{name}: {how}", time.monotonic() - start, True)
+            path.write_text(json.dumps(found))
+        return json.loads(path.read_text())
+
+    targets = [level * share for level in levels_]
+    meter = functools.cache(lambda race: Meter(lab.calibration(judged_on, race)))
+    fitted = functools.cache(lambda: lab.calibration(texts))
+
+    def printed() -> dict:
+        entry = paper.search(meter(True), Settings(targets[-1], tuple(targets[:-1])))
+        return {
+            "order": entry.order,
+            "levels": [[x.skipped, {str(i): j for i, j in x.reuse.items()}] for x in entry.levels],
+        }
+
+    def aware() -> list[int]:
+        run = with_standins.Search(fitted(), meter(True), Settings(targets[-1]), Fitting(), lambda progress: None)
+        return list(run.run(SkipList((), 0.0), lambda beam: None).order)
+
+    run = widths.Search(fitted(), meter(False), Settings(0.1), Fitting())
+    state, start = State(state_path(f"{name} widths"), name), time.monotonic()
+    table = run.measure(state.save, state.load(len(row)) or Table())
+    log(f"{name}: widths", time.monotonic() - start, True)
+    known, order = timed("as printed, racing", printed), timed("whole parts with stand-ins", aware)
+    steps = run.steps(table)
+    for at, target in zip(levels_, targets, strict=True):
+
+        def of_widths(target=target):
+            chosen = steps[: run.reaching(steps, target)]
+            removed = run.fit(chosen, table)
+            gone = row.sparsity(run.shares(chosen))
+            numbers = sum(4 * len(a.units) for a in removed.values() if a.units is not None)
+            return removed, gone, 2 * row.total * (1 - gone) + sum(a.nbytes for a in removed.values()) + numbers
+
+        def of_parts(target=target):
+            chosen = order[: skip.reaching(order, row.parameter_counts, row.total, target)]
+            found, _ = standin.fit(fitted(), assignment(chosen), Fitting())
+            gone = row.sparsity(chosen)
+            return found, gone, 2 * row.total * (1 - gone) + sum(a.nbytes for a in found.values())
+
+        def as_printed(target=target):
+            end = skip.reaching(known["order"], row.parameter_counts, row.total, target)
+            reuse = next({int(i): j for i, j in pairs.items()} for length, pairs in known["levels"] if length == end)
+            gone = row.sparsity(known["order"][:end])
+            return assignment(known["order"][:end], reuse), gone, 2 * row.total * (1 - gone)
+
+        row_of("as printed, racing", at, as_printed)
+        row_of("whole parts with stand-ins, rank 16", at, of_parts)
+        row_of("widths, rank 16", at, of_widths)
+    return rows
+
+
+def timed_beside(bench: Bench) -> list[dict]:
+    """Seconds of the racing beam search and of the measurement, allocation and fit of widths, in one run of one process,
+    to the same target."""
+    target, rows = bench.target(0.42), []
+
+    def race() -> None:
+        paper.search(bench.lab.studio.meter(prompts.broad(RACED, 0), race=True), Settings(target))
+
+    def best() -> None:
+        run = bench.search(Case())
+        table = run.measure(lambda table: None)
+        steps = run.steps(table)
+        run.fit(steps[: run.reaching(steps, target)], table)
+
+    for name, act in (("racing beam search, 3 wide, with re-use", race), ("widths: measured, allocated, fitted", best)):
+
+        def find(act=act) -> dict:
+            start, used = time.monotonic(), time.process_time()
+            act()
+            return {"seconds": time.monotonic() - start, "processor seconds": time.process_time() - used}
+
+        rows.append({**bench.lab.kept(("widths time", name, RANKED, RACED), find), "name": name})
     return rows
 
 

@@ -19,7 +19,7 @@ from skrr_engine.search.allocate import Curve, Table
 from skrr_engine.search.settings import Settings
 from skrr_engine.standins import fit as standin
 from skrr_engine.standins.fit import Fitting, Streams
-from skrr_engine.standins.widths import fits, ladder, ranking, units_at
+from skrr_engine.standins.widths import Survey, fits, ladder, ranking, units_at
 
 LENGTHS = [7, 9, 7, 12, 5, 9, 11, 8, 6, 10]
 
@@ -43,7 +43,7 @@ def test_units_are_ranked_by_what_they_add(name):
     streams = Streams(calibration, lambda: None)
     for place in range(4):
         own = units_at(streams)
-        order = ranking(streams, own, 0.0)
+        order = ranking(Survey(streams, own), 0.0)
         squares = 0
         for number, trace, pair in streams.here():
             if number:
@@ -64,9 +64,10 @@ def test_fits_at_several_widths_are_those_of_one_at_a_time(name):
     streams = Streams(calibration, lambda: None)
     for place in range(3):
         own = units_at(streams)
-        order = ranking(streams, own, 0.1)
+        survey = Survey(streams, own)
+        order = ranking(survey, 0.1)
         tried = ladder(own)
-        for count, action in zip(tried, fits(streams, own, order, tried, fitting), strict=True):
+        for count, action in zip(tried, fits(streams, survey, order, tried, fitting), strict=True):
             bare = Narrow(order[:count].sort().values) if count else SKIP
             alone, _ = standin.fit(calibration, {place: bare}, fitting)
             found = action.standin if count else action

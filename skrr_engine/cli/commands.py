@@ -385,7 +385,7 @@ class Bench:
         return Meter(self.calibration(prompts, race), self.projection, team=self.team)
 
 
-TARGETS = 7
+TARGETS = 5
 """How many stand-ins are fitted to one place together, for widths (see standins/widths.py: its shares, and none)."""
 
 

@@ -26,7 +26,7 @@ from ..measure.meter import Meter
 from ..plan.model import Units as UnitCounts
 from ..standins import fit as standin
 from ..standins.fit import Fitting, Streams
-from ..standins.widths import SHARES, fits, ladder, ranking, units_at
+from ..standins.widths import SHARES, Survey, fits, ladder, ranking, units_at
 from . import allocate
 from .allocate import Curve, Step, Table
 from .entry import Found, entry_of, level_of
@@ -90,13 +90,24 @@ class Search:
         """Of the place where the streams are."""
         own = units_at(streams)
         order = torch.empty(0, dtype=torch.int64)
+        surveys: list[Survey] = []
+
+        def survey() -> Survey | None:  # anew after an out-of-memory error: batches have been halved
+            return surveys.pop() if surveys else own and Survey(streams, own)
+
+        def ranked() -> torch.Tensor:
+            made = survey()
+            found = ranking(made, self.fitting.null)
+            surveys.append(made)
+            return found
+
         if own is not None:
-            order = streams.guarded(lambda: ranking(streams, own, self.fitting.null))
+            order = streams.guarded(ranked)
             # Processes may round differently: all take the same.
             shared = self.meter.team.shared(range(own.count), lambda mine: order.double().numpy()[list(mine)][:, None])
             order = torch.from_numpy(np.ascontiguousarray(shared[:, 0])).long()
         widths = ladder(own, self.rungs) if own is not None else [0]
-        actions = streams.guarded(lambda: fits(streams, own, order, widths, self.fitting))
+        actions = streams.guarded(lambda: fits(streams, survey(), order, widths, self.fitting))
         candidates = [{**self.base, self.place: action} for action in actions]
         if self.base:
             widths.append(self.counts[self.place])

@@ -284,7 +284,8 @@ class Streams:
                 pair = pair.to(trace.x.device)
             while pair.place < len(self.passed):
                 pair = self._passed(pair, trace)
-            pair.behind = self._apply(pair.place, pair.dense, trace)
+            if pair.behind is None:
+                pair.behind = self._apply(pair.place, pair.dense, trace)
             if kept and pair.pruned is not pair.dense:
                 pair.kept = self._apply(pair.place, pair.pruned, trace)
             elif kept:

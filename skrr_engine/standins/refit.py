@@ -20,6 +20,7 @@ from ..encoder.standin import NORMS
 from ..encoder.units import activations, out_weight, units_of
 from ..measure.calibration import Calibration
 from .fit import Fitting, Gram, Streams, factored, fit_here, solve, stand_in
+from .widths import additive
 
 ROUNDS = 2
 """How often out-projection and stand-in are fitted in turn."""
@@ -56,11 +57,6 @@ def refit(
             found[place] = action
         streams.go_on(action)
     return found
-
-
-def additive(sub_block) -> bool:
-    """Whether what an out-projection gives is added to the stream as it is."""
-    return getattr(sub_block, "post", None) is None
 
 
 def refit_here(streams: Streams, norm: str, fitting: Fitting, bare: Narrow) -> Action:

@@ -6,7 +6,7 @@ weight, tokens weighted as a fit weights them. At a width the first so many of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -15,11 +15,11 @@ from ..encoder.actions import SKIP, Action, Narrow
 from ..encoder.row import EncoderError
 from ..encoder.standin import NORMS
 from ..encoder.trace import Trace
-from ..encoder.units import Units, out_weight, reading, units_of
+from ..encoder.units import Units, activations, out_weight, reading, units_of
 from ..measure.sums import double
 from .fit import Fitting, Gram, Pair, Streams, best_ridge, factored, solve, stand_in
 
-SHARES = (3 / 4, 1 / 2, 1 / 3, 1 / 5, 1 / 8, 1 / 16)
+SHARES = (3 / 4, 1 / 2, 1 / 4, 1 / 10)
 """Of a place's units: the widths that are tried between all and none."""
 
 GROUP = 32
@@ -41,28 +41,48 @@ def units_at(streams: Streams) -> Units | None:
         return None
 
 
-def hidden(streams: Streams, own: Units) -> Iterator[tuple[int, Trace, Pair, torch.Tensor]]:
-    """Every batch's number, trace and streams at this place, and what the place's out-projection takes of the dense
-    one, `[batch, tokens, inner]`."""
-    seen: list[torch.Tensor] = []
-    with reading(own.out, lambda x: seen.append(x.clone())):
-        for number, trace, pair in streams.here():
-            yield number, trace, pair, seen.pop()
-            seen.clear()
+class Survey:
+    """What a place's out-projection takes of the dense stream, batch by batch `[batch, tokens, inner]`: held as far as
+    an eighth of the memory goes, and else computed again."""
+
+    def __init__(self, streams: Streams, own: Units):
+        self.streams, self.own, self.place = streams, own, len(streams.passed)
+        self._held: dict[int, torch.Tensor] = {}
+        self._room = streams.calibration.memory // 8
+
+    def batches(self) -> Iterator[tuple[int, Trace, Pair, torch.Tensor]]:
+        """Every batch's number, trace and streams at this place, and its activations."""
+        seen: list[torch.Tensor] = []
+        with reading(self.own.out, lambda x: seen.append(x.clone())):
+            for number, trace, pair in self.streams.here():
+                found = self._held.get(number)
+                if found is None:
+                    if not seen:  # the stream behind the place was known
+                        self.streams.row.sub_blocks[self.place].apply(pair.dense, trace.calls[self.place])
+                    found = seen[-1]
+                    if found.nbytes <= self._room:
+                        self._room -= found.nbytes
+                        self._held[number] = found
+                seen.clear()
+                yield number, trace, pair, found
 
 
-def ranking(streams: Streams, own: Units, null_share: float) -> torch.Tensor:
+def ranking(survey: Survey, null_share: float) -> torch.Tensor:
     """Numbers of a place's units, int64 on the CPU, those that add most to the dense stream first. null_share: of the
     null prompt in all weight."""
+    own = survey.own
     squares: torch.Tensor | None = None
     null, total = (torch.zeros(()), 0.0), 0.0
-    for number, trace, pair, activation in hidden(streams, own):
-        weights = streams.weights(number, trace, pair.behind).flatten()
-        own_squares = (double(activation.flatten(0, 1).square()) * double(weights).unsqueeze(1)).sum(dim=0)
+    for number, trace, pair, activation in survey.batches():
+        weights = survey.streams.weights(number, trace, pair.behind).flatten()
+        here = (activation.flatten(0, 1).float().square() * weights.to(activation.device).float().unsqueeze(1)).sum(
+            dim=0
+        )
+        here = double(here)
         if number == 0:
-            null = own_squares, float(weights.sum())
+            null = here, float(weights.sum())
             continue
-        squares = own_squares if squares is None else squares + own_squares
+        squares = here if squares is None else squares + here
         total += float(weights.sum())
     if null[1]:
         squares = squares + null[0] * (null_share * total / null[1])
@@ -71,24 +91,57 @@ def ranking(streams: Streams, own: Units, null_share: float) -> torch.Tensor:
     return scores.cpu().argsort(descending=True, stable=True)
 
 
+def narrower(
+    survey: Survey, order: torch.Tensor, widths: Sequence[int]
+) -> Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    """What gives the streams behind the place at each of these widths (falling), from the stream before it and its
+    activations. Where the out-projection's sum is added as it is, each width's is that of the next smaller one and what
+    the units between them add: all together cost one product."""
+    own, sub_block = survey.own, survey.streams.row.sub_blocks[survey.place]
+    if not additive(sub_block):
+        return lambda x, activation: [
+            sub_block.finish(x, own.out(activation * own.mask(order[:n], activation))) if n else x for n in widths
+        ]
+    weight, bias = out_weight(own.out), getattr(own.out, "bias", None)
+    rising = sorted(n for n in widths if n)
+    bands = [own.columns(order[a:b]).to(weight.device) for a, b in zip([0, *rising], rising, strict=False)]
+    parts = [weight[:, band].T.contiguous() for band in bands]
+
+    def behind(x: torch.Tensor, activation: torch.Tensor) -> list[torch.Tensor]:
+        found, done = {0: x}, torch.zeros((), device=x.device)
+        for n, band, part in zip(rising, bands, parts, strict=True):
+            done = done + activation.index_select(-1, band).float() @ part
+            found[n] = sub_block.finish(x.float(), done if bias is None else done + bias.float())
+        return [found[n] for n in widths]
+
+    return behind
+
+
+def additive(sub_block) -> bool:
+    """Whether what an out-projection gives is added to the stream as it is."""
+    return getattr(sub_block, "post", None) is None
+
+
 def fits(
-    streams: Streams, own: Units | None, order: torch.Tensor, widths: Sequence[int], fitting: Fitting
+    streams: Streams, survey: Survey | None, order: torch.Tensor, widths: Sequence[int], fitting: Fitting
 ) -> list[Action]:  # fmt: skip
     """What is done at this place at each of these widths: the first so many units of `order`, and a stand-in fitted to
-    what is missing then to the dense stream behind it. own: None where only a width of 0 is asked for."""
-    place, row = len(streams.passed), streams.row
-    sub_block, norm, width = row.sub_blocks[place], families.by_name(row.family).norm, row.width
+    what is missing then to the dense stream behind it. survey: None where only a width of 0 is asked for."""
+    row = streams.row
+    norm, width = families.by_name(row.family).norm, row.width
+    at_widths = narrower(survey, order, widths) if survey else lambda x, activation: [x]
     every = kept = None
     null = None
     prompts, share = 0, 0.0
-    batches = hidden(streams, own) if own else ((*found, None) for found in streams.here())
+    batches = survey.batches() if survey else ((*found, None) for found in streams.here())
     for number, trace, pair, activation in batches:
         if every is None:
             every = Gram.of(width, pair.behind.device, len(widths) * width)
             kept = Gram.of(width, pair.behind.device)
         weights = streams.weights(number, trace, pair.behind)
-        masks = [own.mask(order[:n], activation) if n else None for n in widths]
-        behind = [pair.pruned if m is None else sub_block.finish(pair.pruned, own.out(activation * m)) for m in masks]
+        if activation is not None and pair.pruned is not pair.dense:
+            activation, _ = activations(row, survey.place, pair.pruned, trace.calls[survey.place])
+        behind = at_widths(pair.pruned, activation)
         z, r = NORMS[norm](pair.pruned.float()), torch.cat([pair.behind.float() - b.float() for b in behind], dim=-1)
         if number == 0:
             null = z.flatten(0, 1), r.flatten(0, 1), weights.flatten()
