@@ -292,7 +292,7 @@ def companion_case(bench: Bench, draw: random.Random):
     found = attempt(lambda: standin_file.read(path, "t5xxl", entry, level), clean=one_line)
     if found is not None:
         x = torch.rand(1, 3, WIDTH)
-        assert all(standin.apply(x).shape == x.shape for standin in found.values())
+        assert all(standin.apply(x).shape == x.shape for standin in found.standins.values())
     assert attempt(lambda: standin_file.read(path, "t5xxl", entry, entry.levels[1])) is None or raw == COMPANION
 
 
