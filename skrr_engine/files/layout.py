@@ -105,6 +105,8 @@ PLAIN = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8")
 """Types of weights that hold an element for each weight, in the order of rows and columns."""
 SCALES = ("weight_scale", "scale_weight")
 """Last names of tensors that may hold a number for each row of a weight."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of theirs: scales of blocks have others."""
 MARKER = "comfy_quant"
 
 
@@ -129,7 +131,7 @@ def cuts(
         rows = tensors["weight"].shape[0]
         found[f"{layer}.weight"] = dimension
         if not dimension:
-            found |= {f"{layer}.{kind}": 0 for kind in (*SCALES, "bias") if by_rows(tensors.get(kind), rows)}
+            found |= {f"{layer}.{kind}": 0 for kind in tensors if by_rows(kind, tensors[kind], rows)}
     return found, whole
 
 
@@ -140,16 +142,14 @@ def cuttable(tensors: Mapping[str, Entry]) -> bool:
     if weight is None or weight.dtype not in PLAIN or len(weight.shape) != 2:
         return False
     rows = weight.shape[0]
-    return all(
-        entry.count <= 1 or (kind in (*SCALES, "bias") and by_rows(entry, rows))
-        for kind, entry in tensors.items()
-        if kind not in ("weight", MARKER)
-    )
+    others = [(kind, entry) for kind, entry in tensors.items() if kind not in ("weight", MARKER)]
+    return all(entry.count <= 1 or by_rows(kind, entry, rows) for kind, entry in others)
 
 
-def by_rows(entry: Entry | None, rows: int) -> bool:
-    """Whether a tensor beside a weight holds a number for each of its rows."""
-    return entry is not None and entry.shape in ((rows,), (rows, 1))
+def by_rows(kind: str, entry: Entry, rows: int) -> bool:
+    """Whether a tensor beside a weight, by its last name, holds a number for each of its rows."""
+    known = kind == "bias" or (kind in SCALES and entry.dtype in FLOATS)
+    return known and entry.shape in ((rows,), (rows, 1))
 
 
 def parameters(key: str, entry: Entry) -> int:

@@ -66,6 +66,9 @@ def write_pruned(
         gone = removed(entry, level, fitted, gone)
         pieces = narrowing(layout, entry, level, fitted.units).pieces
         pieces = {key: piece for key, piece in pieces.items() if key not in spare}
+        wanted = level.standins.ranks.keys() if level.standins else set()
+        if (fitted.standins or fitted.units) and fitted.standins.keys() != wanted:
+            raise CheckpointError(f"{name}: stand-ins of other places than the level's: give all that its file holds")
     extra, more = {}, {}
     if fitted.standins or fitted.units:
         tensors, more[STANDINS] = standin_file.packed({name: {skipped: fitted.standins}}, {name: fitted.units})
@@ -157,6 +160,8 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
     if record.plan is not None:
         check(layout, record.plan, record.encoder)
         gone = removed(record.plan, record.plan.level(record.skipped), fitted, gone)
+    if not gone.issuperset(record.unread):
+        raise CheckpointError(f"{found.path.name}: unread names a sub-block that is there; save it again")
     wrong = layout.dropped(gone) ^ set(record.dropped)
     if wrong:
         raise CheckpointError(f"{found.path.name}: {min(wrong)[:80]} does not agree with its plan; save it again")
