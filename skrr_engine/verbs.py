@@ -21,6 +21,8 @@ from .files import pruned
 from .files.companion import Fitted
 from .files.encoder_file import Checkpoint
 from .files.folder import Encoder, usual_name
+from .files.layout import Layout
+from .files.narrow import check
 from .measure.calibration import Calibration
 from .measure.discrepancy import Discrepancy, Projection
 from .measure.meter import Meter
@@ -93,35 +95,44 @@ def prune(
 
 
 def write_pruned(
-    source: str | os.PathLike[str], out: str | os.PathLike[str], plan: Plan, sparsity: float | None = None
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    plan: Plan,
+    sparsity: float | None = None,
+    fitted: Fitted = Fitted(),  # noqa: B008 - frozen
 ) -> int:
     """Copy an encoder's .safetensors without what a plan's level leaves out; returns the bytes written.
 
-    sparsity: see `discrepancy`. Raises CheckpointError, PlanError, OSError.
+    sparsity: see `discrepancy`. fitted: see `prune`. Raises CheckpointError, PlanError, OSError, EncoderError.
     """
     file = Checkpoint(source)
     name, entry = entry_for(file.layout, plan)
-    return pruned.write_pruned(file, out, name, plan, _level(file.layout, entry, sparsity).skipped)
+    level = _level(entry, sparsity)
+    _assignment(entry, level, fitted)
+    return pruned.write_pruned(file, out, name, plan, level.skipped, fitted=fitted)
 
 
-def entry_for(shape, plan: Plan) -> tuple[str, EncoderPlan]:
+def entry_for(shape: Row | Layout, plan: Plan) -> tuple[str, EncoderPlan]:
     """The plan's entry for an encoder and its name: the first that is made for its family, blocks and width. shape: a
-    Row, a file's Layout. Raises PlanError where there is none."""
+    Row, a file's Layout. Raises PlanError where there is none, or where its units are others; EncoderError."""
     own = shape.family, shape.blocks, shape.width
     fits = [name for name, entry in plan.encoders.items() if (entry.family, entry.blocks, entry.width) == own]
     name = fits[0] if fits else next(iter(plan.encoders))
     entry = plan.encoder(name)
-    entry.check(shape.family, shape.blocks, shape.width, name)
+    check(shape, entry, name)
     return name, entry
 
 
-def _level(shape, entry: EncoderPlan, sparsity: float | None) -> Level:
+def _level(entry: EncoderPlan, sparsity: float | None) -> Level:
     return entry.levels[-1] if sparsity is None else entry.choose(sparsity)
 
 
 def _removed(row: Row, plan: Plan, sparsity: float | None, fitted: Fitted) -> Assignment:
     _, entry = entry_for(row, plan)
-    level = _level(row, entry, sparsity)
+    return _assignment(entry, _level(entry, sparsity), fitted)
+
+
+def _assignment(entry: EncoderPlan, level: Level, fitted: Fitted) -> Assignment:
     found = fitted.assignment(entry, level)
     if not found:
         raise EncoderError("this level narrows sub-blocks: give its companion file's content, see files.companion.read")

@@ -18,7 +18,7 @@ from skrr_engine.encoder.standin import NORMS, StandIn, StandInModule
 from skrr_engine.encoder.trace import Tracer
 from skrr_engine.errors import SearchError
 from skrr_engine.files import companion as standin_file
-from skrr_engine.files.companion import StandInError
+from skrr_engine.files.companion import Fitted, StandInError
 from skrr_engine.measure.calibration import Batch, Calibration
 from skrr_engine.measure.elimination import ROUNDING
 from skrr_engine.measure.meter import Meter
@@ -435,16 +435,17 @@ def test_file_and_plan(tmp_path):
     file = standin_file.beside(path)
     assert file.name == "plan.standins.safetensors" and list(load_file(file))[0].startswith("t5.3.")
     found, problem = standin_file.of_level([tmp_path], "t5", entry, level)
-    assert problem == "" and set(found) == {3, 6}
-    for place, s in found.items():
+    assert problem == "" and set(found.standins) == {3, 6} and not found.units
+    for place, s in found.standins.items():
         assert (
             s.norm == "rms" and torch.equal(s.down, standins[place].down) and torch.equal(s.bias, standins[place].bias)
         )
     file.rename(tmp_path / "another name.standins.safetensors")
-    assert standin_file.of_level([tmp_path], "t5", entry, level)[0].keys() == {3, 6}, "files are known by their hash"
+    found, _ = standin_file.of_level([tmp_path], "t5", entry, level)
+    assert found.standins.keys() == {3, 6}, "files are known by their hash"
     (tmp_path / "another name.standins.safetensors").unlink()
     found, problem = standin_file.of_level([tmp_path], "t5", entry, level)
-    assert found == {} and "missing" in problem and "\n" not in problem
+    assert found == Fitted() and "missing" in problem and "\n" not in problem
 
 
 @pytest.mark.parametrize(
@@ -454,7 +455,7 @@ def test_file_and_plan(tmp_path):
         (lambda t, m: t.update({"t5.3.3.down": torch.zeros(3, 31)}), r"expected floats \[3, 32\], found .* \[3, 31\]"),
         (lambda t, m: t.update({"t5.3.3.bias": torch.zeros(32, dtype=torch.int8)}), "found torch.int8"),
         (lambda t, m: t.update({"t5.3.3.bias": torch.full((32,), math.nan)}), "not finite"),
-        (lambda t, m: m.update(version="2"), "no stand-ins that this Skrr can read"),
+        (lambda t, m: m.update(version="3"), "no stand-ins that this Skrr can read"),
         (lambda t, m: m.update(norms="t5:batch"), "no stand-ins for t5"),
         (lambda t, m: m.update(norms=""), "no stand-ins for t5"),
     ],
@@ -501,7 +502,7 @@ def test_not_safetensors_and_another_hash(tmp_path):
     with pytest.raises(StandInError, match="not the stand-ins that this plan names"):
         standin_file.read(tmp_path / "x.standins.safetensors", "t5", entry, entry.levels[0])
     os.truncate(file, 100)
-    assert standin_file.of_level([tmp_path], "t5", entry, entry.levels[0])[0] == {}
+    assert standin_file.of_level([tmp_path], "t5", entry, entry.levels[0])[0] == Fitted()
 
 
 @pytest.mark.parametrize(
@@ -601,8 +602,8 @@ def test_encode_by_hand(found, folder, tmp_path, capsys):
         if plan:
             entry = Plan.read(plan).encoder("t5")
             level = entry.levels[-1]
-            standins, _ = standin_file.of_level([plan.parent], "t5", entry, level)
-            rewire(encoder.module, encoder.row, assignment(entry.order[: level.skipped], level.reuse, standins))
+            fitted, _ = standin_file.of_level([plan.parent], "t5", entry, level)
+            rewire(encoder.module, encoder.row, fitted.assignment(entry, level))
         for key, prompt in (*((str(i), p) for i, p in enumerate(PROMPTS)), ("null", "")):
             ids = torch.tensor([encoder.tokenize(prompt)])
             wanted = encoder.module(input_ids=ids).last_hidden_state[0]
@@ -620,11 +621,12 @@ def test_apply_writes_them_into_the_file(found, folder, tmp_path, capsys):
     assert main(["verify", str(out)]) == 0
     entry = Plan.read(found).encoder("t5")
     level = entry.levels[-1]
-    wanted, _ = standin_file.of_level([found.parent], "t5", entry, level)
+    wanted = standin_file.of_level([found.parent], "t5", entry, level)[0].standins
     pruned = Checkpoint(out)
-    assert pruned.standins.keys() == wanted.keys() == level.standins.ranks.keys()
+    standins = pruned.fitted.standins
+    assert standins.keys() == wanted.keys() == level.standins.ranks.keys()
     for place, s in wanted.items():
-        assert torch.equal(pruned.standins[place].down, s.down) and torch.equal(pruned.standins[place].up, s.up)
+        assert torch.equal(standins[place].down, s.down) and torch.equal(standins[place].up, s.up)
     assert pruned.layout.total == Checkpoint(whole).layout.total, "stand-ins count as no part of the dense encoder"
     assert not any("standins" in key for key in pruned.entries)
     raw = bytearray(out.read_bytes())

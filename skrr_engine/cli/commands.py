@@ -223,7 +223,7 @@ def run_discrepancy(options) -> None:
     result = {
         "encoder": name,
         "skipped": level.skipped,
-        "sparsity": row.sparsity(entry.shares(level)) if removed else 0.0,
+        "sparsity": row.sparsity(entry.shares(level)),
         "standins": len(fitted.standins),
         "D": found.finite,  # JSON has no infinity
         "D_cond": finite(found.conditional),
@@ -240,11 +240,13 @@ def run_discrepancy(options) -> None:
 
 
 def fitted_beside(path: str, name: str, entry, level):
-    """The stand-ins and units of a level of the plan at `path`; none, and a word on stderr, where their file is
-    missing."""
+    """The stand-ins and units of a level of the plan at `path`. Where their file is missing: none, and a word on
+    stderr; StandInError for a level that is nothing without them."""
     from ..files import companion as standin_file
 
     fitted, problem = standin_file.of_level([Path(path).parent], name, entry, level, standin_file.beside(path))
+    if problem and entry.narrowed(level):
+        raise standin_file.StandInError(problem)
     if problem:
         print(f"skrr: {problem}", file=sys.stderr)
     return fitted
@@ -252,10 +254,11 @@ def fitted_beside(path: str, name: str, entry, level):
 
 def named_entry(options, plan: Plan, bench: "Bench") -> str:
     """The name of the plan's entry for the encoder. Raises PlanError where that is made for another."""
-    row = bench.encoder.row
+    from ..files.narrow import check
+
     usual = bench.encoder.name if bench.encoder.name in plan.encoders else next(iter(plan.encoders))
     name = options.name or usual
-    plan.encoder(name).check(row.family, row.blocks, row.width, name)
+    check(bench.encoder.row, plan.encoder(name), name)
     return name
 
 
@@ -340,6 +343,7 @@ def run_encode(options) -> None:
 def run_apply(options) -> None:
     """Write a copy of an encoder's .safetensors without what a plan skips: kept tensors bit for bit, and the plan."""
     from ..files.encoder_file import Checkpoint
+    from ..files.narrow import check
     from ..files.pruned import write_pruned
 
     plan, source = Plan.read(options.plan), Checkpoint(options.encoder)
@@ -349,11 +353,11 @@ def run_apply(options) -> None:
     alike = [n for n, e in plan.encoders.items() if (e.family, e.blocks, e.width) == shape]
     name = options.name or (alike[0] if alike else next(iter(plan.encoders)))
     entry = plan.encoder(name)
-    entry.check(*shape, name)
+    check(layout, entry, name)
     level = entry.choose(options.sparsity)
     fitted = fitted_beside(options.plan, name, entry, level)
     written = write_pruned(source, options.out, name, plan, level.skipped, fitted=fitted)
-    gone = layout.sparsity(entry.shares(level)) if fitted.assignment(entry, level) else 0
+    gone = layout.sparsity(entry.shares(level))
     before = source.path.stat().st_size
     changed = changes(entry, level, 2 * layout.blocks, len(fitted.standins))
     print(f"{name}: {changed}, {gone:.1%} of its parameters left out")

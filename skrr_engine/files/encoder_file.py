@@ -11,7 +11,7 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,15 +19,15 @@ import torch
 
 from ..disk import safetensors as header
 from ..disk.atomic import sha256_from
-from ..disk.safetensors import DTYPES, Entry
+from ..disk.safetensors import DTYPES, Entry, tensor_bytes
 from ..encoder import families
 from ..errors import SkrrError, first_line
 from ..plan.model import EncoderPlan, Plan
 from ..plan.text import PlanError
 from . import companion as standin_file
 from .companion import Fitted
-from .layout import MAX_BLOCKS, Layout, layouts_of, matching
-from .narrow import Piece
+from .layout import MARKER, MAX_BLOCKS, Layout, layouts_of, matching
+from .narrow import Piece, check, narrowing
 
 PLAN, RECORD = "skrr_plan", "skrr"
 """Metadata of a pruned file: the plan's JSON, and JSON of its own (see `Record`)."""
@@ -35,6 +35,14 @@ STANDINS = "skrr_standins."
 """What the names of stand-ins in a pruned file begin with, and the name of the metadata that says their norms."""
 
 MAX_RECORD = 4 << 20
+AT_ONCE = 4 << 20
+"""Bytes that rows are taken from at a time: they stay in the processor's cache."""
+GAP = 16 << 10
+"""Bytes that are read and thrown away rather than jumped over: that takes as long."""
+MARKERS = "_quantization_metadata"
+"""Metadata in which a file may say what ComfyUI's markers do."""
+MAX_MARKER = 4 << 10
+PLAIN_INT8 = "int8_tensorwise"
 CHECKPOINT = ("model.diffusion_model.", "first_stage_model.")
 """What names begin with in a whole checkpoint."""
 CONNECTORS = tuple(f"model.diffusion_model.{kind}_embeddings_connector." for kind in ("audio", "video"))
@@ -54,7 +62,7 @@ class Record:
     data_sha256: over the tensors' bytes in file order; dropped: name -> (dtype, shape) of what was left out; blocks: of
     the encoder before others shortened the dense file, 0 where they did not; header_sha256: over what the header
     says (see `_header_sha256`), None in files of before; narrowed: name -> (dtype, shape) in the dense file of what was
-    cut to some of its rows or columns."""
+    cut to some of its rows or columns; refitted: those of them whose numbers are not the dense file's."""
 
     encoder: str
     plan: EncoderPlan | None
@@ -66,6 +74,7 @@ class Record:
     blocks: int = 0
     header_sha256: str | None = None
     narrowed: Mapping[str, Entry] = field(default_factory=dict)
+    refitted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -109,9 +118,9 @@ class Checkpoint:
         if both is not None:
             raise self._damaged(f'"{both[:80]}" is said to be left out, but is there')
         narrowed = self.record.narrowed if self.record else {}
-        lost = next((key for key in narrowed if key not in entries or key in left_out), None)
+        lost = next((key for key, dense in narrowed.items() if not _is_narrower(entries.get(key), dense)), None)
         if lost is not None:
-            raise self._damaged(f'"{lost[:80]}" is said to be narrowed, but is not there')
+            raise self._damaged(f'"{lost[:80]}" is said to be narrowed, but is not there, or not narrower')
         self.entries = {**entries, **left_out, **narrowed}
         if self.record and self.record.header_sha256 not in (None, _header_sha256(found.entries, self.metadata)):
             raise self._damaged("its header is not what was written")
@@ -138,6 +147,9 @@ class Checkpoint:
             if plan is not None:
                 plan.level(raw["skipped"])
             narrowed = {str(k): Entry(d, tuple(shape)) for k, (d, shape) in raw.get("narrowed", {}).items()}
+            refitted = raw.get("refitted", [])
+            if not isinstance(refitted, list) or not {str(key) for key in refitted} <= narrowed.keys():
+                raise ValueError("refitted names what is not narrowed")
             unread = tuple(raw["unread"])
             if not all(type(i) is int for i in unread) or len(set(unread)) < len(unread):
                 raise ValueError("unread is no list of different numbers")
@@ -148,7 +160,7 @@ class Checkpoint:
                 raise ValueError(f"an encoder of {blocks} blocks")
             return Record(
                 str(raw["encoder"]), plan, int(raw["skipped"]), unread, source, str(raw["data_sha256"]), dropped,
-                blocks, None if digest is None else str(digest), narrowed,
+                blocks, None if digest is None else str(digest), narrowed, frozenset(map(str, refitted)),
             )  # fmt: skip
         except (PlanError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise self._damaged(first_line(error)) from None
@@ -160,25 +172,35 @@ class Checkpoint:
     def tensor(self, key: str) -> torch.Tensor:
         """A tensor of the file, read now, in memory of its own. Of a type that torch lacks: its bytes."""
         entry = self._header.entries[key]
-        raw = self._bytes(key, [(0, entry.nbytes)])
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        self._fill(raw, key, [(0, entry.nbytes)])
         return raw.view(DTYPES[entry.dtype]).reshape(entry.shape) if entry.dtype in DTYPES else raw
 
     def piece(self, key: str, piece: Piece) -> torch.Tensor:
-        """What stays of a tensor. Of rows nothing else is read."""
+        """What stays of a tensor. Of rows nothing else is read, but for what lies between near ones (see GAP)."""
         entry = self._header.entries[key]
-        if piece.dimension or entry.dtype not in DTYPES:
+        if piece.dimension:
             return piece.cut(self.tensor(key))
         row = entry.nbytes // entry.shape[0]
-        raw = self._bytes(key, [(first * row, count * row) for first, count in runs(piece.index)])
-        return raw.view(DTYPES[entry.dtype]).reshape(piece.entry.shape)
+        raw = torch.empty((len(piece.index), row), dtype=torch.uint8)
+        between = torch.empty((max(1, AT_ONCE // max(1, row)), row), dtype=torch.uint8)
+        _, sizes = (piece.index // len(between)).unique_consecutive(return_counts=True)
+        for rows, target in zip(piece.index.split(sizes.tolist()), raw.split(sizes.tolist()), strict=True):
+            starts, counts, places = near(rows, GAP // max(1, row))
+            read, alone = int(counts.sum()), len(places) == int(counts.sum())
+            spans = zip((starts * row).tolist(), (counts * row).tolist(), strict=True)
+            self._fill(target if alone else between[:read], key, spans)
+            if not alone:
+                torch.index_select(between, 0, places, out=target)
+        return raw.flatten().view(DTYPES[entry.dtype]).reshape(piece.entry.shape)
 
-    def _bytes(self, key: str, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Spans (start, length) of a tensor's bytes, one behind the other."""
-        raw = torch.empty(sum(length for _, length in spans), dtype=torch.uint8)
-        view, got = memoryview(raw.numpy()), 0
+    def _fill(self, raw: torch.Tensor, key: str, spans: Iterable[tuple[int, int]]) -> None:
+        """Fill bytes in memory with spans (start, length) of a tensor's bytes, one behind the other."""
+        raw = raw.flatten()
+        view, got, begin = memoryview(raw.numpy()), 0, self._header.starts[key]
         try:
             for start, length in spans:
-                self._file.seek(self._header.starts[key] + start)
+                self._file.seek(begin + start)
                 end = got + length
                 while got < end and (count := self._file.readinto(view[got:end])):
                     got += count
@@ -191,7 +213,6 @@ class Checkpoint:
             ) from None
         if got < len(raw):
             raise CheckpointError(f"{self.path.name}: was cut while it was read; get the file again")
-        return raw
 
     def start(self, key: str) -> int:
         """Where a tensor begins in the file."""
@@ -227,18 +248,26 @@ class Checkpoint:
 
     @functools.cached_property
     def fitted(self) -> Fitted:
-        """The stand-ins and units in a pruned file. Raises StandInError."""
-        record = self.record
+        """The stand-ins and units in a pruned file. Raises StandInError, PlanError; CheckpointError where the file's
+        tensors are not what these units leave."""
+        record, found = self.record, Fitted()
         level = record.plan.level(record.skipped) if record and record.plan else None
-        if level is None or not self._standins:
-            return Fitted()
+        if level is not None and self._standins:
+            check(self.layout, record.plan, record.encoder)
+            norms = self.metadata.get(STANDINS, "")
+            found = standin_file.checked(self._fetch, norms, self.path.name, record.encoder, record.plan, level)
+        if record is not None and (record.narrowed or found.units):
+            pieces = narrowing(self.layout, record.plan, level, found.units).pieces if level is not None else {}
+            odd = pieces.keys() ^ record.narrowed.keys()
+            odd = odd or {key for key, piece in pieces.items() if self.stored(key) != piece.entry}
+            if odd:
+                raise CheckpointError(f"{self.path.name}: {min(odd)[:80]} does not agree with its plan; save it again")
+        return found
 
-        def fetch(key: str) -> torch.Tensor | None:
-            return self.tensor(STANDINS + key) if STANDINS + key in self._standins else None
-
-        layout, norms = self.layout, self.metadata.get(STANDINS, "")
-        record.plan.check(layout.family, layout.blocks, layout.width, record.encoder)
-        return standin_file.checked(fetch, norms, self.path.name, record.encoder, record.plan, level)
+    def _fetch(self, key: str) -> torch.Tensor | None:
+        """A tensor of the stand-ins or units in a pruned file, None where that is missing, or too large to be one."""
+        entry = self._header.entries.get(STANDINS + key)
+        return None if entry is None or entry.nbytes > standin_file.MAX_BYTES else self.tensor(STANDINS + key)
 
     def sha256(self) -> str:
         """Of the whole file."""
@@ -246,7 +275,27 @@ class Checkpoint:
 
     @functools.cached_property
     def _layouts(self) -> list[Layout]:
-        return layouts_of(self.entries)
+        return layouts_of(self.entries, self._rotated)
+
+    @functools.cached_property
+    def _rotated(self) -> frozenset[str]:
+        """See Layout: int8 of any kind but the plain one, by what ComfyUI's markers say of it ("convrot")."""
+        says = {}
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            says = dict(json.loads(self.metadata.get(MARKERS, "{}"))["layers"])
+        int8 = {key.removesuffix(".weight") for key, entry in self._header.entries.items() if entry.dtype == "I8"}
+        for layer in int8:
+            marker = self._header.entries.get(f"{layer}.{MARKER}")
+            if marker is not None:
+                says[layer] = None
+                with contextlib.suppress(ValueError, RecursionError):
+                    if marker.nbytes <= MAX_MARKER:
+                        says[layer] = json.loads(b"".join(tensor_bytes(self.tensor(f"{layer}.{MARKER}"))))
+        plain = {
+            layer for layer, own in says.items()
+            if isinstance(own, dict) and own.get("format") == PLAIN_INT8 and not own.get("convrot")
+        }  # fmt: skip
+        return frozenset(int8 & says.keys() - plain)
 
     @functools.cached_property
     def known_layout(self) -> Layout | None:
@@ -304,11 +353,23 @@ class Checkpoint:
         )
 
 
-def runs(index: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Rising numbers as runs of neighbours: (first, count)."""
-    breaks = (index.diff() != 1).nonzero().flatten() + 1
-    for run in index.tensor_split(breaks.tolist()):
-        yield int(run[0]), len(run)
+def near(index: torch.Tensor, gap: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rising numbers as runs over gaps of at most so many: the first of each run, how long it is with its gaps, and
+    where each number stands among all runs, one behind the other."""
+    far = torch.nn.functional.pad(index.diff() > gap + 1, (1, 0))
+    starts = index[far | (torch.arange(len(index)) == 0)]
+    ends = index[torch.nn.functional.pad(far[1:], (0, 1), value=True)]
+    counts = ends - starts + 1
+    run = far.cumsum(0)
+    return starts, counts, index - starts[run] + (counts.cumsum(0) - counts)[run]
+
+
+def _is_narrower(entry: Entry | None, dense: Entry) -> bool:
+    """Whether a tensor in a file can be some of the rows or columns of a dense one."""
+    if entry is None or entry.dtype != dense.dtype or len(entry.shape) != len(dense.shape):
+        return False
+    odd = [i for i, (own, whole) in enumerate(zip(entry.shape, dense.shape, strict=True)) if own != whole]
+    return len(odd) == 1 and odd[0] < 2 and 0 < entry.shape[odd[0]] < dense.shape[odd[0]]
 
 
 def _header_sha256(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:

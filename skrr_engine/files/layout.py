@@ -22,21 +22,27 @@ class Layout(Numbers):
     it, none where a file that others have shortened lacks it; entries: all of the encoder's tensors, those that a
     pruned file has left out included, but nothing that no text encoder uses (a decoder, a tower that sees, the
     embedding again); prefix: what stands before their names in this file; extras: what ComfyUI reads beside them
-    (tokenizer, markers)."""
+    (tokenizer, markers); rotated: names, without `.weight`, of projections that mix groups of their columns before they
+    multiply, so that none can be taken alone.
+
+    What lies in units is told of tensors that narrowing can cut (see `cuts`): scales of rows go with them, and what is
+    quantised in blocks stays whole.
+    """
 
     keys: tuple[tuple[str, ...], ...]
     entries: Mapping[str, Entry]
     prefix: str
     extras: frozenset[str]
+    rotated: frozenset[str] = frozenset()
 
     @classmethod
     def of(
         cls, family: str, width: int, keys: Sequence[Sequence[str]], entries: Mapping[str, Entry], prefix: str,
-        extras: frozenset[str],
+        extras: frozenset[str], rotated: frozenset[str] = frozenset(),
     ) -> "Layout":  # fmt: skip
         """From its tensors."""
         counts = {key: parameters(key, entry) for key, entry in entries.items()}
-        in_units = [list(filter(families.by_name(family).in_units, own)) for own in keys]
+        in_units = [cuts(family, own, entries, rotated)[0] for own in keys]
         return cls(
             family,
             len(keys) // 2,
@@ -51,6 +57,7 @@ class Layout(Numbers):
             entries,
             prefix,
             extras,
+            rotated,
         )
 
     @property
@@ -81,7 +88,68 @@ class Layout(Numbers):
     def extended(self, blocks: int) -> "Layout":
         """This encoder as the one of so many blocks that it was before others cut off its last ones."""
         more = ((),) * (2 * max(0, blocks - self.blocks))
-        return Layout.of(self.family, self.width, self.keys + more, self.entries, self.prefix, self.extras)
+        return Layout.of(
+            self.family, self.width, self.keys + more, self.entries, self.prefix, self.extras, self.rotated
+        )
+
+    def heads(self, block: int) -> int | None:
+        """How many key/value heads a block's attention has, None where its tensors don't tell."""
+
+        def shape(ending: str) -> tuple[int, ...] | None:
+            return next((entry.shape for key, entry in self.entries.items() if key.endswith(ending)), None)
+
+        return families.by_name(self.family).file_heads(block, shape)
+
+
+PLAIN = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8")
+"""Types of weights that hold an element for each weight, in the order of rows and columns."""
+SCALES = ("weight_scale", "scale_weight")
+"""Last names of tensors that may hold a number for each row of a weight."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of theirs: scales of blocks have others."""
+MARKER = "comfy_quant"
+
+
+def cuts(
+    family: str, keys: Collection[str], entries: Mapping[str, Entry], rotated: Collection[str] = ()
+) -> tuple[dict[str, int], set[str]]:
+    """Which tensors of a sub-block narrowing cuts: name -> to some of its rows (0) or columns (1); and the names,
+    without `.weight`, of those projections that it can't, as they are quantised in blocks: they stay whole. keys: of
+    all its tensors; rotated: see Layout."""
+    known = families.by_name(family)
+    layers: dict[str, dict[str, Entry]] = {}
+    for key in keys:
+        layer, _, kind = key.rpartition(".")
+        if layer.rpartition(".")[2] in known.ins | known.outs:
+            layers.setdefault(layer, {})[kind] = entries[key]
+    found, whole = {}, set()
+    for layer, tensors in layers.items():
+        dimension = int(layer.rpartition(".")[2] in known.outs)
+        if not cuttable(tensors) or (dimension and layer in rotated):
+            whole.add(layer)
+            continue
+        rows = tensors["weight"].shape[0]
+        found[f"{layer}.weight"] = dimension
+        if not dimension:
+            found |= {f"{layer}.{kind}": 0 for kind in tensors if by_rows(kind, tensors[kind], rows)}
+    return found, whole
+
+
+def cuttable(tensors: Mapping[str, Entry]) -> bool:
+    """Whether a projection can be cut, by its tensors' last names: an element for each weight, and scales for all of it
+    or for each row."""
+    weight = tensors.get("weight")
+    if weight is None or weight.dtype not in PLAIN or len(weight.shape) != 2:
+        return False
+    rows = weight.shape[0]
+    others = [(kind, entry) for kind, entry in tensors.items() if kind not in ("weight", MARKER)]
+    return all(entry.count <= 1 or by_rows(kind, entry, rows) for kind, entry in others)
+
+
+def by_rows(kind: str, entry: Entry, rows: int) -> bool:
+    """Whether a tensor beside a weight, by its last name, holds a number for each of its rows."""
+    known = kind == "bias" or (kind in SCALES and entry.dtype in FLOATS)
+    return known and entry.shape in ((rows,), (rows, 1))
 
 
 def parameters(key: str, entry: Entry) -> int:
@@ -89,18 +157,18 @@ def parameters(key: str, entry: Entry) -> int:
     return entry.count * (2 if entry.dtype == "U8" else 1) if key.endswith(PARAMETERS) else 0
 
 
-def layout_of(entries: Mapping[str, Entry]) -> Layout | None:
-    """See tensors as the one encoder of a family that the engine knows, or None."""
-    found = layouts_of(entries)
+def layout_of(entries: Mapping[str, Entry], rotated: frozenset[str] = frozenset()) -> Layout | None:
+    """See tensors as the one encoder of a family that the engine knows, or None. rotated: see Layout."""
+    found = layouts_of(entries, rotated)
     return found[0] if len(found) == 1 else None
 
 
-def layouts_of(entries: Mapping[str, Entry]) -> list[Layout]:
-    """All encoders among these tensors that are whole and of a family that the engine knows."""
+def layouts_of(entries: Mapping[str, Entry], rotated: frozenset[str] = frozenset()) -> list[Layout]:
+    """All encoders among these tensors that are whole and of a family that the engine knows. rotated: see Layout."""
     found: dict[str, Layout] = {}
     for family in families.FAMILIES:
         for prefix, matches in matching(family, entries).items():
-            layout = None if prefix in found else _layout(family, prefix, matches, entries)
+            layout = None if prefix in found else _layout(family, prefix, matches, entries, rotated)
             if layout is not None:
                 found[prefix] = layout
     return list(found.values())
@@ -116,7 +184,9 @@ def matching(family, entries: Collection[str]) -> dict[str, dict[str, re.Match]]
     return {prefix: own for prefix, own in found.items() if not any(match["other"] for match in own.values())}
 
 
-def _layout(family, prefix: str, matches: Mapping[str, re.Match], entries: Mapping[str, Entry]) -> Layout | None:
+def _layout(
+    family, prefix: str, matches: Mapping[str, re.Match], entries: Mapping[str, Entry], rotated: frozenset[str]
+) -> Layout | None:
     """See the tensors under a prefix as one family's encoder, or None."""
     ends = "." + family.file_width
     norms = [found for key, found in matches.items() if key.endswith(ends) and found["block"] == "0"]
@@ -138,7 +208,7 @@ def _layout(family, prefix: str, matches: Mapping[str, re.Match], entries: Mappi
         if "." in name and not family.file_unused.fullmatch(name) and not _again(name, names.values())
     }
     extras = frozenset(key for key in entries if "." not in names.get(key, key))
-    return Layout.of(family.name, entries[norms[0].string].shape[0], keys, own, prefix, extras)
+    return Layout.of(family.name, entries[norms[0].string].shape[0], keys, own, prefix, extras, rotated)
 
 
 def _again(name: str, names: Collection[str]) -> bool:

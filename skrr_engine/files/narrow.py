@@ -6,13 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from ..disk.safetensors import Entry
-from ..encoder import families
-from ..encoder.units import index_cut, spread
+from ..encoder.row import Row
+from ..encoder.units import index_cut, spread, units_of
 from ..plan.model import EncoderPlan, Level
-from .layout import Layout
-
-PLAIN = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8")
-"""Types of weights that hold an element for each weight, in the order of rows and columns."""
+from .layout import Layout, cuts
 
 
 @dataclass(frozen=True)
@@ -37,53 +34,45 @@ class Narrowing:
     whole: frozenset[str]
 
 
+def check(shape: Row | Layout, entry: EncoderPlan, name: str) -> None:
+    """Raises PlanError unless an entry of a plan is made for this encoder: its family, blocks and width and, where
+    steps narrow sub-blocks, how many units these have; EncoderError where an encoder in memory can't be narrowed.
+
+    shape: a Row, whose units are known; a file's Layout, whose attention may leave its heads open: then they must
+    divide its projections. name: of the encoder, for the message.
+    """
+    entry.check(shape.family, shape.blocks, shape.width, name)
+    places = entry.narrowed(len(entry.order))
+    if isinstance(shape, Row):
+        entry.check_units({place: units_of(shape, place).count for place in places}, {}, name)
+        return
+    counts, lengths = {}, {}
+    for place in places:
+        cut, _ = cuts(shape.family, shape.keys[place], shape.entries, shape.rotated)
+        lengths[place] = [shape.entries[key].shape[dimension] for key, dimension in cut.items()]
+        if place % 2:  # each length is the number of neurons
+            odd = [length for length in lengths[place] if length != entry.units.feed_forward]
+            counts |= {place: odd[0]} if odd else {}
+        elif (heads := shape.heads(place // 2)) is not None:
+            counts[place] = heads
+    entry.check_units(counts, lengths, name)
+
+
 def narrowing(layout: Layout, entry: EncoderPlan, level: Level, units: Mapping[int, torch.Tensor]) -> Narrowing:
     """What a level's narrowed sub-blocks keep of a file's tensors. units: see companion.Fitted. Nothing where they are
-    missing."""
+    missing. Raises PlanError where the plan is made for an encoder of other units."""
     pieces: dict[str, Piece] = {}
     whole: set[str] = set()
-    for place, count in entry.narrowed(level).items():
-        if place in units:
-            kept = units[place][:count].long().sort().values
-            more, odd = of_place(layout, layout.keys[place], kept, entry.units.of(place))
-            pieces |= more
-            whole |= odd
+    narrowed = {place: count for place, count in entry.narrowed(level).items() if place in units}
+    if narrowed:
+        check(layout, entry, layout.family)
+    for place, count in narrowed.items():
+        kept = units[place][:count].long().sort().values
+        cut, odd = cuts(layout.family, layout.keys[place], layout.entries, layout.rotated)
+        whole |= odd
+        for key, dimension in cut.items():
+            dense = layout.entries[key]
+            index = spread(kept, dense.shape[dimension] // entry.units.of(place))
+            shape = (*dense.shape[:dimension], len(index), *dense.shape[dimension + 1 :])
+            pieces[key] = Piece(index, dimension, Entry(dense.dtype, shape))
     return Narrowing(pieces, frozenset(whole))
-
-
-def of_place(layout: Layout, keys, kept: torch.Tensor, count: int) -> tuple[dict[str, Piece], set[str]]:
-    """The same of one sub-block. kept: numbers of the units that stay, rising; count: of all of them."""
-    family = families.by_name(layout.family)
-    layers: dict[str, dict[str, str]] = {}
-    for key in keys:
-        layer, _, kind = key.rpartition(".")
-        layers.setdefault(layer, {})[kind] = key
-    pieces, whole = {}, set()
-    for layer, kinds in layers.items():
-        name = layer.rpartition(".")[2]
-        if "weight" not in kinds or not (name in family.ins or name in family.outs):
-            continue
-        dimension = 1 if name in family.outs else 0
-        tensors = {kind: layout.entries[key] for kind, key in kinds.items()}
-        full = tensors["weight"].shape[dimension] if len(tensors["weight"].shape) == 2 else 0
-        if not full or full % count or not cuttable(tensors):
-            whole.add(layer)
-            continue
-        index = spread(kept, full // count)
-        rows = tensors["weight"].shape[0]
-        for kind, entry in tensors.items():
-            goes = kind == "weight" or (dimension == 0 and entry.shape[:1] == (rows,) and kind != "comfy_quant")
-            if goes and (kind == "weight" or entry.count > 1 or rows == 1):
-                shape = list(entry.shape)
-                shape[dimension if kind == "weight" else 0] = len(index)
-                piece = Piece(index, dimension if kind == "weight" else 0, Entry(entry.dtype, tuple(shape)))
-                pieces[kinds[kind]] = piece
-    return pieces, whole
-
-
-def cuttable(tensors: Mapping[str, Entry]) -> bool:
-    """Whether a layer's weight can be cut: an element for each weight, and scales for all of it or for each row."""
-    weight = tensors["weight"]
-    scales = [entry for kind, entry in tensors.items() if kind not in ("weight", "bias", "comfy_quant")]
-    fits = all(entry.count <= 1 or entry.shape in ((weight.shape[0],), (weight.shape[0], 1)) for entry in scales)
-    return weight.dtype in PLAIN and fits

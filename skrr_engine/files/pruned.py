@@ -18,7 +18,7 @@ from . import companion as standin_file
 from .companion import Fitted
 from .encoder_file import PLAN, RECORD, STANDINS, Checkpoint, CheckpointError, Record, _header_sha256
 from .layout import Layout
-from .narrow import Piece, narrowing
+from .narrow import Piece, check, narrowing
 
 
 class Source(Protocol):
@@ -54,18 +54,21 @@ def write_pruned(
     level's stand-ins and units, to be written along; refitted: name -> tensor that takes the place of what is left of
     that one, of its shape and type; blocks: of the whole encoder, where others have shortened the file; spare: names of
     tensors that this encoder does not use. Streamed, one tensor in memory at a time; written whole or not at all.
-    Raises CheckpointError, PlanError, OSError.
+    Without the units that the level needs, the encoder stays whole. Raises CheckpointError, PlanError, OSError.
     """
     if source.record is not None:
         raise CheckpointError(f"{source.path.name} is pruned already: start from {source.record.source['name']}")
     layout, gone, pieces = source.layout.extended(blocks), set(unread), {}
     if plan is not None:
         entry = plan.encoder(name)
-        entry.check(layout.family, layout.blocks, layout.width, name)
+        check(layout, entry, name)
         level = entry.level(skipped)
-        wholly = removed(entry, level, fitted)
-        gone = (gone | wholly) - set(level.reuse.values()) - (fitted.assignment(entry, level).keys() - wholly)
-        pieces = dict(narrowing(layout, entry, level, fitted.units).pieces)
+        gone = removed(entry, level, fitted, gone)
+        pieces = narrowing(layout, entry, level, fitted.units).pieces
+        pieces = {key: piece for key, piece in pieces.items() if key not in spare}
+        wanted = level.standins.ranks.keys() if level.standins else set()
+        if (fitted.standins or fitted.units) and fitted.standins.keys() != wanted:
+            raise CheckpointError(f"{name}: stand-ins of other places than the level's: give all that its file holds")
     extra, more = {}, {}
     if fitted.standins or fitted.units:
         tensors, more[STANDINS] = standin_file.packed({name: {skipped: fitted.standins}}, {name: fitted.units})
@@ -126,16 +129,19 @@ def write_pruned(
     return written
 
 
-def removed(entry: EncoderPlan, level: Level, fitted: Fitted) -> set[int]:
-    """The sub-blocks that are wholly gone at a level; none where the units that it needs are missing."""
-    shares = entry.shares(level) if entry.narrowed(level).keys() <= fitted.units.keys() else {}
-    return {place for place, share in shares.items() if not share}
+def removed(entry: EncoderPlan, level: Level, fitted: Fitted, unread: Collection[int]) -> set[int]:
+    """The sub-blocks that are wholly gone at a level; of its own none where the units that it needs are missing. Unread
+    ones that it narrows, or that others re-use, stay."""
+    left = entry.left(level) if entry.narrowed(level).keys() <= fitted.units.keys() else {}
+    gone = {place for place, units in left.items() if not units}
+    return (gone | set(unread)) - set(level.reuse.values()) - (left.keys() - gone)
 
 
 def check_refitted(own: Mapping[str, torch.Tensor], pieces: Mapping[str, Piece], source: str) -> None:
     """Raises CheckpointError where a refitted tensor is not of the shape and type of what it takes the place of."""
     for key, tensor in own.items():
-        if key not in pieces or Entry(NAMES[tensor.dtype], tuple(tensor.shape)) != pieces[key].entry:
+        kind = NAMES.get(tensor.dtype), tuple(tensor.shape)
+        if key not in pieces or kind != (pieces[key].entry.dtype, pieces[key].entry.shape):
             raise CheckpointError(f"{source}: {key[:80]} can't be refitted; save it without refit")
 
 
@@ -149,19 +155,13 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
     record = found.record
     if record is None:
         raise CheckpointError(f"{found.path.name}: not a file that Skrr has pruned; nothing to verify")
-    layout = found.layout
-    gone = set(record.unread)
+    layout, gone = found.layout, set(record.unread)
+    fitted = found.fitted  # raises where it is not what the plan names, or not what the tensors are
     if record.plan is not None:
-        record.plan.check(layout.family, layout.blocks, layout.width, record.encoder)
-        level = record.plan.level(record.skipped)
-        fitted = found.fitted  # raises where it is not what the plan names
-        wholly = removed(record.plan, level, fitted)
-        gone = (gone | wholly) - set(level.reuse.values()) - (fitted.assignment(record.plan, level).keys() - wholly)
-        pieces = narrowing(layout, record.plan, level, fitted.units).pieces
-        odd = pieces.keys() ^ record.narrowed.keys()
-        odd |= {key for key, piece in pieces.items() if key not in odd and found.stored(key) != piece.entry}
-        if odd:
-            raise CheckpointError(f"{found.path.name}: {min(odd)[:80]} does not agree with its plan; save it again")
+        check(layout, record.plan, record.encoder)
+        gone = removed(record.plan, record.plan.level(record.skipped), fitted, gone)
+    if not gone.issuperset(record.unread):
+        raise CheckpointError(f"{found.path.name}: unread names a sub-block that is there; save it again")
     wrong = layout.dropped(gone) ^ set(record.dropped)
     if wrong:
         raise CheckpointError(f"{found.path.name}: {min(wrong)[:80]} does not agree with its plan; save it again")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -336,6 +337,19 @@ class EncoderPlan(_Part):
                 raise PlanError(
                     f"the plan is made for {self._kind()}: expected {field} {_found(wanted)}, found {_found(found)} "
                     f"in the encoder {_quoted(encoder_name)}; choose a plan made for this encoder"
+                )
+
+    def check_units(self, counts: Mapping[int, int], lengths: Mapping[int, Collection[int]], encoder_name: str) -> None:
+        """Raises PlanError unless the sub-blocks that some step narrows have as many units as the plan says. counts:
+        sub-block -> how many the encoder's has, where that is known; lengths: which its units must divide."""
+        for place in sorted(self.narrowed(len(self.order))):
+            field, wanted = "feed_forward" if place % 2 else "attention", self.units.of(place)
+            odd = [length for length in lengths.get(place, ()) if length % wanted]
+            if odd or counts.get(place, wanted) != wanted:
+                found = counts.get(place, f"a projection of length {odd[0]}" if odd else None)
+                raise PlanError(
+                    f"the plan is made for {self._kind()}: expected units.{field} {wanted}, found {found} at sub-block"
+                    f" {place} of the encoder {_quoted(encoder_name)}; choose a plan made for this encoder"
                 )
 
     def _kind(self) -> str:

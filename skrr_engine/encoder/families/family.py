@@ -14,6 +14,10 @@ def _none_stays(block: int, rest: str, keys: Collection[str]) -> bool:
     return False
 
 
+def _none_known(block: int, shape: Callable[[str], tuple[int, ...] | None]) -> int | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Family:
     """name: in plans. norm: what kind its norms are, a key of standin.NORMS.
@@ -28,7 +32,8 @@ class Family:
     In files. file_key: names of a block's tensors, with the groups prefix, block, attention, feed_forward, rest, other;
     file_width: the ending of a tensor as long as the stream is wide; file_unused: what follows a prefix but no text
     encoder uses; stays: (block, rest, all names) -> whether a sub-block's tensor belongs to the whole encoder all the
-    same.
+    same; file_heads: (block, ending of a tensor's name -> its shape, None where there is none) -> how many key/value
+    heads the block's attention has, None where its tensors don't tell.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Family:
     file_width: str
     file_unused: re.Pattern
     stays: Callable[[int, str, Collection[str]], bool] = _none_stays
+    file_heads: Callable[[int, Callable[[str], tuple[int, ...] | None]], int | None] = _none_known
 
     def in_units(self, key: str) -> bool:
         """Whether a tensor of a sub-block, by its name, lies in its units: they own rows of what leads into them, and

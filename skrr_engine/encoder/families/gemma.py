@@ -5,7 +5,7 @@ import re
 from torch import nn
 
 from .family import Family
-from .residual import key_value_heads, module_at, pairs
+from .residual import file_heads, key_value_heads, module_at, pairs
 
 ATTENTION = ("input_layernorm", "self_attn", "post_attention_layernorm")
 FEED_FORWARD = ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm")
@@ -46,4 +46,5 @@ GEMMA = Family(
     ),
     file_width="pre_feedforward_layernorm.weight",
     file_unused=re.compile(r"(?:model\.)?vision_tower\..+"),
+    file_heads=file_heads,
 )

@@ -5,7 +5,7 @@ import re
 from torch import nn
 
 from .family import Family
-from .residual import key_value_heads, module_at, pairs
+from .residual import file_heads, key_value_heads, module_at, pairs
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
@@ -46,4 +46,5 @@ LLAMA = Family(
     ),
     file_width="input_layernorm.weight",
     file_unused=re.compile(r"(?:model\.)?vision_tower\..+"),
+    file_heads=file_heads,
 )

@@ -1,7 +1,7 @@
 """What CLIP, Llama and Gemma share: the residual addition stands in the block, `x + post(body(norm(x)))`."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -154,3 +154,9 @@ def key_value_heads(attention: nn.Module) -> int:
     """How many key/value heads an attention with grouped queries has."""
     own = getattr(attention, "num_kv_heads", None)
     return attention.config.num_key_value_heads if own is None else own
+
+
+def file_heads(block: int, shape: Callable[[str], tuple[int, ...] | None]) -> int | None:
+    """The same by its tensors in a file, where its keys have a norm, which is as long as a head (see Family)."""
+    keys, norm = (shape(f"layers.{block}.self_attn.{name}.weight") for name in ("k_proj", "k_norm"))
+    return keys[0] // norm[0] if keys and norm and norm[0] and keys[0] % norm[0] == 0 else None

@@ -6,7 +6,7 @@ per block, which goes with its attention.
 
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import nn
@@ -21,6 +21,12 @@ BIAS = "SelfAttention.relative_attention_bias."
 def stays(block: int, rest: str, keys: Collection[str]) -> bool:
     """Whether a tensor of block 0's attention belongs to the whole encoder: its bias, where block 1 has none."""
     return block == 0 and rest.startswith(BIAS) and not any(f"encoder.block.1.layer.0.{BIAS}" in key for key in keys)
+
+
+def file_heads(block: int, shape: Callable[[str], tuple[int, ...] | None]) -> int | None:
+    """How many heads attentions have by their tensors in a file: block 0's table of biases has a column for each."""
+    table = shape(f"encoder.block.0.layer.0.{BIAS}weight")
+    return table[1] if table is not None and len(table) == 2 else None
 
 
 def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
@@ -220,4 +226,5 @@ T5 = Family(
     file_width="layer.0.layer_norm.weight",
     file_unused=re.compile(r"(?:decoder|lm_head)\..+"),
     stays=stays,
+    file_heads=file_heads,
 )
