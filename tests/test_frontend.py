@@ -14,7 +14,7 @@ from browser import HELP_IMAGES, IMAGES, build, picture, run, wait_for_map
 
 REPO = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((REPO / "example_workflows").glob("*.json"))
-IN_WORKFLOWS = ["SkrrLoadPlan", "SkrrMemoryReport", "SkrrPrune", "SkrrEditPlan", "SkrrCompare", "SkrrSaveEncoder"]
+IN_WORKFLOWS = ["SkrrLoadPlan", "SkrrMemoryReport", "SkrrPrune", "SkrrRepairPlan", "SkrrEditPlan", "SkrrCompare", "SkrrSaveEncoder"]
 IN_WORKFLOWS += ["SkrrDualCLIPLoader", "SkrrTripleCLIPLoader"]
 LOADERS = ["SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader", "SkrrQuadrupleCLIPLoader"]
 PAGES = [*REPO.glob("*.md"), *(REPO / "docs").glob("*.md"), *(REPO / "web" / "docs").glob("*.md")]
@@ -52,6 +52,7 @@ def test_nodes_are_in_the_menu(page):
     script = "(keys) => keys.map((k) => [LiteGraph.registered_node_types[k]].map((n) => [n.title, n.category])[0])"
     assert dict(zip(NODES, map(tuple, page.evaluate(script, NODES)), strict=True)) == {
         "SkrrPrune": ("Skrr Prune", "Skrr"),
+        "SkrrRepairPlan": ("Repair Skrr Plan", "Skrr"),
         "SkrrLoadPlan": ("Load Skrr Plan", "Skrr"),
         "SkrrEditPlan": ("Edit Skrr Plan", "Skrr"),
         "SkrrMemoryReport": ("Memory Report", "Skrr"),

@@ -9,7 +9,7 @@ const PLAN = "skrr_plan";
 export const CHOOSING = [
   "SkrrLoadPlan", "SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader", "SkrrQuadrupleCLIPLoader",
 ];
-const WITH_MAP = [...CHOOSING, "SkrrPrune", "SkrrTrimUnread", "SkrrMemoryReport"];
+const WITH_MAP = [...CHOOSING, "SkrrPrune", "SkrrRepairPlan", "SkrrTrimUnread", "SkrrMemoryReport"];
 const CHOICE = "skrr_choice";
 const AFTER_A_RUN = "Run the workflow to see what is left of the text encoders.";
 
