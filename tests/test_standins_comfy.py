@@ -47,7 +47,8 @@ def pruned_with(host, clip, name: str, places, reuse=None):  # noqa: F811
         family=row.family, blocks=row.blocks, width=row.width, order=tuple(places), levels=(level,)
     )
     norm = "layer" if row.family == "clip" else "rms"
-    return encoders.Pruned(entry, level, standins={i: random_standin(host, norm, row.width, seed=i) for i in places})
+    found = {i: random_standin(host, norm, row.width, seed=i) for i in places}
+    return encoders.Pruned(entry, level, fitted=host("skrr_engine.files.companion").Fitted(found))
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -110,11 +111,12 @@ def test_sizes_and_where_they_go(comfy, builders, host, monkeypatch):  # noqa: F
     assert derived.patcher.loaded_size() == derived.patcher.model_size()
     planted = [m for m in derived.cond_stage_model.modules() if type(m).__name__ == "StandInModule"]
     assert len(planted) == 3 and not any(type(m).__name__ == "StandInModule" for m in clip.cond_stage_model.modules())
+    planted = [layer for standin in planted for layer in standin.children()]
     moved = []
     for standin in planted:
         monkeypatch.setattr(standin, "to", lambda device, standin=standin: moved.append((standin, device)))
     derived.patcher.detach()
-    assert [device for _, device in moved] == [derived.patcher.offload_device] * 3, "offloaded with the encoder"
+    assert [device for _, device in moved] == [derived.patcher.offload_device] * 6, "offloaded with the encoder"
     moved.clear()
     encode_text(derived)
     assert {device for _, device in moved} == {derived.patcher.load_device}, "loaded with the encoder"
@@ -184,7 +186,7 @@ def test_one_file_of_stand_ins_serves_every_precision(comfy, host, small_heads, 
     plans.joinpath("mine.standins.safetensors").unlink()
     again = load([name], "mochi", choice(host, None))
     assert torch.equal(encode(again), found) and again.patcher.model_size() == loaded.patcher.model_size()
-    assert Checkpoint(files[kind].parent / name).standins.keys() == standins.keys()
+    assert Checkpoint(files[kind].parent / name).fitted.standins.keys() == standins.keys()
 
 
 def test_without_the_file_it_skips_and_says_so(host, small_heads, text_encoders, files, plans):  # noqa: F811
@@ -229,7 +231,7 @@ def test_editing_one_encoder_keeps_the_stand_ins_of_the_others(comfy, builders, 
     pruned = pruned_with(host, clip, "t5xxl", (2, 5))
     named = plan.StandIns(sha256="a" * 64, ranks={2: 4, 5: 4})
     level = pruned.level.model_copy(update={"standins": named})
-    pruned = encoders.Pruned(pruned.plan.model_copy(update={"levels": (level,)}), level, standins=pruned.standins)
+    pruned = encoders.Pruned(pruned.plan.model_copy(update={"levels": (level,)}), level, fitted=pruned.fitted)
     derived = apply.derive(clip, {"t5xxl": pruned})
     (drawn,) = [m for m in host("nodes.host.maps").of_clip(derived) if m["name"] == "t5xxl"]
     assert drawn["standins_sha256"] == "a" * 64 and drawn["standins"] == {"2": 4, "5": 4}
@@ -242,7 +244,7 @@ def test_editing_one_encoder_keeps_the_stand_ins_of_the_others(comfy, builders, 
     bare = pruned.plan.model_copy(update={"levels": (level.model_copy(update={"standins": None}),)})
     without = plan.Plan(encoders={"t5xxl": bare}, provenance=edited.provenance)
     changed = host("nodes.host.plans.match").replaced(derived, without)
-    assert changed["t5xxl"].standins == {}, "now only skipped"
+    assert dict(changed["t5xxl"].standins) == {}, "now only skipped"
 
 
 def test_a_pruned_file_without_its_stand_ins_says_so(host, small_heads, text_encoders, files, plans, tmp_path):  # noqa: F811
@@ -262,7 +264,9 @@ def test_a_pruned_file_without_its_stand_ins_says_so(host, small_heads, text_enc
         loader.say = original
     assert "was saved without the stand-ins that its plan names" in said[0]
     broken = {i: StandIn(s.norm, s.down * float("nan"), s.up, s.bias) for i, s in standins.items()}
-    write_pruned(Checkpoint(files["fp16"]), tmp_path / "broken.safetensors", "t5xxl", plan, 8, standins=broken)
+    write_pruned(
+        Checkpoint(files["fp16"]), tmp_path / "broken.safetensors", "t5xxl", plan, 8, fitted=standin_file.Fitted(broken)
+    )
     with pytest.raises(StandInError, match="not finite"):
         verify(tmp_path / "broken.safetensors")
 

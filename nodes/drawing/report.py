@@ -7,7 +7,10 @@ from PIL import Image, ImageDraw, ImageFont
 from ...skrr_engine.encoder.actions import KEEP
 from ...skrr_engine.plan.words import in_words
 
-COLOURS = {"kept": (70, 130, 180), "skipped": (48, 48, 52), "re-used": (230, 160, 60), "stand-in": (0, 160, 120)}
+COLOURS = {
+    "kept": (70, 130, 180), "skipped": (48, 48, 52), "re-used": (230, 160, 60), "stand-in": (0, 160, 120),
+    "narrowed": (70, 130, 180),
+}  # fmt: skip
 """Told apart by the colour-blind, too: blue, near black, orange, bluish green."""
 
 BACKGROUND, TEXT, FAINT = (24, 24, 27), (235, 235, 235), (150, 150, 155)
@@ -68,20 +71,32 @@ def places(e) -> str:
 
 
 def state_of(encoder, index: int) -> tuple[str, int | None]:
-    """What is at a sub-block's place: kept, skipped, a stand-in, or re-used, and then which one is."""
+    """What is at a sub-block's place: kept, narrowed, skipped, a stand-in, or re-used, and then which one is."""
     removed = encoder.pruned.removed if encoder.pruned else {}
     action = removed.get(index, KEEP)
     return action.word, action.target
 
 
+def shares_of(encoder) -> dict:
+    """Removed or narrowed sub-block -> the share of its units that stays."""
+    return encoder.pruned.shares if encoder.pruned else {}
+
+
 def map_lines(encoder) -> list[str]:
-    """Attention above feed-forward, one sign a block: `#` kept, `.` skipped, `r` re-used, `~` a stand-in;
-    then who re-uses whom, and what the stand-ins take."""
+    """Attention above feed-forward, one sign a block: `#` kept, `0` to `9` narrowed to so many tenths, `.` skipped, `r`
+    re-used, `~` a stand-in; then who re-uses whom, and what the stand-ins take."""
     signs = {"kept": "#", "skipped": ".", "re-used": "r", "stand-in": "~"}
+    shares = shares_of(encoder)
     lines = []
     for kind, label in enumerate(("attention   ", "feed-forward")):
-        row = "".join(signs[state_of(encoder, 2 * block + kind)[0]] for block in range(encoder.blocks))
+        places = range(kind, 2 * encoder.blocks, 2)
+        states = [(state_of(encoder, place)[0], shares.get(place)) for place in places]
+        row = "".join(str(int(10 * share)) if state == "narrowed" else signs[state] for state, share in states)
         lines.append(f"  {label} {row}")
+    narrowed = [share for place, share in shares.items() if state_of(encoder, place)[0] == "narrowed"]
+    if narrowed:
+        mean = sum(map(float, narrowed)) / len(narrowed)
+        lines.append(f"  narrowed: {len(narrowed)} (0 to 9, tenths that stay), to {mean:.0%} on average")
     pairs = [(i, state_of(encoder, i)[1]) for i in range(2 * encoder.blocks)]
     told = [f"{'feed-forward' if i % 2 else 'attention'} {i // 2} by {j // 2}" for i, j in pairs if j is not None]
     if told:
@@ -112,7 +127,9 @@ def as_image(encoders, others: dict[str, int]) -> torch.Tensor:
         for kind, label in enumerate(("attention", "feed-forward")):
             draw.text((MARGIN, y + 4), label, FAINT, small)
             for block in range(e.blocks):
-                draw_cell(draw, MARGIN + 90 + block * (CELL + GAP), y, *state_of(e, 2 * block + kind), block, small)
+                place = 2 * block + kind
+                stays = float(shares_of(e).get(place, 1))
+                draw_cell(draw, MARGIN + 90 + block * (CELL + GAP), y, *state_of(e, place), block, small, stays)
             y += CELL + GAP
         y += 36
     dense, now, rest = sum(e.dense for e in encoders), sum(e.now for e in encoders), sum(others.values())
@@ -136,9 +153,13 @@ def draw_bar(draw, y: int, width: int, now: int, longest: int, dense: int) -> No
         draw.rectangle((MARGIN, y, MARGIN + max(1, full * size // max(longest, 1)), y + 8), fill=colour)
 
 
-def draw_cell(draw, x: int, y: int, state: str, stand_in: int | None, block: int, font) -> None:
-    """One sub-block: its block's number, or the number of the block that stands in."""
-    draw.rectangle((x, y, x + CELL, y + CELL), fill=COLOURS[state])
+def draw_cell(draw, x: int, y: int, state: str, stand_in: int | None, block: int, font, stays: float = 1.0) -> None:
+    """One sub-block: its block's number, or the number of the block that stands in; a narrowed one is filled to the
+    share of its units that stays."""
+    narrowed = state == "narrowed"
+    draw.rectangle((x, y, x + CELL, y + CELL), fill=COLOURS["skipped" if narrowed else state])
+    if narrowed:
+        draw.rectangle((x, y + round(CELL * (1 - stays)), x + CELL, y + CELL), fill=COLOURS["narrowed"])
     text = {"skipped": "", "stand-in": "~"}.get(state, str(block if stand_in is None else stand_in // 2))
     draw.text((x + CELL // 2, y + CELL // 2), text, (0, 0, 0) if state == "re-used" else TEXT, font, anchor="mm")
 
@@ -147,7 +168,13 @@ def draw_legend(draw, y: int, font) -> None:
     """What the colours mean."""
     x = MARGIN
     reused = "re-uses the block of that number"
-    for state, words in {"kept": "kept", "skipped": "skipped", "re-used": reused, "stand-in": "stand-in"}.items():
-        draw.rectangle((x, y, x + 12, y + 12), fill=COLOURS[state])
+    told = {
+        "kept": "kept", "narrowed": "narrowed to what is filled", "skipped": "skipped", "re-used": reused,
+        "stand-in": "stand-in",
+    }  # fmt: skip
+    for state, words in told.items():
+        top = y + 6 if state == "narrowed" else y
+        draw.rectangle((x, y, x + 12, y + 12), fill=COLOURS["skipped"])
+        draw.rectangle((x, top, x + 12, y + 12), fill=COLOURS[state])
         draw.text((x + 18, y), words, FAINT, font)
         x += 32 + int(font.getlength(words))

@@ -14,13 +14,15 @@ MAP, PLAN, BASE = "skrr_map", "skrr_plan", "skrr_base"
 
 def of_encoder(name: str, shape: Numbers, pruned: Pruned | None) -> dict:
     """An encoder of a CLIP; pruned: what is left out of it."""
-    removed = pruned.removed if pruned else {}
-    by_plan = pruned is not None and pruned.level is not None
+    removed, shares = (pruned.removed, pruned.shares) if pruned else ({}, {})
+    by_plan = pruned is not None and pruned.level is not None and bool(removed.keys() & pruned.plan.left(pruned.level))
     level = of_level(name, pruned.plan, pruned.level) if by_plan else {}
     order = level.get("order", [])
     return {
         "order": [],
         "costs": [],
+        "widths": {},
+        "units": None,
         "reuse": {},
         "discrepancy": None,
         **level,
@@ -31,12 +33,14 @@ def of_encoder(name: str, shape: Numbers, pruned: Pruned | None) -> dict:
         "standins": {str(place): standin.rank for place, standin in pruned.standins.items()} if pruned else {},
         "standins_sha256": level["standins_sha256"] if by_plan and pruned.standins else None,
         "unread": sorted(set(removed) - set(order)),
-        "sparsity": round(shape.sparsity(order), 6),
+        "sparsity": round(shape.sparsity({place: shares.get(place, 0) for place in order}), 6),
         "total": shape.total,
         "counts": list(shape.parameter_counts),
         "dense": shape.total_bytes,
-        "now": shape.total_bytes - shape.bytes_of(removed) + (pruned.standin_bytes if pruned else 0),
+        "now": shape.total_bytes - shape.bytes_of(shares) + (pruned.standin_bytes if pruned else 0),
         "bytes": list(shape.sub_block_bytes),
+        "unit_counts": list(shape.unit_parameters),
+        "unit_bytes": list(shape.unit_bytes),
     }
 
 

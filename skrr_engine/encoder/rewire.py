@@ -14,9 +14,9 @@ from .actions import Assignment
 from .row import Row
 from .standin import Linear
 from .tree import replace
-from .units import Build, index_cut
+from .units import Build, plain_cut
 
-BUILD = Build(Linear, index_cut)
+BUILD = Build(Linear, plain_cut)
 """With plain torch."""
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,9 @@ from . import families
 from .row import Call, EncoderError, Row, describe
 from .tree import fork, replace, shallow
 
-Cut = Callable[[torch.Tensor, torch.Tensor, int], "torch.Tensor | None"]
-"""(weight, indices, dimension 0 or 1) -> those rows or columns of it, in its own form; None where they can't be cut."""
+Cut = Callable[[nn.Module, torch.Tensor, int], "torch.Tensor | None"]
+"""(projection, indices, dimension 0 or 1) -> those rows or columns of its weight, in its own form; None where they
+can't be cut."""
 
 
 @dataclass(frozen=True)
@@ -192,29 +193,35 @@ class Put:
 @dataclass(frozen=True)
 class Build:
     """How the modules of placeholders are made. linear: class of a stand-in's layers, called as `torch.nn.Linear` is;
-    cut: see Cut; rounded: (tensor, dtype, seed) -> a patched weight as it is stored; cleaned: called with the copy of a
-    layer that is to be narrowed, to take off what a host had put on the original."""
+    cut: see Cut; bias: likewise of a bias's rows; rounded: (tensor, dtype, seed) -> a patched weight as it is stored;
+    cleaned: called with the copy of a layer that is to be narrowed, to take off what a host had put on the original."""
 
     linear: Callable[..., nn.Linear]
     cut: Cut
+    bias: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda bias, index: index_cut(bias, index, 0)
     rounded: Callable[[torch.Tensor, torch.dtype, int | None], torch.Tensor] = lambda tensor, dtype, seed: tensor.to(
         dtype
     )
     cleaned: Callable[[nn.Module], None] = lambda layer: None
 
 
+def plain_cut(layer: nn.Module, index: torch.Tensor, dimension: int) -> torch.Tensor | None:
+    """A plain weight's rows or columns; see Cut."""
+    return index_cut(layer.weight, index, dimension)
+
+
 class NarrowLayer:
-    """Mixed into the class of a projection of which only some rows or columns are left, or which is used as if.
+    """Mixed into the class of a projection of which only some rows or columns are left.
 
     skrr_before, skrr_after: what is done to its input and output. Where a projection into heads has lost some, their
     outputs are filled up with zeros, which attention hands on as zeros: so attention itself, its norms, its rotary
-    tables and the position bias stay as they are. skrr_dimension: 0 where rows are left, 1 where columns are, None
-    where its weight is whole; skrr_index: which; skrr_full: how many there were.
+    tables and the position bias stay as they are. skrr_dimension: 0 where rows are left, 1 where columns are;
+    skrr_index: which; skrr_full: how many there were.
     """
 
     skrr_before: tuple[Take | Put, ...]
     skrr_after: tuple[Take | Put, ...]
-    skrr_dimension: int | None
+    skrr_dimension: int
     skrr_index: torch.Tensor
     skrr_full: int
     skrr_build: Build
@@ -245,8 +252,7 @@ class NarrowLayer:
 
     def set_weight(self, weight: torch.Tensor, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """A weight that was patched at its full size, cut again."""
-        if self.skrr_dimension is not None:
-            weight = weight.index_select(self.skrr_dimension, self.skrr_index.to(weight.device))
+        weight = weight.index_select(self.skrr_dimension, self.skrr_index.to(weight.device))
         base = getattr(super(), "set_weight", None)
         if base is None:
             return self._set("weight", weight, inplace_update, seed, return_weight)
@@ -270,43 +276,71 @@ class NarrowLayer:
         return None
 
 
+class PartLayer(nn.Module):
+    """In place of a projection whose weight can't be cut: it stays whole, shared, and some of its features are used.
+
+    layer: the projection; before, after: what is done to its input and output. Whatever else is asked of this module,
+    or put onto it, is the projection's: a host patches and moves that, under this module's name.
+    """
+
+    def __init__(self, layer: nn.Module, before: tuple[Take | Put, ...] = (), after: tuple[Take | Put, ...] = ()):
+        super().__init__()
+        for registry in ("_parameters", "_buffers", "_modules"):
+            self.__dict__[registry] = layer.__dict__[registry]
+        self.__dict__.update(layer=layer, before=before, after=after)
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        for step in self.before:
+            x = step(x)
+        x = self.layer(x, *args, **kwargs)
+        for step in self.after:
+            x = step(x)
+        return x
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["layer"], name)
+
+    def __setattr__(self, name: str, value) -> None:
+        layer = self.__dict__.get("layer")
+        super().__setattr__(name, value) if layer is None else setattr(layer, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.layer, name)
+
+    def extra_repr(self) -> str:
+        return "used in part"
+
+
 @functools.cache
 def narrow_class(base: type) -> type:
     """`base`, a class of linear layers, with NarrowLayer's ways."""
     return base if issubclass(base, NarrowLayer) else type(f"Narrow{base.__name__}", (NarrowLayer, base), {})
 
 
-def narrow_layer(
-    layer: nn.Module, own: Units, units: torch.Tensor, is_out: bool, build: Build, whole: bool = False
-) -> nn.Module:
-    """A copy of one of a sub-block's projections with the weights of some units alone; the layer itself stays. Its
-    weight stays whole, and is shared, where `build.cut` can't cut it, or where `whole` says so."""
-    twin = shallow(layer)
-    twin.__class__ = narrow_class(type(layer))
-    build.cleaned(twin)
-    dimension = 1 if is_out else 0
+def narrow_layer(layer: nn.Module, own: Units, units: torch.Tensor, is_out: bool, build: Build) -> nn.Module:
+    """A copy of one of a sub-block's projections with the weights of some units alone; the layer itself stays. Where
+    `build.cut` can't cut its weight, the layer is used in part."""
     full = columns_of(layer) if is_out else rows_of(layer)
     index = spread(units.cpu(), full // own.count)
     weight = getattr(layer, "weight", None)
-    cut = None if whole or weight is None else build.cut(weight, index, dimension)
-    whole = whole or (weight is not None and cut is None)
-    if cut is not None:
+    cut = build.cut(layer, index, 1 if is_out else 0)
+    if cut is None:
+        if is_out:
+            return PartLayer(layer, before=(*((Take(index),) if own.heads else ()), Put(index, full)))
+        return PartLayer(layer, after=() if own.heads else (Take(index),))
+    twin = shallow(layer)
+    twin.__class__ = narrow_class(type(layer))
+    build.cleaned(twin)
+    if weight is not None:
         twin.weight = nn.Parameter(cut, requires_grad=False)
-    if not whole and not is_out and getattr(layer, "bias", None) is not None:
-        twin.bias = nn.Parameter(build.cut(layer.bias, index, 0), requires_grad=False)
-    twin.skrr_dimension, twin.skrr_index, twin.skrr_full = None if whole else dimension, index, full
-    twin.skrr_before, twin.skrr_after, twin.skrr_build = (), (), build
-    if not whole and hasattr(layer, "in_features" if is_out else "out_features"):
+    if not is_out and getattr(layer, "bias", None) is not None:
+        twin.bias = nn.Parameter(build.bias(layer.bias, index), requires_grad=False)
+    twin.skrr_dimension, twin.skrr_index, twin.skrr_full = 1 if is_out else 0, index, full
+    twin.skrr_before = (Take(index),) if is_out and own.heads else ()
+    twin.skrr_after = (Put(index, full),) if own.heads and not is_out else ()
+    twin.skrr_build = build
+    if hasattr(layer, "in_features" if is_out else "out_features"):
         setattr(twin, "in_features" if is_out else "out_features", len(index))
-    if is_out:
-        if own.heads:
-            twin.skrr_before = (Take(index), *((Put(index, full),) if whole else ()))
-        elif whole:
-            twin.skrr_before = (Put(index, full),)
-    elif own.heads:
-        twin.skrr_after = () if whole else (Put(index, full),)
-    elif whole:
-        twin.skrr_after = (Take(index),)
     return twin
 
 
@@ -316,11 +350,10 @@ def cut(
     units: torch.Tensor,
     build: Build,
     out: torch.Tensor | None = None,
-    whole: Collection[str] = (),
 ) -> dict[str, nn.Module]:
     """Path -> a copy of each part of a sub-block that holds projections, with the weights of some units alone; what is
     not a projection is shared with the sub-block. out: what the out-projection's columns are to be instead, None where
-    they stay; whole: paths of projections whose weights are to stay whole."""
+    they stay."""
     own = units_of(row, place)
     layers = {**own.ins, own.out_path: own.out}
     found = {}
@@ -330,8 +363,8 @@ def cut(
             continue
         twin = fork(part, [name.removeprefix(f"{path}.") for name in inside])
         for name in inside:
-            narrow = narrow_layer(layers[name], own, units, name == own.out_path, build, name in whole)
-            if out is not None and name == own.out_path and narrow.skrr_dimension is not None:
+            narrow = narrow_layer(layers[name], own, units, name == own.out_path, build)
+            if out is not None and name == own.out_path and isinstance(narrow, NarrowLayer):
                 narrow.weight = nn.Parameter(out.to(narrow.weight), requires_grad=False)
             replace(twin, name.removeprefix(f"{path}."), narrow)
         found[path] = twin

@@ -1,7 +1,7 @@
 // Edit Skrr Plan: a plan map whose parts can be changed. Its widget `edited` holds the plan as JSON, which Python reads.
 
 import { app } from "../../../scripts/app.js";
-import { PlanMap, make, named, stateOf } from "./map.js";
+import { PlanMap, make, named, share, stateOf } from "./map.js";
 import { addMap, chain, keep, redraw, widget } from "./nodes.js";
 
 const MAP = "skrr_map";
@@ -39,6 +39,7 @@ export function targets(encoder, index) {
 export function changed(encoder, index, state, target) {
   const next = copied(encoder);
   delete next.reuse[index];
+  delete next.widths?.[index];
   next.standins = {}; // they were fitted to the plan as it was
   const at = next.order.indexOf(index);
   if (state === "kept" && at >= 0) {
@@ -53,10 +54,11 @@ export function changed(encoder, index, state, target) {
 
 /** The encoder with its sparsity and bytes counted anew. */
 function counted(encoder) {
-  const sum = (numbers, indices) => indices.reduce((total, i) => total + numbers[i], 0);
+  const gone = (i, whole, units) => (encoder.widths?.[i] ? units[i] * (1 - share(encoder, i)) : whole[i]);
+  const sum = (whole, units, indices) => Math.round(indices.reduce((total, i) => total + gone(i, whole, units), 0));
   encoder.discrepancy = null;
-  encoder.sparsity = Math.round((1e6 * sum(encoder.counts, encoder.order)) / encoder.total) / 1e6;
-  encoder.now = encoder.dense - sum(encoder.bytes, [...encoder.order, ...encoder.unread]);
+  encoder.sparsity = Math.round((1e6 * sum(encoder.counts, encoder.unit_counts, encoder.order)) / encoder.total) / 1e6;
+  encoder.now = encoder.dense - sum(encoder.bytes, encoder.unit_bytes, [...encoder.order, ...encoder.unread]);
   return encoder;
 }
 
@@ -69,9 +71,12 @@ export function planText(encoders) {
       if (e.standins_sha256 && Object.keys(e.standins).length) {
         level.standins = { sha256: e.standins_sha256, ranks: e.standins };
       }
-      return [e.name, { family: e.family, blocks: e.blocks, width: e.width, order: e.order, levels: [level] }];
+      const order = e.order.map((i) => (e.widths?.[i] ? [i, e.widths[i]] : i));
+      const units = order.some(Array.isArray) ? { units: e.units } : {};
+      return [e.name, { family: e.family, blocks: e.blocks, width: e.width, order, ...units, levels: [level] }];
     });
-  const plan = { format: "skrr-plan", version: 1, encoders: Object.fromEntries(entries), provenance: { source: "manual" } };
+  const version = entries.some(([, entry]) => entry.units) ? 2 : 1;
+  const plan = { format: "skrr-plan", version, encoders: Object.fromEntries(entries), provenance: { source: "manual" } };
   return JSON.stringify(plan);
 }
 
@@ -81,9 +86,11 @@ export function withPlan(encoders, plan) {
     const entry = plan.encoders[encoder.name];
     const fits = entry && entry.family === encoder.family && entry.blocks === encoder.blocks && entry.width === encoder.width;
     const level = fits ? entry.levels.at(-1) : { skipped: 0, reuse: {} };
-    const order = fits ? entry.order.slice(0, level.skipped) : [];
+    const left = new Map((fits ? entry.order.slice(0, level.skipped) : []).map((step) => [step].flat()));
+    const order = [...left.keys()];
+    const widths = Object.fromEntries([...left].filter(([, units]) => units));
     const unread = encoder.unread.filter((index) => !order.includes(index));
-    return counted({ ...encoder, order, costs: order.map(() => null), reuse: { ...level.reuse }, standins: {}, unread });
+    return counted({ ...encoder, order, costs: order.map(() => null), reuse: { ...level.reuse }, standins: {}, unread, widths, units: entry?.units ?? null });
   });
 }
 

@@ -1,6 +1,6 @@
 // Draws plan maps: what nodes/plan_map.py tells, as HTML and SVG that follow ComfyUI's palette and any zoom.
 
-export const STATES = { kept: "kept", skipped: "skipped", reused: "re-used", standin: "repaired by a stand-in", unread: "never read" };
+export const STATES = { kept: "kept", narrowed: "narrowed", skipped: "skipped", reused: "re-used", standin: "repaired by a stand-in", unread: "never read" };
 const KINDS = ["attention", "feed-forward"];
 
 const STYLE = `
@@ -22,6 +22,8 @@ const STYLE = `
 .skrr-cell { position: relative; min-width: 0; border-radius: 2px; border: 1px solid transparent; overflow: hidden;
   font-size: 8px; font-weight: 700; line-height: 13px; text-align: center; color: var(--mark); }
 .skrr-cell[data-state=kept] { background: var(--kept); }
+.skrr-cell[data-state=narrowed] { border: 1px solid var(--kept); color: inherit;
+  background: linear-gradient(to top, var(--kept) var(--share, 50%), transparent var(--share, 50%)); }
 .skrr-cell[data-state=skipped], .skrr-cell[data-state=unread] { border: 1px dashed var(--descrip-text); }
 .skrr-cell[data-state=unread] { border-style: dotted; opacity: .8; }
 .skrr-cell[data-state=reused] { background: repeating-linear-gradient(135deg, var(--reused) 0 5px, #f4c65c 5px 7px); }
@@ -61,10 +63,17 @@ export function human(bytes) {
 
 /** What is at a sub-block's place: a key of STATES. */
 export function stateOf(encoder, index) {
+  if (encoder.widths?.[index]) return "narrowed";
   if (index in encoder.standins) return "standin";
   if (index in encoder.reuse) return "reused";
   if (encoder.order.includes(index)) return "skipped";
   return encoder.unread.includes(index) ? "unread" : "kept";
+}
+
+/** The share of its units that stays at a narrowed place; 0 where all are gone. */
+export function share(encoder, index) {
+  const all = index & 1 ? encoder.units?.feed_forward : encoder.units?.attention;
+  return encoder.widths?.[index] ? encoder.widths[index] / all : 0;
 }
 
 /** Whether a value is an encoder as nodes/plan_map.py writes it: workflows bring what others have written. */
@@ -75,6 +84,8 @@ export function sound(encoder) {
     Number.isInteger(places) && places > 0 && places <= 1024 && typeof encoder.name === "string" &&
     list(encoder.order) && list(encoder.costs) && list(encoder.unread) && Number.isFinite(encoder.sparsity) &&
     [encoder.reuse, encoder.standins].every((map) => map && typeof map === "object") &&
+    [encoder.widths, encoder.units].every((map) => map === undefined || typeof map === "object") &&
+    (!Object.keys(encoder.widths ?? {}).length || [encoder.units?.attention, encoder.units?.feed_forward].every((n) => n > 0)) &&
     [encoder.counts, encoder.bytes].every((numbers) => numbers === null || list(numbers, places)) &&
     [encoder.total, encoder.dense, encoder.now].every((number) => number === null || Number.isFinite(number))
   );
@@ -89,11 +100,14 @@ export function describe(encoder, index) {
   const parts = [`${named(index)}: ${STATES[state]}`];
   if (state === "reused") parts[0] += `, ${named(encoder.reuse[index])} stands in`;
   if (state === "standin") parts[0] += ` of rank ${encoder.standins[index]}`;
+  if (state === "narrowed") parts[0] += ` to ${Math.round(100 * share(encoder, index))} %`;
   const step = encoder.order.indexOf(index);
   if (step >= 0) {
     const [cost, before] = [encoder.costs[step], step ? encoder.costs[step - 1] : 0];
-    parts.push(`step ${step + 1} of ${encoder.order.length}`);
-    if (Number.isFinite(cost)) {
+    if (!encoder.units) parts.push(`step ${step + 1} of ${encoder.order.length}`);
+    if (encoder.units && Number.isFinite(cost)) {
+      parts.push(`alone it costs D ${cost.toPrecision(3)}`);
+    } else if (Number.isFinite(cost)) {
       const more = Number.isFinite(before) ? ` (${cost < before ? "" : "+"}${(cost - before).toPrecision(2)})` : "";
       parts.push(`D ${cost.toPrecision(3)}${more}`);
     } else {
@@ -163,7 +177,8 @@ export class PlanMap {
   }
 
   section(encoder, number, longest) {
-    const gone = `${encoder.order.length} of ${2 * encoder.blocks} parts skipped`;
+    const narrowed = Object.keys(encoder.widths ?? {}).length;
+    const gone = `${encoder.order.length - narrowed} of ${2 * encoder.blocks} parts skipped${narrowed ? `, ${narrowed} narrowed` : ""}`;
     const left = encoder.dense === null ? "" : `${human(encoder.now)} of ${human(encoder.dense)} · `;
     const head = make(
       "div",
@@ -206,6 +221,7 @@ export class PlanMap {
       "data-cell": index,
       "data-state": state,
       "data-target": standIn,
+      style: state === "narrowed" ? `--share: ${Math.round(100 * share(encoder, index))}%` : undefined,
       "aria-label": words,
     }, sign);
     cell.addEventListener("pointerenter", () => this.say(words));

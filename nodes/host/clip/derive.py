@@ -17,9 +17,10 @@ import uuid
 from collections.abc import Mapping
 
 from ....skrr_engine.encoder.rewire import rewire
+from ....skrr_engine.encoder.units import Build
+from .cut import building
 from .guard import guard, guarded_tokenizer
 from .patcher import plant
-from .tree import LINEAR
 from .views import ATTACHMENT, Pruned, pruning, views
 
 
@@ -43,13 +44,14 @@ def carried(entry: Pruned, before: Pruned) -> Pruned:
     return dataclasses.replace(entry, file=entry.file or before.file, unread=entry.unread or before.unread)
 
 
-def prune_owned(clip, pruned: Mapping[str, Pruned]):
-    """Rewire a CLIP that was made for us alone, in place; what is left out is freed. Returns it."""
-    known = views(clip)
+def prune_owned(clip, pruned: Mapping[str, Pruned], build: Build | None = None):
+    """Rewire a CLIP that was made for us alone, in place; what is left out is freed. build: how what is left of
+    narrowed parts is made, by default as copies. Returns it."""
+    known, build = views(clip), build or building(clip.patcher.offload_device, {})
     record = {}
     for name, entry in pruned.items():
         view = known[name]
-        rewire(clip.cond_stage_model.get_submodule(view.path).transformer, view.row, entry.removed, LINEAR)
+        rewire(clip.cond_stage_model.get_submodule(view.path).transformer, view.row, entry.removed, build)
         gone = (entry.shape or view.shape) if entry.removed else None
         record[name] = dataclasses.replace(entry, shape=gone)
     clip.patcher.set_attachments(ATTACHMENT, record)

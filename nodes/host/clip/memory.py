@@ -46,7 +46,7 @@ def encoder_memory(clip, view) -> EncoderMemory:
     pruned = pruning(clip).get(view.name)
     child = clip.cond_stage_model.get_submodule(view.path)
     now = size(child)
-    gone = view.shape.bytes_of(pruned.removed) - pruned.standin_bytes if pruned else 0
+    gone = view.shape.bytes_of(pruned.shares) - pruned.standin_bytes if pruned else 0
     ram, vram, kinds = placed(child)
     whole = sum(placed(dense_model(clip).get_submodule(view.path))[:2])
     return EncoderMemory(

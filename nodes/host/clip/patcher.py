@@ -3,10 +3,15 @@
 import functools
 from collections.abc import Callable, Mapping
 
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
 import torch
 from torch import nn
 
 from ....skrr_engine.encoder.standin import StandInModule
+from ....skrr_engine.encoder.units import NarrowLayer
+from .cut import gguf_dense
 from .guard import refusing
 from .tree import make_tree
 from .views import ATTACHMENT, TRANSFORMER, Pruned, View, size, views_of
@@ -33,21 +38,55 @@ class PrunedPatcher:
 
     @functools.cached_property
     def _dropped(self) -> set[int]:
-        """Identities of the dense tree's modules that the fork has left out, containers on its path excepted."""
+        """Identities of the dense tree's modules that the fork has left out, or has cut copies of; containers on its
+        path excepted."""
         kept = {id(module) for module in self.skrr_tree.modules()}
-        names = {name for name, _ in self.skrr_tree.named_modules()}
+        names = {name for name, _ in self.skrr_tree.named_modules()} - self._own.keys()
         return {id(m) for name, m in self.model.named_modules() if id(m) not in kept and name not in names}
 
     @functools.cached_property
-    def _standins(self) -> list[nn.Module]:
-        """The stand-ins in the fork, which ComfyUI does not see: it looks at the dense tree."""
-        return [module for module in self.skrr_tree.modules() if isinstance(module, StandInModule)]
+    def _own(self) -> dict[str, nn.Module]:
+        """Path -> layer, of all in the fork whose weights are its own: what is left of narrowed parts, and stand-ins.
+        ComfyUI does not see them: it looks at the dense tree."""
+        found = {}
+        for path, module in self.skrr_tree.named_modules():
+            if isinstance(module, NarrowLayer):
+                found[path] = module
+            elif isinstance(module, StandInModule):
+                found |= {f"{path}.{name}": layer for name, layer in module.named_children()}
+        return found
 
     def model_patches_to(self, device):
         super().model_patches_to(device)
-        if isinstance(device, torch.device):  # ComfyUI calls it with a dtype, too
-            for standin in self._standins:
-                standin.to(device)
+        if device == self.offload_device:  # ComfyUI calls it with a dtype, too
+            for layer in self._own.values():
+                released(layer).to(device)
+
+    def _place_own(self, device: torch.device, budget: int) -> int:
+        """Patch the fork's own layers, and bring them to a device as far as a budget in bytes goes, the largest first;
+        others stay where they are, and are cast when they are used. Returns the bytes that are there."""
+        used = 0
+        for path, layer in sorted(self._own.items(), key=lambda item: -size(item[1])):
+            fits = used + size(layer) <= budget
+            target = device if fits else self.offload_device
+            patch(layer, path, self.patches, target)
+            layer.to(target)
+            if fits:
+                used += size(layer)
+            cast(layer, not fits)
+        return used
+
+    def partially_unload(self, device_to, memory_to_free=0, *args, **kwargs):
+        freed = super().partially_unload(device_to, memory_to_free, *args, **kwargs)
+        for layer in sorted(self._own.values(), key=size, reverse=True):
+            if freed >= memory_to_free:
+                break
+            if any(parameter.device != device_to for parameter in layer.parameters()):
+                freed += size(layer)
+                self.model.model_loaded_weight_memory -= size(layer)
+                layer.to(device_to)
+                cast(layer, True)
+        return freed
 
     def model_size(self):
         if self.size == 0:
@@ -77,9 +116,47 @@ class PrunedPatcher:
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False, **kwargs):
         # A full load moves the whole tree, dropped sub-blocks too; a load without a limit moves what is listed.
         options = {"device_to": device_to, "force_patch_weights": force_patch_weights, "full_load": False, **kwargs}
-        super().load(lowvram_model_memory=EVERYTHING if full_load else lowvram_model_memory, **options)
+        budget = EVERYTHING if full_load else lowvram_model_memory
+        used = self._place_own(device_to or self.offload_device, budget)
+        super().load(lowvram_model_memory=budget if full_load else max(0, budget - used), **options)
         if full_load:
             self.model.model_loaded_weight_memory = self.model_size()
+        else:
+            self.model.model_loaded_weight_memory += used
+
+
+def released(layer: nn.Module) -> nn.Module:
+    """A layer of a fork's own as it is without patches; returns it."""
+    for name, own in vars(layer).pop("skrr_pristine", {}).items():
+        layer._parameters[name] = own
+    return layer
+
+
+def patch(layer: nn.Module, path: str, patches: Mapping[str, list], device: torch.device) -> None:
+    """Put a patcher's patches (LoRA) onto a layer of a fork's own, in place of those it has; as ComfyUI does it."""
+    released(layer)
+    for name in ("weight", "bias"):
+        key, own = f"{path}.{name}", layer._parameters.get(name)
+        if key not in patches or own is None:
+            continue
+        dense = comfy.model_management.cast_to_device(own, device, torch.float32, copy=True)
+        if hasattr(own, "tensor_type"):
+            dense = gguf_dense(own).to(device, torch.float32)
+        out = comfy.lora.calculate_weight(patches[key], getattr(layer, f"convert_{name}")(dense, inplace=True), key)
+        vars(layer).setdefault("skrr_pristine", {})[name] = own
+        if hasattr(own, "tensor_type"):  # in 16 bit for as long as the patches are on it
+            out = out.index_select(layer.skrr_dimension, layer.skrr_index.to(out.device)).half()
+            layer._parameters[name] = nn.Parameter(out, requires_grad=False)
+        else:
+            getattr(layer, f"set_{name}")(out, inplace_update=False, seed=comfy.model_patcher.string_to_seed(key))
+
+
+def cast(layer: nn.Module, on: bool) -> None:
+    """Whether a layer's weights are cast where they are used, as they lie elsewhere."""
+    if on:
+        layer.comfy_cast_weights = True
+    else:
+        vars(layer).pop("comfy_cast_weights", None)
 
 
 @functools.cache
@@ -90,10 +167,12 @@ def pruned_class(base: type) -> type:
 
 def plant(patcher, known: Mapping[str, View], pruned: Mapping[str, Pruned]) -> None:
     """Turn a patcher, in place, into one of a fork of the model that it has now. Raises EncoderError, before it is."""
-    tree, forwards = make_tree(patcher.model, known, pruned)
+    tree, forwards = make_tree(patcher, known, pruned)
     for view in (known[name] for name, entry in pruned.items() if entry.unread):
         for path in (view.path, f"{view.path}.{TRANSFORMER.rstrip('.')}"):
             if hasattr(patcher.model.get_submodule(path), "generate"):
                 forwards[f"{path}.generate"] = refusing(view.name)
     patcher.__class__ = pruned_class(type(patcher))
+    for name in ("_own", "_dropped"):  # of the fork before
+        vars(patcher).pop(name, None)
     patcher.skrr_views, patcher.skrr_tree, patcher.skrr_forwards = known, tree, forwards

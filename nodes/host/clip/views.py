@@ -1,18 +1,21 @@
 """CLIP objects as encoders: which text encoders a CLIP holds, and each one as a row of sub-blocks."""
 
+import functools
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from fractions import Fraction
 
 import comfy.model_management
 import comfy.sd1_clip
 from torch import nn
 
 from ....skrr_engine.encoder import families
-from ....skrr_engine.encoder.actions import SKIP, Action, assignment
+from ....skrr_engine.encoder.actions import SKIP, Action
 from ....skrr_engine.encoder.row import EncoderError, Numbers, Row
 from ....skrr_engine.encoder.standin import StandIn
 from ....skrr_engine.encoder.tree import fork
+from ....skrr_engine.files.companion import Fitted
 from ....skrr_engine.files.encoder_file import Stamp
 from ....skrr_engine.files.layout import Layout
 from ....skrr_engine.plan.model import EncoderPlan, Level
@@ -28,27 +31,40 @@ ATTACHMENT = "skrr"
 class Pruned:
     """What is left out of one encoder. plan, level: by a plan (None: no plan); unread: sub-blocks that no conditioning
     reads; shape: of the dense encoder where that was never in memory; file: that it was loaded from, where known;
-    standins: place -> what stands there, empty where the level has none or their file is missing."""
+    fitted: the level's stand-ins and units, nothing where it has none or their file is missing."""
 
     plan: EncoderPlan | None = None
     level: Level | None = None
     unread: tuple[int, ...] = ()
     shape: Numbers | None = None
     file: Stamp | None = None
-    standins: Mapping[int, StandIn] = field(default_factory=dict)
+    fitted: Fitted = Fitted()  # noqa: RUF009 - frozen
+
+    @functools.cached_property
+    def removed(self) -> dict[int, Action]:
+        """Removed or narrowed sub-block -> what is done at its place. An unread one that another re-uses stays; one
+        that is narrowed goes."""
+        by_plan = self.fitted.assignment(self.plan, self.level) if self.level else {}
+        needed = {action.through(place) for place, action in by_plan.items()}
+        whole = {i for i, action in by_plan.items() if action.units is None}
+        return {**by_plan, **{i: SKIP for i in self.unread if i not in needed | whole}}
 
     @property
-    def removed(self) -> dict[int, Action]:
-        """Removed sub-block -> what is done at its place. An unread one that another re-uses stays."""
-        order = self.plan.order[: self.level.skipped] if self.level else ()
-        by_plan = assignment(order, self.level.reuse if self.level else None, self.standins)
-        needed = {action.through(place) for place, action in by_plan.items()}
-        return {**{i: SKIP for i in self.unread if i not in needed}, **by_plan}
+    def shares(self) -> dict[int, Fraction]:
+        """Removed or narrowed sub-block -> the share of its units that stays."""
+        by_plan = self.plan.shares(self.level) if self.level else {}
+        return {i: by_plan[i] if a.units is not None else Fraction(0) for i, a in self.removed.items()}
+
+    @property
+    def standins(self) -> dict[int, StandIn]:
+        """Place -> the stand-in there."""
+        found = {i: getattr(action, "standin", action) for i, action in self.removed.items()}
+        return {i: standin for i, standin in found.items() if isinstance(standin, StandIn)}
 
     @property
     def standin_bytes(self) -> int:
         """Bytes that the stand-ins add to the encoder."""
-        return sum(standin.nbytes for standin in self.standins.values())
+        return sum(action.nbytes for action in self.removed.values())
 
 
 @dataclass(frozen=True)

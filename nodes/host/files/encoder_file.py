@@ -1,5 +1,6 @@
 """One encoder file, as ComfyUI's own loader is shown it."""
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -7,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ....skrr_engine.files.encoder_file import Checkpoint, CheckpointError
+from ....skrr_engine.files.narrow import Narrowing, narrowing
 from .. import versions as features
+from ..clip.views import Pruned
 
 SMALL = 1024
 """Tensors of at most so many bytes are always handed to the loader: by some of them it tells how weights are stored."""
@@ -57,12 +60,16 @@ class EncoderFile:
         layout, mapped = checkpoint.known_layout, features.mapped_state_dict(path)
         checkpoint.check_unchanged()  # what is mapped is what was opened
         used, stored, absent, keys = checkpoint.used, {}, {}, {}
+        narrowed = checkpoint.record.narrowed if checkpoint.record else {}
         for key, entry in checkpoint.entries.items():
             name = layout.name(key) if layout else key
             if key not in used:
                 continue
             if not entry.kept:
                 absent[name] = entry.stand_in()
+            elif key in narrowed:
+                stored[name] = entry.stand_in()
+                keys[id(stored[name])] = key
             elif mapped:
                 stored[name] = mapped[key]
             elif entry.nbytes <= SMALL:
@@ -75,9 +82,29 @@ class EncoderFile:
         places = {name: place for name in tensors if (place := layout.place(name)) is not None} if layout else {}
         return cls(checkpoint, {**tensors, **absent}, places, origin, absent.keys())
 
-    def fetch(self, key: str):
-        """A tensor with its bytes."""
-        return self.checkpoint.tensor(self.origin[key]) if key in self.origin else self.tensors[key]
+    def fetch(self, key: str, cut: Narrowing | None = None):
+        """A tensor with its bytes. cut: what stays of those of narrowed parts."""
+        stored = self.origin.get(key)
+        piece = None if cut is None else cut.pieces.get(stored or self._stored_name(key))
+        if stored is None:
+            return self.tensors[key] if piece is None else piece.cut(self.tensors[key])
+        already = self.checkpoint.record is not None and stored in self.checkpoint.record.narrowed
+        return self.checkpoint.tensor(stored) if piece is None or already else self.checkpoint.piece(stored, piece)
+
+    def _stored_name(self, key: str) -> str | None:
+        """What the file calls a tensor."""
+        return self._stored_names.get(key)
+
+    @functools.cached_property
+    def _stored_names(self) -> dict[str, str]:
+        layout = self.checkpoint.known_layout
+        return {layout.name(stored): stored for stored in layout.entries} if layout else {}
+
+    def narrowing(self, pruned: Pruned) -> Narrowing:
+        """What stays of the tensors of parts that are narrowed. Raises PlanError."""
+        if pruned.level is None or not pruned.fitted.units:
+            return Narrowing({}, frozenset())
+        return narrowing(self.checkpoint.layout, pruned.plan, pruned.level, pruned.fitted.units)
 
     def sheltered(self, visible: Iterable[str]) -> Sheltered:
         """A state dict of these tensors, from which all others can be asked for."""

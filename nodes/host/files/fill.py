@@ -9,6 +9,7 @@ from ....skrr_engine.encoder.row import EncoderError, describe
 from ....skrr_engine.encoder.trace import Tracer
 from ....skrr_engine.errors import first_line
 from ....skrr_engine.files.encoder_file import CheckpointError
+from ....skrr_engine.files.narrow import Narrowing
 from ....skrr_engine.memory import out_of_memory
 from ..clip.prompts import Conditioning
 from ..clip.trim import trimmed
@@ -112,8 +113,11 @@ def without_lacking(clip, file: EncoderFile, home: View, pruned: Pruned, trim: b
     return dataclasses.replace(pruned, unread=unread)
 
 
-def fill(clip, file: EncoderFile, home: View, removed, state: Mapping[str, torch.Tensor]) -> None:
-    """Put a file's kept sub-blocks into the pruned CLIP. Raises CheckpointError where one is missing or misshapen.
+def fill(
+    clip, file: EncoderFile, home: View, pruned: Pruned, state: Mapping[str, torch.Tensor], cut: Narrowing
+) -> None:  # fmt: skip
+    """Put a file's kept sub-blocks into the pruned CLIP, and what is left of narrowed ones. Raises CheckpointError
+    where one is missing or misshapen. cut: what stays of the tensors of narrowed ones.
 
     Each is read and copied on its own, so that no more than one is held twice; where ComfyUI maps files, all are handed
     over at once, with what the hollow CLIP has already, its `state` (a tensor that is not handed over would be taken as
@@ -122,19 +126,23 @@ def fill(clip, file: EncoderFile, home: View, removed, state: Mapping[str, torch
     name = file.checkpoint.path.name
     missing: set[str] = set()
     where = ""
+    removed = {place for place, action in pruned.removed.items() if action.units is None}
+    module = clip.cond_stage_model.get_submodule(home.path).transformer
     try:
         if not file.origin:
-            coming = {key: file.fetch(key) for keys in file.kept(removed).values() for key in keys}
+            coming = {key: file.fetch(key, cut) for keys in file.kept(removed).values() for key in keys}
             absent, _ = clip.load_sd(Sheltered({**state, **coming}, file.tensors))
             kept = [s for i, s in enumerate(home.row.sub_blocks) if i not in removed]
             missing |= {key for key in absent for s in kept if key.startswith(tuple(f"{path}." for path in s.parts))}
-            missing |= {key for s in kept for path, part in s.parts.items() for key in weightless(path, part)}
+            missing |= {key for s in kept for path in s.parts for key in weightless(path, module.get_submodule(path))}
         kept = file.kept(removed) if file.origin else {}
         for index, keys in kept.items():
-            for path, part in home.row.sub_blocks[index].parts.items():
-                own = {key.removeprefix(f"{path}."): file.fetch(key) for key in keys if key.startswith(f"{path}.")}
+            for path in home.row.sub_blocks[index].parts:
+                part = module.get_submodule(path)  # the part itself, or what is left of it
+                own = {key.removeprefix(f"{path}."): file.fetch(key, cut) for key in keys if key.startswith(f"{path}.")}
                 where = f"{path}: "
                 absent = part.load_state_dict(own, strict=False).missing_keys
+                absent = [key for key in absent if not key.startswith("standin.")]
                 missing |= {f"{path}.{key}" for key in absent} | weightless(path, part)
     except (RuntimeError, ValueError) as error:
         if out_of_memory(error) or isinstance(error, CheckpointError):

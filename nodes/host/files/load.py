@@ -19,8 +19,10 @@ import folder_paths
 import torch
 
 from ....skrr_engine.files.encoder_file import CheckpointError
+from ....skrr_engine.files.narrow import Narrowing
 from ....skrr_engine.memory import out_of_memory
 from .. import versions as features
+from ..clip.cut import hollow
 from ..clip.derive import carried, prune_owned
 from ..clip.trim import told
 from ..clip.views import Pruned, View, numbers_of_file, seen
@@ -64,10 +66,11 @@ def load(
         lines += [line] if line else []
     for file, home, _ in placed:
         pruned[home.name] = without_lacking(clip, file, home, pruned[home.name], trim, type_name)
+    cuts = {home.name: file.narrowing(pruned[home.name]) for file, home, _ in placed}
     if known:
-        prune_owned(clip, pruned)
+        prune_owned(clip, pruned, hollow(uncut(clip, placed, cuts)) if placed else None)
     for file, home, state in placed:
-        fill(clip, file, home, pruned[home.name].removed, state)
+        fill(clip, file, home, pruned[home.name], state, cuts[home.name])
     for file in files:
         file.checkpoint.check_unchanged()
     features.set_reload(clip.patcher, reload, (tuple(names), type_name, chosen, device, trim))
@@ -100,7 +103,7 @@ def planned(placed, known: Mapping[str, View], chosen: Choice) -> tuple[dict[str
         f"{os.path.basename(p.file.path)}: was saved without the stand-ins that its plan names, and pictures may break;"
         " save it again from the dense file with them in models/skrr_plans"
         for p in pruned.values()
-        if p.level and p.level.standins and not p.standins
+        if p.level and p.level.standins and not p.fitted.standins
     ]
     for name, view in match(known, chosen.plan).items() if chosen.plan is not None else ():
         if view.name not in own:
@@ -108,6 +111,15 @@ def planned(placed, known: Mapping[str, View], chosen: Choice) -> tuple[dict[str
             pruned[view.name] = carried(by_plan, pruned.get(view.name, by_plan))
             lines += more
     return pruned, lines
+
+
+def uncut(clip, placed, cuts: Mapping[str, Narrowing]) -> set[int]:
+    """Identities of the projections that stay whole in narrowed parts, as their file can't be cut there."""
+    return {
+        id(clip.cond_stage_model.get_submodule(f"{home.prefix}{file.checkpoint.layout.name(layer)}"))
+        for file, home, _ in placed
+        for layer in cuts[home.name].whole
+    }
 
 
 def reload(names, type_name, chosen, device, trim, disable_dynamic=False):
@@ -129,7 +141,7 @@ def recorded(file: EncoderFile) -> Pruned:
     if record.plan is not None:
         record.plan.check(layout.family, layout.blocks, layout.width, record.encoder)
     level = record.plan.level(record.skipped) if record.plan else None
-    return Pruned(record.plan, level, record.unread, None, file.checkpoint.stamp, file.checkpoint.standins)
+    return Pruned(record.plan, level, record.unread, None, file.checkpoint.stamp, file.checkpoint.fitted)
 
 
 def load_hollow(

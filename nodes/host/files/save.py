@@ -10,6 +10,7 @@ from ....skrr_engine.disk.atomic import claim, unnamed
 from ....skrr_engine.disk.safetensors import NAMES, Entry, tensor_bytes
 from ....skrr_engine.files.encoder_file import Checkpoint, CheckpointError
 from ....skrr_engine.files.layout import Layout, layout_of
+from ....skrr_engine.files.narrow import Piece
 from ....skrr_engine.files.pruned import write_pruned
 from ....skrr_engine.plan.model import Plan, Provenance
 from ..clip.views import Pruned, View, dense_model
@@ -51,6 +52,10 @@ class InMemory:
 
     def tensor(self, key: str) -> torch.Tensor:
         return self._tensors[key].detach().cpu()
+
+    def piece(self, key: str, piece: Piece) -> torch.Tensor:
+        """What stays of a tensor."""
+        return piece.cut(self._tensors[key].detach()).cpu()
 
     def check_unchanged(self) -> None:
         """Nobody writes to it while a node runs."""
@@ -105,7 +110,7 @@ def save(clip, view: View, pruned: Pruned, name: str) -> tuple[str, int]:
     spare = spare_head(clip, source.layout)
     with unnamed(folder / f"{stem}.safetensors") as whole:
         written = write_pruned(
-            source, whole, view.name, plan, skipped, pruned.unread, pruned.standins, view.shape.blocks, spare
+            source, whole, view.name, plan, skipped, pruned.unread, pruned.fitted, view.shape.blocks, spare
         )
         for out in library.free_paths(FOLDER, folder, stem, ".safetensors"):
             with contextlib.suppress(FileExistsError):  # another process was quicker

@@ -30,30 +30,37 @@ class Choice:
         from ....skrr_engine.plan.choose import at_size
 
         if self.gigabytes > 0:
-            level = at_size(shape.sub_block_bytes, shape.total_bytes, entry, self.gigabytes * 1e9)
+            level = at_size(shape, entry, self.gigabytes * 1e9)
             asked = f"asked for at most {self.gigabytes:.2f} GB"
         else:
             level, asked = entry.choose(self.sparsity), f"asked for at most {self.sparsity:.0%}"
         if level is None:
             return None, f"{name}: {asked}, it has {shape.total_bytes / 1e9:.2f} GB as it is: nothing removed"
-        gone = entry.order[: level.skipped]
-        left = (shape.total_bytes - shape.bytes_of(gone) + level.standin_bytes(entry.width)) / 1e9
+        shares = entry.shares(level)
+        narrowed = sum(share > 0 for share in shares.values())
+        also = f" and narrows {narrowed}" if narrowed else ""
+        left = (shape.total_bytes - shape.bytes_of(shares) + level.standin_bytes(entry.width)) / 1e9
         return level, (
-            f"{name}: {asked}, using the level that skips {level.skipped} of {2 * shape.blocks} sub-blocks:"
-            f" {shape.sparsity(gone):.1%} removed, {left:.2f} GB left"
+            f"{name}: {asked}, using the level that skips {len(shares) - narrowed} of {2 * shape.blocks} sub-blocks"
+            f"{also}: {shape.sparsity(shares):.1%} removed, {left:.2f} GB left"
         )
 
     def pruned(self, name: str, view: View, entry: EncoderPlan) -> tuple[Pruned, list[str]]:
         """What is to be left out of an encoder by the plan's entry `name`, and what to tell. Raises PlanError,
         StandInError."""
         from ....skrr_engine.files.companion import of_level
+        from ....skrr_engine.files.narrow import check
         from ..clip.views import Pruned
 
+        if view.whole is not None:
+            check(view.whole, entry, name)
         level, line = self.level(view.name, view.shape, entry)
         if level is None:
             return Pruned(), [line]
-        standins, problem = of_level(library.folders(), name, entry, level)
-        return Pruned(entry, level, standins=standins), [line, *([problem] if problem else [])]
+        fitted, problem = of_level(library.folders(), name, entry, level)
+        if problem and entry.narrowed(level):
+            return Pruned(), [problem]
+        return Pruned(entry, level, fitted=fitted), [line, *([problem] if problem else [])]
 
 
 def inputs(none: str | None = None) -> list:

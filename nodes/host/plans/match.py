@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from ....skrr_engine.plan.model import Plan
+from ....skrr_engine.files.companion import Fitted
+from ....skrr_engine.plan.model import EncoderPlan, Level, Plan
 from ....skrr_engine.plan.text import PlanError
 from ..clip.views import Pruned, View, pruning, views
 
@@ -44,12 +45,31 @@ def replaced(clip, plan: Plan) -> dict[str, Pruned]:
         entry = wanted.get(name)
         level = entry and entry.levels[-1]
         if entry:
-            exact = round(view.shape.sparsity(entry.order[: level.skipped]), 6)
+            exact = round(view.shape.sparsity(entry.shares(level)), 6)
             level = level.model_copy(update={"sparsity": exact})
             entry = entry.model_copy(update={"levels": (level,)})
-        same = level and before.level and level.standins == before.level.standins
-        after = dataclasses.replace(before, plan=entry, level=level, standins=before.standins if same else {})
-        if after.removed != before.removed:
+        after = dataclasses.replace(before, plan=entry, level=level, fitted=still(before, entry, level))
+        if told(after) != told(before):
             _ = view.row  # refuses an encoder that was loaded pruned
             found[name] = after
     return found
+
+
+def told(pruned: Pruned) -> dict[int, tuple]:
+    """What is done at each place, so that two can be compared."""
+    standins, shares = pruned.standins, pruned.shares
+    return {i: (a.word, a.target, shares[i], id(standins.get(i))) for i, a in pruned.removed.items()}
+
+
+def still(before: Pruned, entry: EncoderPlan | None, level: Level | None) -> Fitted:
+    """What of an encoder's stand-ins and units holds at an edited level, too: stand-ins where none was changed, units
+    always. Raises PlanError where units are needed that are not there."""
+    if level is None:
+        return Fitted()
+    lost = entry.narrowed(level).keys() - before.fitted.units.keys()
+    if lost:
+        raise PlanError(
+            "the edited plan narrows parts whose units are not here: connect a CLIP with the plan that it was made from"
+        )
+    same = before.level and level.standins == before.level.standins
+    return Fitted(before.fitted.standins if same else {}, before.fitted.units)
