@@ -14,7 +14,15 @@ from browser import HELP_IMAGES, IMAGES, build, picture, run, wait_for_map
 
 REPO = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((REPO / "example_workflows").glob("*.json"))
-IN_WORKFLOWS = ["SkrrLoadPlan", "SkrrMemoryReport", "SkrrPrune", "SkrrRepairPlan", "SkrrEditPlan", "SkrrCompare", "SkrrSaveEncoder"]
+IN_WORKFLOWS = [
+    "SkrrLoadPlan",
+    "SkrrMemoryReport",
+    "SkrrPrune",
+    "SkrrRepairPlan",
+    "SkrrEditPlan",
+    "SkrrCompare",
+    "SkrrSaveEncoder",
+]
 IN_WORKFLOWS += ["SkrrDualCLIPLoader", "SkrrTripleCLIPLoader"]
 LOADERS = ["SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader", "SkrrQuadrupleCLIPLoader"]
 PAGES = [*REPO.glob("*.md"), *(REPO / "docs").glob("*.md"), *(REPO / "web" / "docs").glob("*.md")]
