@@ -367,5 +367,9 @@ def cut(
             if out is not None and name == own.out_path and isinstance(narrow, NarrowLayer):
                 narrow.weight = nn.Parameter(out.to(narrow.weight), requires_grad=False)
             replace(twin, name.removeprefix(f"{path}."), narrow)
+        shared = set(part.modules())
+        for module in twin.modules():
+            if module not in shared:  # a host may have put another's forward there for now
+                vars(module).pop("forward", None)
         found[path] = twin
     return found
