@@ -149,6 +149,53 @@ def overlapping(boxes: list) -> list[tuple[str, str]]:
     return found
 
 
+BEFORE = ["t5xxl", 0.3, 2, False, 64, "mine", "", False, "paper", 8]
+"""Skrr Prune's values as a workflow saved them before it narrowed parts."""
+
+
+def old_workflow(values: list) -> dict:
+    node = {
+        "id": 1, "type": "SkrrPrune", "pos": [100, 100], "size": [430, 400], "flags": {}, "order": 0, "mode": 0,
+        "inputs": [{"name": "clip", "type": "CLIP", "link": None}, {"name": "model", "type": "MODEL", "link": None}],
+        "outputs": [{"name": "CLIP", "type": "CLIP", "links": None}, {"name": "plan", "type": "SKRR_PLAN", "links": None}],
+        "properties": {}, "widgets_values": values,
+    }  # fmt: skip
+    return {"last_node_id": 1, "last_link_id": 0, "nodes": [node], "links": [], "groups": [], "config": {}, "version": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("values", "quality"),
+    [
+        (BEFORE, "paper"),
+        ([*BEFORE[:8], "linear stand-ins", 8], "linear stand-ins"),
+        (BEFORE[:8], "as in the paper"),  # from before there was a quality
+    ],
+)
+def test_workflows_from_before_mean_what_they_meant(page, values, quality):
+    (prompt,) = json.loads(page.evaluate(LOAD, old_workflow(values)))["prompt"].values()
+    names = ["encoder", "sparsity", "beam", "reuse", "prompts", "plan_name", "own_prompts", "exact"]
+    assert [prompt["inputs"][name] for name in names] == values[:8]
+    assert prompt["inputs"]["quality"] == quality and prompt["inputs"]["size_gb"] == 0
+    assert prompt["inputs"]["rank"] == (8 if len(values) > 8 else 16)
+
+
+def test_advanced_inputs_are_hidden(page):
+    """On the canvas: what most artists need is there, the rest behind "Show Advanced", or where a workflow sets it."""
+    seen = "() => skrrTest.node(1).widgets.filter((w) => skrrTest.node(1).isWidgetVisible(w)).map((w) => w.name)"
+    build(page, [(1, "SkrrPrune", (0, 0), {})])
+    assert page.evaluate(seen) == ["sparsity", "plan_name", "quality", "size_gb", "plan_map"]
+    menu = "() => window.app.canvas.getNodeMenuOptions(skrrTest.node(1)).map((option) => option?.content)"
+    assert "Show Advanced" in page.evaluate(menu)
+    page.evaluate("() => skrrTest.node(1).toggleAdvanced()")
+    assert {"encoder", "beam", "own_prompts", "exact", "rank"} < {*page.evaluate(seen)}
+    build(page, [(1, "SkrrRepairPlan", (0, 0), {})])
+    assert page.evaluate(seen) == ["sparsity", "widths", "plan_name", "plan_map"]
+    usual = ["auto", 0.42, 3, True, 0, "my_plan", "", False, "best", 16, 0]
+    for values, shown in ((usual, False), ([*usual[:6], "a red cube", *usual[7:]], True)):
+        page.evaluate(LOAD, old_workflow(values))
+        assert ("own_prompts" in page.evaluate(seen)) == shown
+
+
 def test_workflows_are_offered_as_templates(server):
     assert sorted(server.get("/workflow_templates")["skrr"]) == [path.stem for path in WORKFLOWS]
     for path in WORKFLOWS:

@@ -73,6 +73,29 @@ export function keep(node, output, names) {
   }
 }
 
+/** Hide a node's advanced inputs on the canvas, where the frontends do that for nodes drawn with Vue only; "Show Advanced"
+ * in the node's menu shows them. A workflow that sets one has it shown. */
+function hideAdvanced(node) {
+  const advanced = node.widgets?.filter((w) => w.options?.advanced) ?? [];
+  if (!advanced.length) return;
+  const usual = new Map(advanced.map((w) => [w, w.value]));
+  for (const w of advanced) w.advanced = true;
+  chain(node, "onConfigure", (saved) => {
+    const set = advanced.some((w) => w.value !== usual.get(w));
+    if (set && saved.showAdvanced === undefined) node.showAdvanced = true;
+  });
+}
+
+const QUALITY = 8; // its place among the values of Skrr Prune that a workflow saves
+
+/** A workflow from before there were qualities asks for the paper's. */
+function keepPaper(node) {
+  chain(node, "onConfigure", (saved) => {
+    const values = saved.widgets_values?.length;
+    if (values && values <= QUALITY) widget(node, "quality").value = "as in the paper";
+  });
+}
+
 function follow(node) {
   const map = new PlanMap();
   addMap(node, map);
@@ -150,6 +173,8 @@ function followChoice(node, map, draw) {
 app.registerExtension({
   name: "skrr.map",
   nodeCreated(node) {
+    if (node.comfyClass?.startsWith("Skrr")) hideAdvanced(node);
+    if (node.comfyClass === "SkrrPrune") keepPaper(node);
     if (WITH_MAP.includes(node.comfyClass)) follow(node);
   },
 });
