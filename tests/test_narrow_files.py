@@ -663,6 +663,16 @@ def test_spare_tensors_stay_away(tmp_path):
 
 
 def test_show(tmp_path, capsys):
+    """What goes, what is narrowed to how much, and what stands in; no list of all steps."""
     path, plan, _ = written(tmp_path, "t5")
     assert main(["show", str(path)]) == 0
-    assert capsys.readouterr().out.strip() == describe_plan(plan).strip()
+    assert capsys.readouterr().out.rstrip() == describe_plan(plan)
+    assert describe_plan(plan).splitlines() == [
+        "plan from test",
+        "enc: t5, 4 blocks, 32 wide; 7 steps, sub-blocks narrowed to some of their 4 heads or 64 neurons",
+        "    1 skipped,   2 narrowed: sparsity 5.0%, re-use 5>7, 2 linear stand-ins of rank 3",
+        "    2 skipped,   4 narrowed: sparsity 20.0%, re-use 5>7, 3 linear stand-ins of rank 3",
+        "",
+        "  attention      75%    ~    2  25%",
+        "  feed-forward    2%  27%   >3    3",
+    ]
