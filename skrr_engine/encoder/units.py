@@ -279,21 +279,19 @@ def narrow_class(base: type) -> type:
 def narrow_layer(
     layer: nn.Module, own: Units, units: torch.Tensor, is_out: bool, build: Build, whole: bool = False
 ) -> nn.Module:
-    """A copy of one of a sub-block's projections with the weights of some units alone; the layer itself stays. Its
-    weight stays whole, and is shared, where `build.cut` can't cut it, or where `whole` says so."""
+    """A copy of one of a sub-block's projections with the weights of some units alone; the layer itself stays. Weight
+    and bias stay whole, and are shared, where `build.cut` can't cut one of them, or where `whole` says so."""
     twin = shallow(layer)
     twin.__class__ = narrow_class(type(layer))
     build.cleaned(twin)
     dimension = 1 if is_out else 0
     full = columns_of(layer) if is_out else rows_of(layer)
     index = spread(units.cpu(), full // own.count)
-    weight = getattr(layer, "weight", None)
-    cut = None if whole or weight is None else build.cut(weight, index, dimension)
-    whole = whole or (weight is not None and cut is None)
-    if cut is not None:
-        twin.weight = nn.Parameter(cut, requires_grad=False)
-    if not whole and not is_out and getattr(layer, "bias", None) is not None:
-        twin.bias = nn.Parameter(build.cut(layer.bias, index, 0), requires_grad=False)
+    own_tensors = {"weight": getattr(layer, "weight", None), "bias": None if is_out else getattr(layer, "bias", None)}
+    cuts = {} if whole else {k: build.cut(t, index, dimension) for k, t in own_tensors.items() if t is not None}
+    whole = whole or any(tensor is None for tensor in cuts.values())
+    for kind, tensor in {} if whole else cuts.items():
+        setattr(twin, kind, nn.Parameter(tensor, requires_grad=False))
     twin.skrr_dimension, twin.skrr_index, twin.skrr_full = None if whole else dimension, index, full
     twin.skrr_before, twin.skrr_after, twin.skrr_build = (), (), build
     if not whole and hasattr(layer, "in_features" if is_out else "out_features"):
