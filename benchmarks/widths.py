@@ -7,8 +7,8 @@ discrepancies alone. Fills docs/quality.md and docs/images/quality.png.
 
     python -m benchmarks.widths [--quick] [--only SECTION ...]
 
-Hours on 2 cores, and takes up where it was stopped (.cache/shapes, .cache/widths); --quick is a cut of 15 minutes that
-writes nothing here.
+Hours on 2 cores, and takes up where it was stopped (.cache/shapes, .cache/widths). `--page` measures nothing: it writes
+what is there, and leaves out the rest. --quick is a cut of 15 minutes that writes nothing here.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -29,12 +30,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import equal_bytes
 from benchmarks import standins as before
+from benchmarks.pages import fill
 from skrr_engine import __version__
 from skrr_engine.encoder import families
 from skrr_engine.encoder.actions import SKIP, Action, Assignment, Narrow, assignment
+from skrr_engine.encoder.standin import StandIn
 from skrr_engine.encoder.trace import Tracer
 from skrr_engine.encoder.units import units_of
 from skrr_engine.files.folder import load
@@ -88,8 +92,25 @@ class Fit:
         return f"rank {self.rank}, {self.count} prompts" + (", out-projections refitted" if self.refit else "")
 
 
+class Unknown(Exception):
+    """What was not measured yet, where nothing is to be measured."""
+
+
 class Bench(before.Bench):
-    """The laboratory of Shapes, with tables of widths that are kept."""
+    """The laboratory of Shapes, with tables of widths that are kept. measuring: whether what is not there is measured."""
+
+    def __init__(self, per_task: int = 60, measuring: bool = True):
+        super().__init__(per_task)
+        if not measuring:
+            kept = self.lab.kept
+
+            def known(what: Sequence, make) -> dict:
+                def refuse() -> dict:
+                    raise Unknown(repr(what)[:80])
+
+                return kept(what, refuse)
+
+            self.lab.kept = known
 
     def fitted(self, kind: str, count: int, seed: int):
         """The prompts that are fitted on."""
@@ -126,6 +147,10 @@ class Bench(before.Bench):
         chosen = steps[: run.reaching(steps, self.target(share))]
         left = allocate.left(chosen)
         bare = assignment(left, units={place: widths.units_kept(table, place, n) for place, n in left.items() if n})
+        path = state_path(f"fit {case} {fit} {sorted(left.items())}"[:40] + digest(case, fit, left)).with_suffix(".safetensors")
+        if path.exists():
+            removed = read_fit(path, bare)
+            return removed, self.counted(run.shares(chosen), removed)
         fitted, start = self.fitted(case.kind, fit.count, case.seed), time.monotonic()
         if fit.refit:
             removed = refit(fitted, bare, Fitting(rank=fit.rank))
@@ -133,6 +158,7 @@ class Bench(before.Bench):
             found, _ = standin.fit(fitted, bare, Fitting(rank=fit.rank))
             removed = {place: action.repaired(found[place]) for place, action in bare.items()}
         log(f"fit {fit} at {share:.0%}", time.monotonic() - start, True)
+        write_fit(path, removed)
         return removed, self.counted(run.shares(chosen), removed)
 
     def counted(self, shares, removed: Assignment) -> dict:
@@ -169,6 +195,34 @@ def state_path(name: str) -> Path:
     return CACHE / ("".join(c if c.isalnum() else "_" for c in name) + ".json")
 
 
+def digest(*facts) -> str:
+    """Of what something depends on."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def write_fit(path: Path, removed: Assignment) -> None:
+    """Keep an assignment's stand-ins and refitted out-projections."""
+    found = {}
+    for place, action in removed.items():
+        standin_ = getattr(action, "standin", action)
+        found |= {f"{place}.{part}": getattr(standin_, part).contiguous() for part in ("down", "up", "bias")}
+        if getattr(action, "out", None) is not None:
+            found[f"{place}.out"] = action.out.contiguous()
+    save_file(found, path, {"norm": standin_.norm})
+
+
+def read_fit(path: Path, bare: Assignment) -> Assignment:
+    """The same, put into what it was fitted to."""
+    tensors = load_file(path)
+    made = {}
+    for place, action in bare.items():
+        parts = [tensors[f"{place}.{part}"] for part in ("down", "up", "bias")]
+        made[place] = action.repaired(StandIn("rms", *parts))
+        if f"{place}.out" in tensors:
+            made[place] = replace(made[place], out=tensors[f"{place}.out"])
+    return made
+
+
 def log(what: str, seconds: float, whole: bool) -> None:
     """Note how long something took, for the table of times."""
     with (CACHE / "times.jsonl").open("a", encoding="utf-8") as file:
@@ -181,11 +235,21 @@ def levels(bench: Bench, chosen: Sequence[float] = LEVELS) -> list[dict]:
     rows = []
     aware = before.aware_order(bench)
     for share in chosen:
-        known = before.levels(bench, aware, (share,))
+        known = [] if share > before.MOST else before.levels(bench, aware, (share,))
         rows += [row for row in known if row["name"].startswith("as printed") or row["name"] == "aware order, rank 16"]
-        rows.append(bench.row_of("widths, rank 16", share))
-        rows.append(bench.row_of("widths, rank 64, refitted, 1024 prompts", share, Fit(64, 1024, True)))
+        rows += there(lambda share=share: bench.row_of("widths, rank 16", share))
     return rows
+
+
+def there(*makes) -> list[dict]:
+    """The rows of those that are known, or can be measured."""
+    found = []
+    for make in makes:
+        try:
+            found.append(make())
+        except Unknown as error:
+            print(f"not measured yet: {error}", flush=True)
+    return found
 
 
 def variants(bench: Bench, share: float) -> list[dict]:
@@ -194,12 +258,13 @@ def variants(bench: Bench, share: float) -> list[dict]:
         Fit(), Fit(refit=True), Fit(64), Fit(64, refit=True), Fit(16, 1024), Fit(16, 1024, True), Fit(64, 1024),
         Fit(64, 1024, True),
     )  # fmt: skip
-    rows = [bench.row_of(str(fit), share, fit) for fit in fits]
+    makes = [functools.partial(bench.row_of, str(fit), share, fit) for fit in fits]
     for seed in (1, 2):
-        rows.append(bench.row_of(f"calibration seed {seed}", share, case=Case(seed=seed)))
-    rows.append(bench.row_of(f"{MORE} prompts to judge widths on", share, case=Case(ranked=MORE), pictures=False))
-    rows.append(bench.row_of("fitted on Shapes captions", share, case=Case("Shapes captions")))
-    return rows
+        makes.append(functools.partial(bench.row_of, f"calibration seed {seed}", share, case=Case(seed=seed)))
+    more = f"{MORE} prompts to judge widths on"
+    makes.append(functools.partial(bench.row_of, more, share, case=Case(ranked=MORE), pictures=False))
+    makes.append(functools.partial(bench.row_of, "fitted on Shapes captions", share, case=Case("Shapes captions")))
+    return there(*makes)
 
 
 class Coarse(widths.Search):
@@ -211,22 +276,25 @@ class Coarse(widths.Search):
 def tried(bench: Bench, share: float) -> list[dict]:
     """What could be added to the method, at equal evaluations: a second allocation around the first."""
     case = Case()
-    rows = [bench.row_of("as found, 4 widths a place", share, case=case, pictures=False)]
-    run, first = bench.table(case, " coarse", bench.search(case, made=Coarse))
-    rows.append(
-        bench.judged(
-            "2 widths a place", (share, "coarse", case), lambda: bench.at(run, first, run.steps(first), share, Fit(), case),
-            pictures=False,
-        )
-    )  # fmt: skip
+
+    def coarse() -> tuple[widths.Search, Table]:
+        return bench.table(case, " coarse", bench.search(case, made=Coarse))
+
+    def once() -> tuple[Assignment, dict]:
+        run, first = coarse()
+        return bench.at(run, first, run.steps(first), share, Fit(), case)
 
     def again() -> tuple[Assignment, dict]:
-        base, _ = bench.at(run, first, run.steps(first), share, Fit(), case)
+        base, _ = once()
         around, second = bench.table(case, f" coarse around {share}", bench.search(case, base, Coarse))
         return bench.at(around, second, around.steps(second), share, Fit(), case)
 
-    rows.append(bench.judged("2 widths a place, then 2 around that", (share, "around", case), again, pictures=False))
-    return rows
+    name = "2 widths a place, then 2 around that"
+    return there(
+        lambda: bench.row_of("as found: 4 widths a place", share, case=case, pictures=False),
+        lambda: bench.judged("2 widths a place", (share, "coarse", case), once, pictures=False),
+        lambda: bench.judged(name, (share, "around", case), again, pictures=False),
+    )
 
 
 PRECISIONS = ("bf16", "fp8", "Q8_0", "Q5_0", "Q4_0")
@@ -272,8 +340,12 @@ def equal(bench: Bench, budgets: Sequence[float] = BUDGETS) -> list[dict]:
                 blocks = 34 if precision.startswith("Q") else 0
                 return {**verdict, **more, "bytes": kept_bytes(row, sizes, removed, blocks)}
 
-            found = bench.lab.kept(("widths equal bytes", precision, share, Case(), Fit()), find)
-            rows.append({**found, "name": precision, "D": found["D_cond"] + found["D_null"]})
+            found = there(
+                lambda find=find, precision=precision, share=share: bench.lab.kept(
+                    ("widths equal bytes", precision, share, Case(), Fit()), find
+                )
+            )
+            rows += [{**r, "name": precision, "D": r["D_cond"] + r["D_null"]} for r in found]
     for key, better in (("D", 1), ("lpips", 1)):
         front = equal_bytes.front([(r["bytes"], better * r[key]) for r in rows])
         for number, r in enumerate(rows):
@@ -282,8 +354,8 @@ def equal(bench: Bench, budgets: Sequence[float] = BUDGETS) -> list[dict]:
 
 
 def changed(bench: Bench, share: float = 0.42) -> list[dict]:
-    """Widths of the plain encoder in one with a LoRA, and in one whose weights have all been changed a little: D_cond on
-    captions and long prompts against the changed encoder itself, whole."""
+    """Widths of the plain encoder in one with a LoRA, and in one whose weights have all been changed a little: D_cond
+    on captions and long prompts against the changed encoder itself, whole."""
     rows = []
     for name in ("LoRA on all feed-forwards", "all weights changed"):
         for size in (0.05, 0.2):
@@ -310,8 +382,8 @@ def changed(bench: Bench, share: float = 0.42) -> list[dict]:
                 names = ("as it is", "stand-ins fitted anew")
                 return dict(zip(names, (d.conditional for d in meter.measure([removed, fresh])), strict=True))
 
-            found = bench.lab.kept(("widths changed", name, size, share), find)
-            rows.append({**found, "name": f"{name}, {size:.0%} of each weight's size"})
+            found = there(lambda find=find, n=name, size=size: bench.lab.kept(("widths changed", n, size, share), find))
+            rows += [{**r, "name": f"{name}, {size:.0%} of each weight's size"} for r in found]
     return rows
 
 
@@ -345,8 +417,10 @@ class Bare:
         return {**found, "null": null}
 
 
-def second(folder: str, name: str, levels_: Sequence[float] = LEVELS) -> list[dict]:
+def second(folder: str, name: str, levels_: Sequence[float] = LEVELS, measuring: bool = True) -> list[dict]:
     """The same curves on an encoder without a denoiser: as printed (racing), whole parts with stand-ins, widths."""
+    if not measuring and not any(CACHE.glob(f"{name}*")):
+        return []
     lab = Bare(folder, name)
     row, share = lab.row, sum(lab.row.parameter_counts) / lab.row.total
     texts = prompts.broad(FITTED, 0)
@@ -418,8 +492,8 @@ def second(folder: str, name: str, levels_: Sequence[float] = LEVELS) -> list[di
 
 
 def timed_beside(bench: Bench) -> list[dict]:
-    """Seconds of the racing beam search and of the measurement, allocation and fit of widths, in one run of one process,
-    to the same target."""
+    """Seconds of the racing beam search and of the measurement, allocation and fit of widths, in one run of one
+    process, to the same target."""
     target, rows = bench.target(0.42), []
 
     def race() -> None:
@@ -438,27 +512,84 @@ def timed_beside(bench: Bench) -> list[dict]:
             act()
             return {"seconds": time.monotonic() - start, "processor seconds": time.process_time() - used}
 
-        rows.append({**bench.lab.kept(("widths time", name, RANKED, RACED), find), "name": name})
+        found = there(lambda find=find, n=name: bench.lab.kept(("widths time", n, RANKED, RACED), find))
+        rows += [{**r, "name": name} for r in found]
     return rows
+
+
+SECTIONS = ("levels", "variants", "equal", "changed", "time", "tried", "second")
+SHOWN = ("removed", "bytes", *before.ERRORS, *before.PICTURES)
+
+
+def sections(bench: Bench, wanted: Sequence[str], measuring: bool, chosen: Sequence[float] = LEVELS) -> dict[str, str]:
+    """The tables of the page, in the order in which they are measured."""
+    found = {}
+    for name in wanted:
+        if name == "levels":
+            found[name] = before.table(levels(bench, chosen), SHOWN, "how")
+        elif name == "variants":
+            found[name] = before.table(variants(bench, before.MIDDLE), SHOWN, "widths at 42 %")
+        elif name == "equal":
+            columns = ("removed", "bytes", "D", *before.PICTURES, "front by D", "front by lpips")
+            found[name] = before.table(equal(bench), columns, "precision")
+        elif name == "changed":
+            found[name] = before.table(changed(bench), ("as it is", "stand-ins fitted anew"), "D_cond at 42 %")
+        elif name == "time":
+            found[name] = before.table(timed_beside(bench), ("seconds", "processor seconds"), "to 42 %, one thread")
+        elif name == "tried":
+            found[name] = before.table(tried(bench, before.MIDDLE), ("removed", *before.ERRORS), "at 42 %")
+        elif name == "second":
+            rows = second(str(gemma270m.ensure()), "gemma270m", measuring=measuring)
+            found[name] = before.table(rows, ("removed", "bytes", *before.KINDS, "null"), "Gemma 3 270M")
+        print(found[name], flush=True)
+    return found
+
+
+def plot(rows: Sequence[dict]) -> None:
+    """Errors and scores over what is removed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    names = {"as printed": "as printed", "aware order, rank 16": "whole parts, stand-ins", "widths, rank 16": "widths"}
+    for number, (name, label) in enumerate(names.items()):
+        own = sorted((row for row in rows if row["name"].startswith(name)), key=lambda row: row["removed"])
+        for axis, key in zip(axes, ("captions", "overall"), strict=True):
+            points = [(100 * row["removed"], row[key]) for row in own if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=label, color=f"C{number}")
+    axes[0].set(xlabel="removed, % of the parameters in blocks", ylabel="D_cond on unseen captions", yscale="log")
+    axes[1].set(xlabel="removed, % of the parameters in blocks", ylabel="score of the pictures", ylim=(0, 1.03))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(PLOT, dpi=110)
 
 
 def main() -> None:
     """Measure, print, and write unless it is the quick cut."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a cut of 15 minutes; writes nothing to docs/")
-    parser.add_argument("--only", nargs="+", help="sections to run")
+    parser.add_argument("--quick", action="store_true", help="42 %% only, 5 prompts a task; writes nothing to docs/")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write what is there")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections to measure")
+    parser.add_argument("--shares", help="of the levels, in the order in which they are measured, like 0.42,0.6")
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    bench = Bench()
-    columns = ("removed", "bytes", *before.ERRORS, *before.PICTURES)
-    print(
-        before.table([bench.row_of("widths, rank 16", share) for share in (0.42, 0.60, 0.25)], columns, "how"),
-        flush=True,
-    )
-    print(before.table(levels(bench), columns, "how"), flush=True)
+    bench = Bench(5 if options.quick else 60, not options.page)
+    shares = tuple(map(float, options.shares.split(","))) if options.shares else LEVELS
+    if options.quick:
+        sections(bench, ("levels",), True, (before.MIDDLE,))
+        return
+    found = sections(bench, options.only, not options.page, shares)
+    if options.page:
+        fill(PAGE, found)
+        plot(levels(bench))
 
 
 if __name__ == "__main__":

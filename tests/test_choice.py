@@ -14,7 +14,7 @@ from test_saving import of_pack, plan_of, shelf  # noqa: F401 - fixtures
 from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
 
 NODES = [
-    "SkrrPrune", "SkrrLoadPlan", "SkrrEditPlan", "SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader",
+    "SkrrPrune", "SkrrLoadPlan", "SkrrRepairPlan", "SkrrEditPlan", "SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader",
     "SkrrQuadrupleCLIPLoader",
     "SkrrSaveEncoder", "SkrrTrimUnread", "SkrrMemoryReport", "SkrrCompare",
 ]  # fmt: skip

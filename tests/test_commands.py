@@ -286,7 +286,8 @@ def test_padding_out_of_range(encoder, tmp_path, capsys, pad):
     assert capsys.readouterr().err.startswith(f"skrr: --pad {pad}: give a number of tokens from 0 to")
 
 
-def test_ctrl_c(encoder, tmp_path):
+@pytest.mark.parametrize("quality", ["best", "paper"])
+def test_ctrl_c(encoder, tmp_path, quality):
     """Exit code 130, and no half-written plan."""
     command = [
         sys.executable,
@@ -300,9 +301,13 @@ def test_ctrl_c(encoder, tmp_path):
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, "--count", "3000", "--sparsity", "0.8"], cwd=REPO, env=environment, stderr=subprocess.PIPE, text=True
+        [*command, "--count", "3000", "--sparsity", "0.8", "--quality", quality],
+        cwd=REPO,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    while "step" not in (line := process.stderr.readline()):
+    while "[candidate" not in (line := process.stderr.readline()):
         assert line, "ended before it searched"
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)

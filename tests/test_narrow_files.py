@@ -199,6 +199,7 @@ def test_apply(tmp_path, capsys, name, form, level):
 
     narrowed = entry.narrowed(chosen)
     fitted, _ = companion.of_level([tmp_path], "enc", entry, chosen)
+    assert ("projections of narrowed sub-blocks can't be cut" in told) == (form in WHOLE)
     assert f"{len(narrowed)} narrowed" in told and fitted.units.keys() == narrowed.keys()
     layout, opened = Checkpoint(source).layout, Checkpoint(out)
     size = int.from_bytes(out.read_bytes()[:8], "little")
@@ -372,6 +373,16 @@ def test_units_of_another_encoder(tmp_path, capsys, name, units, words):
     assert all(torch.equal(t, state[k]) for k, t in module.state_dict().items())
     with pytest.raises(PlanError, match="choose a plan made for this encoder"):
         narrowing(layout, plan.encoder("enc"), plan.encoder("enc").levels[0], some.units)
+
+
+def test_units_of_what_goes_in_the_end(tmp_path):
+    """A sub-block that is narrowed first and removed later is looked at, too."""
+    units = Units(sha256="0" * 64, attention=8, feed_forward=NEURONS)
+    level = Level(skipped=1, reuse={}, sparsity=0.1)
+    entry = EncoderPlan(family="t5", blocks=4, width=WIDTH, order=((2, 5), 2), units=units, levels=(level,))
+    for shape in (families.find(small.build("t5")), Layouts.of("t5")):
+        with pytest.raises(PlanError, match="expected units.attention 8, found 4 at sub-block 2"):
+            check(shape, entry, "enc")
 
 
 def test_heads_that_a_file_leaves_open():
@@ -663,6 +674,81 @@ def test_spare_tensors_stay_away(tmp_path):
 
 
 def test_show(tmp_path, capsys):
+    """What goes, what is narrowed to how much, and what stands in; no list of all steps."""
     path, plan, _ = written(tmp_path, "t5")
     assert main(["show", str(path)]) == 0
-    assert capsys.readouterr().out.strip() == describe_plan(plan).strip()
+    assert capsys.readouterr().out.rstrip() == describe_plan(plan)
+    assert describe_plan(plan).splitlines() == [
+        "plan from test",
+        "enc: t5, 4 blocks, 32 wide; 7 steps, sub-blocks narrowed to some of their 4 heads or 64 neurons",
+        "    1 skipped,   2 narrowed: sparsity 5.0%, re-use 5>7, 2 linear stand-ins of rank 3",
+        "    2 skipped,   4 narrowed: sparsity 20.0%, re-use 5>7, 3 linear stand-ins of rank 3",
+        "",
+        "  attention      75%    ~    2  25%",
+        "  feed-forward    2%  27%   >3    3",
+    ]
+
+
+def test_encode_and_discrepancy(tmp_path, tokenizer_folder, capsys):
+    """The command line's conditionings and D are those of the encoder that the verbs make, and of the file that `apply`
+    writes."""
+    from skrr_engine.files.folder import load
+
+    path, plan, _ = written(tmp_path, "t5")
+    entry = plan.encoder("enc")
+    folder = tmp_path / "encoder"
+    small.build("t5").save_pretrained(folder)
+    for file in tokenizer_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "prompts.txt").write_text("a red cube\ntwo blue cats under a table\na dog")
+    common = [
+        "--encoder",
+        str(folder),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--plan",
+        str(path),
+        "--name",
+        "enc",
+    ]
+    assert main(["encode", *common, "--out", str(tmp_path / "out.safetensors")]) == 0
+    got = load_file(tmp_path / "out.safetensors")
+    encoder = load(str(folder))
+    fitted, _ = companion.of_level([tmp_path], "enc", entry, entry.levels[-1])
+    skrr_engine.prune(encoder.module, plan, fitted=fitted)
+    for key, prompt in (("0", "a red cube"), ("1", "two blue cats under a table"), ("null", "")):
+        wanted = encoder.module(input_ids=torch.tensor([encoder.tokenize(prompt)])).last_hidden_state[0]
+        torch.testing.assert_close(got[key], wanted, rtol=1e-4, atol=1e-5)
+    capsys.readouterr()
+    assert main(["discrepancy", *common, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    row = families.find(small.build("t5"))
+    assert found["sparsity"] == pytest.approx(row.sparsity(entry.shares(7))) and found["D"] > 0
+    companion.beside(path).unlink()
+    for command in (["encode", *common, "--out", str(tmp_path / "none")], ["discrepancy", *common]):
+        assert main(command) == 1
+        assert "units and stand-ins (*.standins.safetensors) is missing" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["clip", "qwen2"])
+def test_a_bias_that_can_not_be_cut(tmp_path, name):
+    """Where weights can be cut and biases not (as GGUF files may hold them), a projection stays whole and is used in
+    part: the same conditioning."""
+    from skrr_engine.encoder.rewire import BUILD, rewire
+    from skrr_engine.encoder.standin import Linear
+    from skrr_engine.encoder.units import Build, index_cut
+
+    _, plan, _ = written(tmp_path, name)
+    entry = plan.encoder("enc")
+    fitted, _ = companion.of_level([tmp_path], "enc", entry, entry.levels[-1])
+    uncut = Build(
+        Linear, lambda tensor, index, dimension: index_cut(tensor, index, dimension) if tensor.ndim > 1 else None
+    )
+    found = []
+    for build in (BUILD, uncut):
+        module = small.build(name)
+        rewire(module, families.find(module), fitted.assignment(entry, entry.levels[-1]), build)
+        found.append((small.forward(name, [[5, 9, 33, 4, 60, 2]])(module), sum(p.numel() for p in module.parameters())))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    assert found[0][1] < found[1][1]

@@ -343,7 +343,7 @@ def run_encode(options) -> None:
 def run_apply(options) -> None:
     """Write a copy of an encoder's .safetensors without what a plan skips: kept tensors bit for bit, and the plan."""
     from ..files.encoder_file import Checkpoint
-    from ..files.narrow import check
+    from ..files.narrow import check, narrowing
     from ..files.pruned import write_pruned
 
     plan, source = Plan.read(options.plan), Checkpoint(options.encoder)
@@ -361,6 +361,8 @@ def run_apply(options) -> None:
     before = source.path.stat().st_size
     changed = changes(entry, level, 2 * layout.blocks, len(fitted.standins))
     print(f"{name}: {changed}, {gone:.1%} of its parameters left out")
+    if whole := narrowing(layout, entry, level, fitted.units).whole:
+        print(f"{len(whole)} projections of narrowed sub-blocks can't be cut, as they are quantised: they stay whole")
     print(f"{options.out}: {written:,} bytes of {before:,} ({written / before:.1%})")
 
 

@@ -198,7 +198,7 @@ class Build:
 
     linear: Callable[..., nn.Linear]
     cut: Cut
-    bias: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda bias, index: index_cut(bias, index, 0)
+    bias: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None] = lambda bias, index: index_cut(bias, index, 0)
     rounded: Callable[[torch.Tensor, torch.dtype, int | None], torch.Tensor] = lambda tensor, dtype, seed: tensor.to(
         dtype
     )
@@ -323,8 +323,10 @@ def narrow_layer(layer: nn.Module, own: Units, units: torch.Tensor, is_out: bool
     full = columns_of(layer) if is_out else rows_of(layer)
     index = spread(units.cpu(), full // own.count)
     weight = getattr(layer, "weight", None)
+    bias = None if is_out else getattr(layer, "bias", None)
     cut = build.cut(layer, index, 1 if is_out else 0)
-    if cut is None:
+    cut_bias = None if bias is None else build.bias(bias, index)
+    if cut is None or (bias is not None and cut_bias is None):
         if is_out:
             return PartLayer(layer, before=(*((Take(index),) if own.heads else ()), Put(index, full)))
         return PartLayer(layer, after=() if own.heads else (Take(index),))
@@ -333,8 +335,8 @@ def narrow_layer(layer: nn.Module, own: Units, units: torch.Tensor, is_out: bool
     build.cleaned(twin)
     if weight is not None:
         twin.weight = nn.Parameter(cut, requires_grad=False)
-    if not is_out and getattr(layer, "bias", None) is not None:
-        twin.bias = nn.Parameter(build.bias(layer.bias, index), requires_grad=False)
+    if cut_bias is not None:
+        twin.bias = nn.Parameter(cut_bias, requires_grad=False)
     twin.skrr_dimension, twin.skrr_index, twin.skrr_full = 1 if is_out else 0, index, full
     twin.skrr_before = (Take(index),) if is_out and own.heads else ()
     twin.skrr_after = (Put(index, full),) if own.heads and not is_out else ()

@@ -42,7 +42,7 @@ def check(shape: Row | Layout, entry: EncoderPlan, name: str) -> None:
     divide its projections. name: of the encoder, for the message.
     """
     entry.check(shape.family, shape.blocks, shape.width, name)
-    places = entry.narrowed(len(entry.order))
+    places = entry.narrowable()
     if isinstance(shape, Row):
         entry.check_units({place: units_of(shape, place).count for place in places}, {}, name)
         return

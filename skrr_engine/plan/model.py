@@ -307,6 +307,10 @@ class EncoderPlan(_Part):
         """The narrowed ones of them alone."""
         return {place: units for place, units in self.left(level).items() if units}
 
+    def narrowable(self) -> set[int]:
+        """The sub-blocks that some step narrows, whether a later one removes them or not."""
+        return {step[0] for step in self.order if isinstance(step, tuple)}
+
     def level(self, skipped: int) -> Level:
         """The level of exactly `skipped` steps. Raises PlanError that names the levels there are."""
         for level in self.levels:
@@ -342,7 +346,7 @@ class EncoderPlan(_Part):
     def check_units(self, counts: Mapping[int, int], lengths: Mapping[int, Collection[int]], encoder_name: str) -> None:
         """Raises PlanError unless the sub-blocks that some step narrows have as many units as the plan says. counts:
         sub-block -> how many the encoder's has, where that is known; lengths: which its units must divide."""
-        for place in sorted(self.narrowed(len(self.order))):
+        for place in sorted(self.narrowable()):
             field, wanted = "feed_forward" if place % 2 else "attention", self.units.of(place)
             odd = [length for length in lengths.get(place, ()) if length % wanted]
             if odd or counts.get(place, wanted) != wanted:

@@ -28,8 +28,7 @@ def describe_plan(plan: Plan) -> str:
     )
     lines = [printable(f"plan from {came.source}" + "".join(f", {k} {v}" for k, v in facts if v is not None))]
     for name, entry in plan.encoders.items():
-        order = ",".join(str(s) if isinstance(s, int) else f"{s[0]}={s[1]}" for s in entry.order)
-        lines.append(f"{name}: {entry.family}, {entry.blocks} blocks, {entry.width} wide; order {order}")
+        lines.append(f"{name}: {entry.family}, {entry.blocks} blocks, {entry.width} wide; {steps(entry)}")
         how = entry.extensions.get("search")
         if isinstance(how, dict) and how.get("mode") == "racing":
             delta = how.get("delta")  # an extension: nobody has checked it
@@ -38,6 +37,14 @@ def describe_plan(plan: Plan) -> str:
         lines += [describe_level(entry, level) for level in entry.levels]
         lines += ["", *plan_map(entry, entry.levels[-1])]
     return "\n".join(lines)
+
+
+def steps(entry: EncoderPlan) -> str:
+    """An order in words: all of it where whole sub-blocks go, else how long it is and what is narrowed."""
+    if entry.units is None:
+        return "order " + ",".join(map(str, entry.order))
+    units = f"{entry.units.attention} heads or {entry.units.feed_forward} neurons"
+    return f"{len(entry.order)} steps, sub-blocks narrowed to some of their {units}"
 
 
 def changes(entry: EncoderPlan, level: Level, sub_blocks: int, standins: int) -> str:
@@ -57,15 +64,19 @@ def changes(entry: EncoderPlan, level: Level, sub_blocks: int, standins: int) ->
 def describe_level(entry: EncoderPlan, level: Level) -> str:
     """A level in one line."""
     measured = "" if level.discrepancy is None else f", D {level.discrepancy:.4g}"
-    pairs = " ".join(f"{i}>{j}" for i, j in level.reuse.items())
-    reused = f", re-use {pairs}" if pairs else ""
-    if level.standins is not None:
-        rank = in_words(level.standins.ranks.values())
-        reused = f", {len(level.standins.ranks)} linear stand-ins of {rank}{f'; without them {pairs}' if pairs else ''}"
-    left = entry.left(level)
-    gone, narrowed = sum(not units for units in left.values()), len(entry.narrowed(level))
-    more = f", {narrowed} narrowed" if narrowed else ""
-    return f"  {gone:3} skipped{more}: sparsity {level.sparsity:.1%}{measured}{reused}"
+    ranks = level.standins.ranks if level.standins else {}
+    reused, instead = (
+        " ".join(f"{i}>{j}" for i, j in level.reuse.items() if (i in ranks) == repaired) for repaired in (False, True)
+    )
+    more = f", re-use {reused}" if reused else ""
+    if ranks:
+        more += f", {len(ranks)} linear stand-in{'s' if len(ranks) > 1 else ''} of {in_words(ranks.values())}"
+    narrowed = len(entry.narrowed(level))
+    if instead and not narrowed:  # without its companion a level that narrows does nothing
+        more += f"; without them {instead}"
+    gone = len(entry.left(level)) - narrowed
+    some = f", {narrowed:3} narrowed" if entry.units else ""
+    return f"  {gone:3} skipped{some}: sparsity {level.sparsity:.1%}{measured}{more}"
 
 
 def in_words(ranks: Iterable[int]) -> str:

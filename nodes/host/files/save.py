@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -93,14 +94,23 @@ def tokenizer_tensors(clip, view: View) -> dict[str, torch.Tensor]:
     return found
 
 
-def save(clip, view: View, pruned: Pruned, name: str) -> tuple[str, int]:
+def source_of(clip, view: View, pruned: Pruned):
+    """What an encoder is saved from: the file that it was loaded from, where that is known, or memory. Raises
+    CheckpointError."""
+    return Checkpoint.again(pruned.file) if pruned.file else InMemory(clip, view)
+
+
+def save(
+    clip, view: View, pruned: Pruned, name: str, refitted: Mapping[str, torch.Tensor] | None = None
+) -> tuple[str, int]:  # fmt: skip
     """Write what is left of an encoder into ComfyUI's text_encoders folder; returns the file's name and its bytes.
 
-    Raises SkrrError. No file is ever written over, whoever else saves one at the same moment.
+    refitted: see write_pruned. Raises SkrrError. No file is ever written over, whoever else saves one at the same
+    moment.
     """
     stem = library.file_name(name, "a file").removesuffix(".json").removesuffix(".safetensors")
     folder = library.folder_to_write(FOLDER)
-    source = Checkpoint.again(pruned.file) if pruned.file else InMemory(clip, view)
+    source = source_of(clip, view, pruned)
     plan, skipped = None, 0
     if pruned.plan is not None and pruned.level is not None:
         plan, skipped = (
@@ -110,7 +120,7 @@ def save(clip, view: View, pruned: Pruned, name: str) -> tuple[str, int]:
     spare = spare_head(clip, source.layout)
     with unnamed(folder / f"{stem}.safetensors") as whole:
         written = write_pruned(
-            source, whole, view.name, plan, skipped, pruned.unread, pruned.fitted, view.shape.blocks, spare
+            source, whole, view.name, plan, skipped, pruned.unread, pruned.fitted, view.shape.blocks, spare, refitted
         )
         for out in library.free_paths(FOLDER, folder, stem, ".safetensors"):
             with contextlib.suppress(FileExistsError):  # another process was quicker
