@@ -578,8 +578,8 @@ def shapes() -> Sketch:
 
 
 SKETCHES = (
-    shapes, prune_flux, repair_flux, load_plan_flux, memory_report, sd35, pixart, wan, z_image, save_and_reload, edit_plan, search,
-    compare,
+    shapes, prune_flux, repair_flux, load_plan_flux, memory_report, sd35, pixart, wan, z_image, save_and_reload,
+    edit_plan, search, compare,
 )  # fmt: skip
 
 

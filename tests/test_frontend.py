@@ -157,10 +157,18 @@ def old_workflow(values: list) -> dict:
     node = {
         "id": 1, "type": "SkrrPrune", "pos": [100, 100], "size": [430, 400], "flags": {}, "order": 0, "mode": 0,
         "inputs": [{"name": "clip", "type": "CLIP", "link": None}, {"name": "model", "type": "MODEL", "link": None}],
-        "outputs": [{"name": "CLIP", "type": "CLIP", "links": None}, {"name": "plan", "type": "SKRR_PLAN", "links": None}],
+        "outputs": [{"name": name, "type": kind, "links": None} for name, kind in (("CLIP", "CLIP"), ("plan", "SKRR_PLAN"))],
         "properties": {}, "widgets_values": values,
     }  # fmt: skip
-    return {"last_node_id": 1, "last_link_id": 0, "nodes": [node], "links": [], "groups": [], "config": {}, "version": 0.4}
+    return {
+        "last_node_id": 1,
+        "last_link_id": 0,
+        "nodes": [node],
+        "links": [],
+        "groups": [],
+        "config": {},
+        "version": 0.4,
+    }
 
 
 @pytest.mark.parametrize(
@@ -222,6 +230,25 @@ def trimmed(page, node: str) -> None:
     picture(page, node, [2], folder=HELP_IMAGES)
 
 
+def repaired(page, node: str) -> None:
+    """Behind the plan that it repairs, after a run."""
+    entry = {
+        "family": "t5", "blocks": 5, "width": 64, "order": [3, 0, 6],
+        "levels": [{"skipped": 3, "reuse": {"6": 4}, "sparsity": 0.03}],
+    }  # fmt: skip
+    plan = {"format": "skrr-plan", "version": 1, "encoders": {"t5xxl": entry}, "provenance": {"source": "manual"}}
+    nodes = [
+        (1, "SkrrTestCLIP", (0, 0), {"kind": "flux"}),
+        (2, "SkrrLoadPlan", (320, 0), {"plan_json": json.dumps(plan), "sparsity": 1.0}),
+        (3, node, (860, 0), {"prompts": 32, "rank": 4, "sparsity": 1.0}),
+        (4, "SkrrMemoryReport", (1400, 0), {}),
+    ]
+    build(page, nodes, [(1, 0, 2, "clip"), (1, 0, 3, "clip"), (2, 1, 3, "plan"), (3, 0, 4, "clip")])
+    run(page)
+    wait_for_map(page, 3)
+    picture(page, node, [2, 3], folder=HELP_IMAGES)
+
+
 def alone(page, node: str) -> None:
     """As it comes."""
     build(page, [(1, node, (0, 0), {})])
@@ -229,7 +256,12 @@ def alone(page, node: str) -> None:
 
 
 FILES = {"SkrrCLIPLoader": 1, "SkrrDualCLIPLoader": 2, "SkrrTripleCLIPLoader": 3, "SkrrQuadrupleCLIPLoader": 4}
-PICTURED = {**dict.fromkeys(LOADERS, loader), "SkrrTrimUnread": trimmed, "SkrrSaveEncoder": alone}
+PICTURED = {
+    **dict.fromkeys(LOADERS, loader),
+    "SkrrTrimUnread": trimmed,
+    "SkrrSaveEncoder": alone,
+    "SkrrRepairPlan": repaired,
+}
 """Nodes whose pictures are made here; other tests make the others."""
 
 
