@@ -157,7 +157,7 @@ def old_workflow(values: list) -> dict:
     node = {
         "id": 1, "type": "SkrrPrune", "pos": [100, 100], "size": [430, 400], "flags": {}, "order": 0, "mode": 0,
         "inputs": [{"name": "clip", "type": "CLIP", "link": None}, {"name": "model", "type": "MODEL", "link": None}],
-        "outputs": [{"name": name, "type": kind, "links": None} for name, kind in (("CLIP", "CLIP"), ("plan", "SKRR_PLAN"))],
+        "outputs": [{"name": n, "type": t, "links": None} for n, t in (("CLIP", "CLIP"), ("plan", "SKRR_PLAN"))],
         "properties": {}, "widgets_values": values,
     }  # fmt: skip
     return {
