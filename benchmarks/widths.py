@@ -147,7 +147,9 @@ class Bench(before.Bench):
         chosen = steps[: run.reaching(steps, self.target(share))]
         left = allocate.left(chosen)
         bare = assignment(left, units={place: widths.units_kept(table, place, n) for place, n in left.items() if n})
-        path = state_path(f"fit {case} {fit} {sorted(left.items())}"[:40] + digest(case, fit, left)).with_suffix(".safetensors")
+        path = state_path(f"fit {case} {fit} {sorted(left.items())}"[:40] + digest(case, fit, left)).with_suffix(
+            ".safetensors"
+        )
         if path.exists():
             removed = read_fit(path, bare)
             return removed, self.counted(run.shares(chosen), removed)
@@ -231,14 +233,14 @@ def log(what: str, seconds: float, whole: bool) -> None:
 
 
 def levels(bench: Bench, chosen: Sequence[float] = LEVELS) -> list[dict]:
-    """As printed, whole parts with stand-ins, and widths."""
-    rows = []
+    """Widths, and then what they stand beside: as printed, and whole parts with stand-ins."""
+    rows = there(*(functools.partial(bench.row_of, "widths, rank 16", share) for share in chosen))
     aware = before.aware_order(bench)
     for share in chosen:
-        known = [] if share > before.MOST else before.levels(bench, aware, (share,))
-        rows += [row for row in known if row["name"].startswith("as printed") or row["name"] == "aware order, rank 16"]
-        rows += there(lambda share=share: bench.row_of("widths, rank 16", share))
-    return rows
+        for known in there(lambda share=share: {"rows": before.levels(bench, aware, (share,))}):
+            names = ("as printed", "as printed, without re-use", "aware order, rank 16")
+            rows += [row for row in known["rows"] if row["name"] in names]
+    return sorted(rows, key=lambda row: (round(row["removed"], 1), row["name"]))
 
 
 def there(*makes) -> list[dict]:
