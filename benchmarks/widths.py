@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import equal_bytes
+from benchmarks import equal_bytes, gemma270m
 from benchmarks import standins as before
 from benchmarks.pages import fill
 from skrr_engine import __version__
@@ -97,7 +97,8 @@ class Unknown(Exception):
 
 
 class Bench(before.Bench):
-    """The laboratory of Shapes, with tables of widths that are kept. measuring: whether what is not there is measured."""
+    """The laboratory of Shapes, with tables of widths that are kept. measuring: whether what is not there is
+    measured."""
 
     def __init__(self, per_task: int = 60, measuring: bool = True):
         super().__init__(per_task)

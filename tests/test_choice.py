@@ -14,8 +14,8 @@ from test_saving import of_pack, plan_of, shelf  # noqa: F401 - fixtures
 from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
 
 NODES = [
-    "SkrrPrune", "SkrrLoadPlan", "SkrrRepairPlan", "SkrrEditPlan", "SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader",
-    "SkrrQuadrupleCLIPLoader",
+    "SkrrPrune", "SkrrLoadPlan", "SkrrRepairPlan", "SkrrEditPlan", "SkrrCLIPLoader", "SkrrDualCLIPLoader",
+    "SkrrTripleCLIPLoader", "SkrrQuadrupleCLIPLoader",
     "SkrrSaveEncoder", "SkrrTrimUnread", "SkrrMemoryReport", "SkrrCompare",
 ]  # fmt: skip
 

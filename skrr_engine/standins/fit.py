@@ -214,8 +214,8 @@ def stand_in(fit: Fit, norm: str) -> StandIn:
 @dataclass
 class Pair:
     """The dense and the pruned stream of one batch before a place, `[batch, tokens, width]`, the same object where
-    nothing was removed so far; behind, kept: what this place's own sub-block makes of each, done: what the place's action
-    makes of the pruned one without its stand-in, where these are known."""
+    nothing was removed so far; behind, kept: what this place's own sub-block makes of each, done: what the place's
+    action makes of the pruned one without its stand-in, where these are known."""
 
     place: int
     dense: torch.Tensor
