@@ -199,9 +199,9 @@ def prune_flux() -> Sketch:
     loaders(sketch)
     sketch.note(
         (400, 0), (430, 210), "Skrr Prune",
-        "The first run searches, and shows how long it will take. Interrupt it whenever you like: the next run goes on"
-        " where it stopped.\n\nThe plan is saved in `models/skrr_plans`. Later runs with the same inputs use it at"
-        " once; other workflows use it through **Load Skrr Plan**.",
+        "The first run searches, and shows how long it will take. Stop it whenever you like: the next run goes on.\n\n"
+        "The plan and the file beside it are saved in `models/skrr_plans`. Later runs use them at once, and another"
+        " `sparsity` is only fitted; other workflows use them through **Load Skrr Plan**.",
     )  # fmt: skip
     sketch.node("skrr", "SkrrPrune", (400, 270), (430, 330), plan_name="flux_t5xxl", encoder="t5xxl")
     sketch.link("clip", "CLIP", "skrr", "clip")
@@ -329,7 +329,7 @@ def wan() -> Sketch:
     sketch.note(
         (0, 0), (340, 190), "Wan 2.1",
         "No plan ships for UMT5-XXL: the first run searches one, which takes long on an encoder of this size. Stop it"
-        " whenever you like: the best so far is saved, and the next run goes on.",
+        " whenever you like: the next run goes on with what was measured.",
     )  # fmt: skip
     umt5 = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
     sketch.node("clip", "CLIPLoader", (0, 250), (340, 0), clip_name=umt5, type="wan")
@@ -357,7 +357,7 @@ def z_image() -> Sketch:
         (0, 0), (340, 210), "Z-Image",
         "Z-Image reads the hidden state before the last: **Skrr Prune** leaves out the layer behind it, too, which"
         " changes nothing.\n\nNo plan ships for Qwen3-4B: the first run searches one. Stop it whenever you like: the"
-        " best so far is saved.",
+        " next run goes on.",
     )  # fmt: skip
     sketch.node("clip", "CLIPLoader", (0, 270), (340, 0), clip_name="qwen_3_4b.safetensors", type="lumina2")
     sketch.node("model", "UNETLoader", (0, 430), (340, 0), unet_name="z_image_turbo_bf16.safetensors")
@@ -371,6 +371,28 @@ def z_image() -> Sketch:
     latent = ("EmptySD3LatentImage", {"width": 1024, "height": 1024})
     sampled(sketch, 890, (PROMPT, ""), latent, steps=9, cfg=1.0)
     save_picture(sketch, 890)
+    return sketch
+
+
+def repair_flux() -> Sketch:
+    """The shipped plan for FLUX.1-dev, made better without a search, and a picture with it."""
+    sketch = Sketch("skrr_repair_plan_flux", api=True)
+    loaders(sketch)
+    sketch.note(
+        (400, 0), (430, 230), "Repair Skrr Plan",
+        "Fits a small linear map to the place of every part that the plan removes: no search, one pass over the prompts"
+        " for each level. The repaired plan and the file beside it are saved in `models/skrr_plans`; later runs use"
+        " them at once.\n\n`clip` is the loader's, whole. With `widths`, narrower parts of the same sizes are found"
+        " instead, which takes as long as a search.",
+    )  # fmt: skip
+    sketch.node("plan", "SkrrLoadPlan", (400, 290), (430, 220), plan="flux1-dev (shipped)", sparsity=0.42)
+    sketch.node("skrr", "SkrrRepairPlan", (890, 0), (430, 0), plan_name="flux1-dev repaired", sparsity=0.42)
+    for link in (
+        ("clip", "CLIP", "plan", "clip"), ("plan", "plan", "skrr", "plan"), ("clip", "CLIP", "skrr", "clip"),
+        ("model", "MODEL", "skrr", "model"),
+    ):  # fmt: skip
+        sketch.link(*link)
+    picture(sketch, 1380)
     return sketch
 
 
@@ -479,13 +501,13 @@ def search() -> Sketch:
     loaders(sketch)
     sketch.note(
         (400, 0), (430, 230), "A plan of your own",
-        "Any CLIP and its MODEL will do. Put prompts like yours into `own_prompts`, one a line: thirty or more are"
-        " better than five.\n\nA curve grows while it searches. Cancel keeps the best so far as"
-        " `my_flux_plan_so_far.json`; the next run goes on.\n\n**Copy plan** in the node's menu hands it on.",
+        "Any CLIP and its MODEL will do. Put prompts like yours into `own_prompts` (an advanced input), one a line:"
+        " thirty or more are better than five.\n\nThis one searches as in the paper: a curve grows, and Cancel keeps"
+        " the best so far as `my_flux_plan_so_far.json`. `best` fits small maps, and takes at least 16 prompts.",
     )  # fmt: skip
     sketch.node(
         "skrr", "SkrrPrune", (400, 290), (430, 0), plan_name="my_flux_plan", encoder="t5xxl", sparsity=0.33, beam=1,
-        own_prompts=OWN_PROMPTS,
+        own_prompts=OWN_PROMPTS, quality="as in the paper",
     )  # fmt: skip
     sketch.node(
         "compare", "SkrrCompare", (890, 0), (480, 560), "What it does to other prompts",
@@ -516,6 +538,7 @@ def shapes() -> Sketch:
     sketch.node("latent", "EmptySD3LatentImage", (0, 670), (340, 0), width=64, height=64)
     sketch.node(
         "skrr", "SkrrPrune", (400, 400), (380, 640), sparsity=SHAPES_SPARSITY, beam=1, plan_name="shapes",
+        quality="as in the paper",
         own_prompts="\n".join([c for c in calibration(99) if len(c.split()) == SHAPES_WORDS][:SHAPES_CAPTIONS]),
     )  # fmt: skip
     sketch.node("report", "SkrrMemoryReport", (400, 0), (380, 330))
@@ -555,8 +578,8 @@ def shapes() -> Sketch:
 
 
 SKETCHES = (
-    shapes, prune_flux, load_plan_flux, memory_report, sd35, pixart, wan, z_image, save_and_reload, edit_plan, search,
-    compare,
+    shapes, prune_flux, repair_flux, load_plan_flux, memory_report, sd35, pixart, wan, z_image, save_and_reload,
+    edit_plan, search, compare,
 )  # fmt: skip
 
 

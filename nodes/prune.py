@@ -49,8 +49,8 @@ class SkrrPrune(io.ComfyNode):
                     min=0.01,
                     max=0.95,
                     step=0.01,
-                    tooltip="How much of the encoder to remove. With the best quality 0.42 keeps pictures close to the"
-                    " whole encoder's, and 0.6 is still usable.",
+                    tooltip="How much of the encoder to remove. 0.42 is a good start: look at your pictures, and remove"
+                    " less where they suffer.",
                 ),
                 advanced(
                     io.Int.Input(
@@ -162,12 +162,13 @@ class SkrrPrune(io.ComfyNode):
         texts = from_text(own_prompts) if own_prompts.strip() else (broad if fitting else generate)(count)
         view = choose(clip, encoder.strip())
         node = cls.hidden.unique_id
+        _ = view.row  # refuses an encoder that was loaded pruned
         if size_gb > 0:
-            standins = len(view.row) * 4 * view.shape.width * (rank + 1) if fitting else 0
-            sparsity = sparsity_for(size_gb * 1e9, view.shape.total_bytes, standins)
-        further = LEVELS if quality == BEST else ()
-        delta = 0.0 if exact else Settings.delta
-        settings = Settings(sparsity, (), beam, reuse, delta, further, at_least=size_gb > 0)
+            sparsity = sparsity_for(size_gb * 1e9, view.shape, rank if fitting else 0)
+        if quality == BEST:
+            settings = Settings(sparsity, further=LEVELS, at_least=size_gb > 0)
+        else:
+            settings = Settings(sparsity, (), beam, reuse, 0.0 if exact else Settings.delta)
         plan = find_plan(clip, model, view, settings, texts, plan_name, node, fitting, METHODS[quality])
         entry = plan.encoder(view.name)
         if quality != BEST:  # its one level may be above what was asked for by as much as a part

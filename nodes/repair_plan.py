@@ -9,7 +9,8 @@ from .types import CATEGORY, SkrrPlan, advanced
 class SkrrRepairPlan(io.ComfyNode):
     """Makes a plan better without a search: fits small linear maps to the places of the parts that it removes.
 
-    Minutes, where a search takes much longer. The repaired plan is saved in models/skrr_plans with a file beside it.
+    The repaired plan is saved in models/skrr_plans, with a file beside it that belongs to it; a second run with the
+    same inputs uses that at once.
     """
 
     @classmethod
@@ -26,7 +27,7 @@ class SkrrRepairPlan(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The diffusion model that reads the prompts. Its text projection makes the plan better.",
+                    tooltip="The diffusion model that reads the prompts. It makes plans with widths better.",
                 ),
                 io.Float.Input(
                     "sparsity",
@@ -39,7 +40,7 @@ class SkrrRepairPlan(io.ComfyNode):
                 io.Boolean.Input(
                     "widths",
                     default=False,
-                    tooltip="Find narrower parts of the same sizes instead, which is much better and takes longer.",
+                    tooltip="Find narrower parts that come to the same sizes instead: better, and as long as a search.",
                 ),
                 io.String.Input("plan_name", default="repaired", tooltip="Name of the plan file in models/skrr_plans."),
                 advanced(
@@ -94,10 +95,13 @@ class SkrrRepairPlan(io.ComfyNode):
         from .host.talk import say
 
         texts = from_text(own_prompts) if own_prompts.strip() else broad(prompts)
-        node, pruned, lines, made = cls.hidden.unique_id, {}, [], plan
-        for name, view in match(views(clip), plan).items():
-            made = repair_plan(clip, model, view, made, name, texts, plan_name, node, Fitting(rank=rank), widths)
-            pruned[view.name], told = Choice(made, sparsity, 0.0).pruned(view.name, view, made.encoder(view.name))
+        node, pruned, lines = cls.hidden.unique_id, {}, []
+        matched = match(views(clip), plan)
+        for name in matched:
+            plan.encoder(name).choose(sparsity)  # refuses, before any work, what no level answers for
+        made = repair_plan(clip, model, matched, plan, texts, plan_name, node, Fitting(rank=rank), widths)
+        for name, view in matched.items():
+            pruned[view.name], told = Choice(made, sparsity, 0.0).pruned(name, view, made.encoder(name))
             lines += told
         say("\n".join(lines), node)
         out = derive(clip, pruned)

@@ -14,7 +14,15 @@ from browser import HELP_IMAGES, IMAGES, build, picture, run, wait_for_map
 
 REPO = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((REPO / "example_workflows").glob("*.json"))
-IN_WORKFLOWS = ["SkrrLoadPlan", "SkrrMemoryReport", "SkrrPrune", "SkrrEditPlan", "SkrrCompare", "SkrrSaveEncoder"]
+IN_WORKFLOWS = [
+    "SkrrLoadPlan",
+    "SkrrMemoryReport",
+    "SkrrPrune",
+    "SkrrRepairPlan",
+    "SkrrEditPlan",
+    "SkrrCompare",
+    "SkrrSaveEncoder",
+]
 IN_WORKFLOWS += ["SkrrDualCLIPLoader", "SkrrTripleCLIPLoader"]
 LOADERS = ["SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader", "SkrrQuadrupleCLIPLoader"]
 PAGES = [*REPO.glob("*.md"), *(REPO / "docs").glob("*.md"), *(REPO / "web" / "docs").glob("*.md")]
@@ -52,6 +60,7 @@ def test_nodes_are_in_the_menu(page):
     script = "(keys) => keys.map((k) => [LiteGraph.registered_node_types[k]].map((n) => [n.title, n.category])[0])"
     assert dict(zip(NODES, map(tuple, page.evaluate(script, NODES)), strict=True)) == {
         "SkrrPrune": ("Skrr Prune", "Skrr"),
+        "SkrrRepairPlan": ("Repair Skrr Plan", "Skrr"),
         "SkrrLoadPlan": ("Load Skrr Plan", "Skrr"),
         "SkrrEditPlan": ("Edit Skrr Plan", "Skrr"),
         "SkrrMemoryReport": ("Memory Report", "Skrr"),
@@ -140,6 +149,61 @@ def overlapping(boxes: list) -> list[tuple[str, str]]:
     return found
 
 
+BEFORE = ["t5xxl", 0.3, 2, False, 64, "mine", "", False, "paper", 8]
+"""Skrr Prune's values as a workflow saved them before it narrowed parts."""
+
+
+def old_workflow(values: list) -> dict:
+    node = {
+        "id": 1, "type": "SkrrPrune", "pos": [100, 100], "size": [430, 400], "flags": {}, "order": 0, "mode": 0,
+        "inputs": [{"name": "clip", "type": "CLIP", "link": None}, {"name": "model", "type": "MODEL", "link": None}],
+        "outputs": [{"name": n, "type": t, "links": None} for n, t in (("CLIP", "CLIP"), ("plan", "SKRR_PLAN"))],
+        "properties": {}, "widgets_values": values,
+    }  # fmt: skip
+    return {
+        "last_node_id": 1,
+        "last_link_id": 0,
+        "nodes": [node],
+        "links": [],
+        "groups": [],
+        "config": {},
+        "version": 0.4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "quality"),
+    [
+        (BEFORE, "paper"),
+        ([*BEFORE[:8], "linear stand-ins", 8], "linear stand-ins"),
+        (BEFORE[:8], "as in the paper"),  # from before there was a quality
+    ],
+)
+def test_workflows_from_before_mean_what_they_meant(page, values, quality):
+    (prompt,) = json.loads(page.evaluate(LOAD, old_workflow(values)))["prompt"].values()
+    names = ["encoder", "sparsity", "beam", "reuse", "prompts", "plan_name", "own_prompts", "exact"]
+    assert [prompt["inputs"][name] for name in names] == values[:8]
+    assert prompt["inputs"]["quality"] == quality and prompt["inputs"]["size_gb"] == 0
+    assert prompt["inputs"]["rank"] == (8 if len(values) > 8 else 16)
+
+
+def test_advanced_inputs_are_hidden(page):
+    """On the canvas: what most artists need is there, the rest behind "Show Advanced", or where a workflow sets it."""
+    seen = "() => skrrTest.node(1).widgets.filter((w) => skrrTest.node(1).isWidgetVisible(w)).map((w) => w.name)"
+    build(page, [(1, "SkrrPrune", (0, 0), {})])
+    assert page.evaluate(seen) == ["sparsity", "plan_name", "quality", "size_gb", "plan_map"]
+    menu = "() => window.app.canvas.getNodeMenuOptions(skrrTest.node(1)).map((option) => option?.content)"
+    assert "Show Advanced" in page.evaluate(menu)
+    page.evaluate("() => skrrTest.node(1).toggleAdvanced()")
+    assert {"encoder", "beam", "own_prompts", "exact", "rank"} < {*page.evaluate(seen)}
+    build(page, [(1, "SkrrRepairPlan", (0, 0), {})])
+    assert page.evaluate(seen) == ["sparsity", "widths", "plan_name", "plan_map"]
+    usual = ["auto", 0.42, 3, True, 0, "my_plan", "", False, "best", 16, 0]
+    for values, shown in ((usual, False), ([*usual[:6], "a red cube", *usual[7:]], True)):
+        page.evaluate(LOAD, old_workflow(values))
+        assert ("own_prompts" in page.evaluate(seen)) == shown
+
+
 def test_workflows_are_offered_as_templates(server):
     assert sorted(server.get("/workflow_templates")["skrr"]) == [path.stem for path in WORKFLOWS]
     for path in WORKFLOWS:
@@ -166,6 +230,25 @@ def trimmed(page, node: str) -> None:
     picture(page, node, [2], folder=HELP_IMAGES)
 
 
+def repaired(page, node: str) -> None:
+    """Behind the plan that it repairs, after a run."""
+    entry = {
+        "family": "t5", "blocks": 5, "width": 64, "order": [3, 0, 6],
+        "levels": [{"skipped": 3, "reuse": {"6": 4}, "sparsity": 0.03}],
+    }  # fmt: skip
+    plan = {"format": "skrr-plan", "version": 1, "encoders": {"t5xxl": entry}, "provenance": {"source": "manual"}}
+    nodes = [
+        (1, "SkrrTestCLIP", (0, 0), {"kind": "flux"}),
+        (2, "SkrrLoadPlan", (320, 0), {"plan_json": json.dumps(plan), "sparsity": 1.0}),
+        (3, node, (860, 0), {"prompts": 32, "rank": 4, "sparsity": 1.0}),
+        (4, "SkrrMemoryReport", (1400, 0), {}),
+    ]
+    build(page, nodes, [(1, 0, 2, "clip"), (1, 0, 3, "clip"), (2, 1, 3, "plan"), (3, 0, 4, "clip")])
+    run(page)
+    wait_for_map(page, 3)
+    picture(page, node, [2, 3], folder=HELP_IMAGES)
+
+
 def alone(page, node: str) -> None:
     """As it comes."""
     build(page, [(1, node, (0, 0), {})])
@@ -173,7 +256,12 @@ def alone(page, node: str) -> None:
 
 
 FILES = {"SkrrCLIPLoader": 1, "SkrrDualCLIPLoader": 2, "SkrrTripleCLIPLoader": 3, "SkrrQuadrupleCLIPLoader": 4}
-PICTURED = {**dict.fromkeys(LOADERS, loader), "SkrrTrimUnread": trimmed, "SkrrSaveEncoder": alone}
+PICTURED = {
+    **dict.fromkeys(LOADERS, loader),
+    "SkrrTrimUnread": trimmed,
+    "SkrrSaveEncoder": alone,
+    "SkrrRepairPlan": repaired,
+}
 """Nodes whose pictures are made here; other tests make the others."""
 
 

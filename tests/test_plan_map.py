@@ -506,7 +506,7 @@ def test_a_saved_picture_carries_the_plan(page):
         page,
         [
             (1, "SkrrTestCLIP", (0, 0), SMALL),
-            (2, "SkrrPrune", (320, 0), {"encoder": "t5xxl", "sparsity": 0.02, "prompts": 2, "plan_name": "carried"}),
+            (2, "SkrrPrune", (320, 0), {"encoder": "t5xxl", "sparsity": 0.05, "prompts": 32, "plan_name": "carried"}),
             (3, "SkrrMemoryReport", (860, 0), {}),
             (4, "SaveImage", (1300, 0), {"filename_prefix": "carried"}),
         ],
@@ -545,7 +545,7 @@ def test_live_search_and_stop(page):
         [
             (1, "SkrrTestCLIP", (0, 0), SMALL),
             (2, "SkrrPrune", (320, 0), {"encoder": "t5xxl", "sparsity": 0.06, "prompts": 100, "beam": 4, "exact": True,
-                                        "plan_name": name}),
+                                        "quality": "as in the paper", "plan_name": name}),
             (3, "SkrrMemoryReport", (860, 0), {}),
         ],
         [(1, 0, 2, "clip"), (2, 0, 3, "clip")],

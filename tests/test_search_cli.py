@@ -12,8 +12,14 @@ from pathlib import Path
 import pytest
 import small
 import torch
+from safetensors.torch import load_file, save_file
 
+from skrr_engine.cli.commands import method_of, numbers_on_disk
+from skrr_engine.cli.parser import main, parser
+from skrr_engine.files import companion
 from skrr_engine.measure.processes import Team, TeamError, join
+from skrr_engine.plan.choose import at_size
+from skrr_engine.plan.model import Plan
 from skrr_engine.search import baselines
 from skrr_engine.search.job import Job
 from skrr_engine.search.settings import Settings
@@ -174,6 +180,185 @@ def test_two_processes_that_race_find_the_same_plan(folder, raced, tmp_path):
     assert own["order"] == other["order"]
     for a, b in zip(own["levels"], other["levels"], strict=True):  # others are stacked together: the last bits differ
         assert a.pop("discrepancy") == pytest.approx(b.pop("discrepancy"), rel=1e-5) and a == b
+
+
+BEST = "--quality", "best", "--standins", "4", "--sparsity", "0.3"
+
+
+def wide(folder: Path, out: Path, *options: str) -> list[str]:
+    """A search for narrowed sub-blocks on many prompts."""
+    given = ["--encoder", folder, "--prompts", folder / "many.txt", "--out", out, "--quiet", *BEST]
+    return ["-m", "skrr_engine", "search", *map(str, given), *options]
+
+
+def repairing(folder: Path, plan: Path, out: Path, *options: str) -> list[str]:
+    given = ["--encoder", folder, "--prompts", folder / "many.txt", "--plan", plan, "--out", out, "--standins", "4"]
+    return ["-m", "skrr_engine", "repair", *map(str, given), "--quiet", *options]
+
+
+def written(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """A plan without the hash of its companion, which must be right, and what that holds."""
+    plan = Plan.read(path)
+    file = companion.beside(path)
+    assert companion.digests(plan) == {companion.sha256(file)}
+    text = path.read_text().replace(companion.sha256(file), "it")
+    return json.loads(text), load_file(file)
+
+
+def assert_same(found: Path, wanted: Path) -> None:
+    (plan, tensors), (other, others) = written(found), written(wanted)
+    assert plan == other and tensors.keys() == others.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, others[key]), key
+
+
+@pytest.fixture(scope="module")
+def best(folder, tmp_path_factory) -> Path:
+    """A plan with narrowed sub-blocks, found by one process."""
+    out = tmp_path_factory.mktemp("best") / "plan.json"
+    code, _, err = run(*wide(folder, out))
+    assert code == 0, err
+    return out
+
+
+def test_best_narrows_under_one_budget(best):
+    plan = json.loads(best.read_text())
+    entry = plan["encoders"]["llama"]
+    assert plan["version"] == 2 and entry["extensions"]["search"]["mode"] == "widths"
+    assert any(isinstance(step, list) for step in entry["order"])
+    asked = (0.25, 0.30, 0.33, 0.42, 0.50, 0.60)  # each level is the last step that stays below one of these
+    assert all(any(level["sparsity"] <= size for size in asked) for level in entry["levels"])
+
+
+def test_two_processes_find_the_same_widths(folder, best, tmp_path):
+    out = tmp_path / "plan.json"
+    code, said, err = run(*TORCHRUN, *wide(folder, out))
+    assert code == 0 and said.count("written to") == 1, err
+    assert_same(out, best)
+
+
+def test_a_table_of_widths_goes_on_for_another_size(folder, best, tmp_path):
+    """Killed behind the third place; the rest is measured for another sparsity, which has been asked for before."""
+    out, state = tmp_path / "plan.json", tmp_path / "state.json"
+    searching = wide(folder, out, "--resume", str(state))
+    code, _, err = run(*dying("behind", 3, [*searching, "--sparsity", "0.55"]))
+    assert code == -signal.SIGKILL and not out.exists(), err
+    assert sorted(json.loads(state.read_text())["table"]) == ["0", "1", "2"]
+    code, _, err = run(*[option for option in searching if option != "--quiet"])
+    assert code == 0 and "place 8 of 8" in err, err
+    assert_same(out, best)
+    assert not state.exists()
+
+
+def test_repair_of_a_plan_with_reuse(folder, raced, tmp_path, capsys):
+    """Stand-ins at all its levels, in any number of processes; the order and the re-uses stay, for who lacks the
+    file."""
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps(raced[0]))
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    with torch.no_grad():
+        assert main(repairing(folder, before, one)[2:]) == 0
+    assert "linear stand-ins of rank 4" in capsys.readouterr().out
+    code, said, err = run(*TORCHRUN, *repairing(folder, before, two))
+    assert code == 0 and said.count("written to") == 1, err
+    assert_same(two, one)
+    own, other = (json.loads(path.read_text())["encoders"]["llama"] for path in (one, before))
+    assert json.loads(one.read_text())["version"] == 1 and own["order"] == other["order"]
+    for level, plain in zip(own["levels"], other["levels"], strict=True):
+        assert level["reuse"] == plain["reuse"] and level["skipped"] == plain["skipped"]
+        assert {*map(int, level["standins"]["ranks"])} == {*other["order"][: level["skipped"]]}
+
+
+def test_repair_keeps_the_units(folder, best, tmp_path, capsys):
+    """Also at a size between those that it was searched for; the rest of the file is fitted anew."""
+    out = tmp_path / "again.json"
+    with torch.no_grad():
+        assert main(repairing(folder, best, out, "--levels", "0.28")[2:]) == 0
+        (own, tensors), (before, others) = written(out), written(best)
+        entry, other = own["encoders"]["llama"], before["encoders"]["llama"]
+        assert own["version"] == 2 and entry["order"] == other["order"]
+        ends = [level["skipped"] for level in other["levels"]]
+        assert [level["skipped"] for level in entry["levels"] if level["skipped"] in ends] == ends
+        units = [key for key in others if ".units." in key]
+        assert units and all(torch.equal(tensors[key], others[key]) for key in units)
+        capsys.readouterr()
+        measure = ["discrepancy", "--encoder", folder, "--prompts", folder / "many.txt", "--json", "--plan"]
+        for path, plan in ((out, entry), (best, other)):
+            assert main([*map(str, [*measure, path])]) == 0
+            assert json.loads(capsys.readouterr().out)["standins"] == len(plan["levels"][-1]["standins"]["ranks"])
+        companion.beside(out).unlink()
+        assert main(repairing(folder, out, tmp_path / "third.json")[2:]) == 1
+    assert (
+        "the file of this plan's units and stand-ins (*.standins.safetensors) is missing, so it can't be fitted anew"
+        in capsys.readouterr().err
+    )
+
+
+def test_repair_with_widths_has_the_plans_sizes(folder, raced, tmp_path, capsys):
+    before, out = tmp_path / "before.json", tmp_path / "narrow.json"
+    before.write_text(json.dumps(raced[0]))
+    with torch.no_grad():
+        assert main(repairing(folder, before, out, "--widths")[2:]) == 0
+        assert main(repairing(folder, before, out, "--standins", "auto")[2:]) == 1
+    assert "repair fits one rank" in capsys.readouterr().err
+    plan, _ = written(out)
+    entry = plan["encoders"]["llama"]
+    assert plan["version"] == 2 and plan["provenance"]["prompts"] == 40
+    wanted = [level["sparsity"] for level in raced[0]["encoders"]["llama"]["levels"]]
+    found = [level["sparsity"] for level in entry["levels"]]
+    assert all(own <= size + 1e-6 for own, size in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("quality", ["best", "parts", "paper"])
+def test_a_size_in_gigabytes(folder, tmp_path, quality, capsys):
+    """The file that is left takes no more; the embedding is of another precision than the blocks."""
+    made = tmp_path / "encoder"
+    shutil.copytree(folder, made)
+    weights = load_file(made / "model.safetensors")
+    halved = {f"model.{k}": t if "embed" in k else t.half() for k, t in weights.items()}
+    save_file(halved, made / "model.safetensors", {"format": "pt"})
+    whole = sum(t.nbytes for t in halved.values())
+    blocks = sum(t.nbytes for k, t in halved.items() if "layers" in k)
+    limit, out = whole - 0.4 * blocks, tmp_path / "plan.json"
+    search = ["search", "--encoder", made, "--prompts", made / "many.txt", "--out", out, "--quiet", "--gb", limit / 1e9]
+    with torch.no_grad():
+        assert (
+            main([*map(str, search), "--quality", quality, *(() if quality == "paper" else ("--standins", "2"))]) == 0
+        )
+        assert main([*map(str, search), "--sparsity", "0.4"]) == 1
+        assert main([*map(str, search[:-1]), str(whole / 1e9)]) == 1
+        assert main([*map(str, search[:-1]), str((whole - blocks) / 1e9)]) == 1
+    said = capsys.readouterr().err
+    assert "give either that or --sparsity" in said and "as it is, no more than" in said and "can't be reached" in said
+    plan = Plan.read(out)
+    entry, numbers = plan.encoders["llama"], numbers_on_disk(str(made))
+    sizes = [
+        numbers.total_bytes - numbers.bytes_of(entry.shares(level)) + level.standin_bytes(entry.width)
+        for level in entry.levels
+    ]
+    assert any(size <= limit for size in sizes) and at_size(numbers, entry, limit) is not None
+    if quality == "best":  # and little more than it takes is removed
+        assert max(size for size in sizes if size <= limit) > limit - 0.2 * blocks
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        ([], "widths"),
+        (["--quality", "best"], "widths"),
+        (["--quality", "parts"], "standins"),
+        (["--quality", "paper"], "skrr"),
+        (["--method", "finercut"], "finercut"),
+        (["--standins", "8"], "standins"),  # as before there were qualities
+        (["--beam", "2"], "skrr"),
+        (["--exact"], "skrr"),
+        (["--no-reuse"], "skrr"),
+        (["--delta", "0.1"], "skrr"),
+        (["--quality", "best", "--standins", "8"], "widths"),
+    ],
+)
+def test_which_method_is_asked_for(options, method):
+    assert method_of(parser().parse_args(["search", "--encoder", "e", "--out", "o", *options])) == method
 
 
 def test_a_process_that_dies_ends_all_and_the_saved_step_stays_good(folder, plan, tmp_path):

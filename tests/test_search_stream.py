@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -117,6 +118,57 @@ def test_the_memory_asked_for_is_enough(tmp_path, capsys):
         assert main([*search, "0.003"]) == 1 and not out.exists()
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "streamed" in line]
         assert main([*search, re.search(r"--memory ([\d.]+)", line)[1]]) == 0 and out.exists()
+
+
+def test_widths_and_repair_are_the_same_streamed(tmp_path, capsys, monkeypatch):
+    """With the least memory that they ask for, and with plenty: the same plans, stand-ins and units. Few
+    sub-blocks' weights are in memory then."""
+    from skrr_engine.files import companion, folder
+
+    module = small.build("llama", 4)
+    module.resize_token_embeddings(20_000)  # so that the weights are what fills the memory
+    module.save_pretrained(with_tokenizer(tmp_path))
+    words = " ".join(PROMPTS).split()
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(words, k=3 + n % 5)) for n in range(32)]
+    (tmp_path / "many.txt").write_text("\n".join(texts))
+    streams, found = [], {}
+
+    class Seen(folder.Stream):
+        def __init__(self, *args):
+            super().__init__(*args)
+            streams.append(self)
+
+    monkeypatch.setattr(folder, "Stream", Seen)
+
+    def run(name: str, command: str, *options) -> Path:
+        """Within the least memory (the command names it) where the name is `little`."""
+        out = tmp_path / f"{name}_{command}.json"
+        given = [command, "--encoder", tmp_path, "--prompts", tmp_path / "many.txt", "--out", out, "--standins", "4"]
+        given, memory = [*map(str, [*given, *options]), "--quiet", "--memory"], "0.003" if name == "little" else "0.5"
+        for _ in range(4):
+            if main([*given, memory]) == 0:
+                return out
+            said = capsys.readouterr().err
+            assert (more := re.search(r"--memory ([\d.]+)", said)), said
+            memory = more[1]
+        raise AssertionError(f"{memory} is not enough")
+
+    with torch.no_grad():
+        for name in ("plenty", "little"):
+            plan = run(name, "search", "--quality", "best", "--sparsity", "0.02")
+            plans = [plan, run(name, "repair", "--plan", plan)]
+            found[name] = [(p.read_text(), companion.sha256(companion.beside(p))) for p in plans]
+            found[name] += [load_file(companion.beside(p)) for p in plans]
+            assert bool(streams) == (name == "little")
+    for number in (0, 1):
+        texts = [text.replace(digest, "it") for text, digest in (found[name][number] for name in ("plenty", "little"))]
+        assert texts[0] == texts[1] and '"units"' in texts[0]
+        files = [found[name][2 + number] for name in ("plenty", "little")]
+        assert files[0].keys() == files[1].keys() and all(torch.equal(t, files[1][k]) for k, t in files[0].items())
+    for stream in streams:
+        held = sum(t.untyped_storage().nbytes() for s in stream.row.sub_blocks for t in s.tensors().values())
+        assert held <= stream.capacity + 1000 < 4 * sum(stream.row.parameter_counts), "weights stayed"
 
 
 def test_files(tmp_path):

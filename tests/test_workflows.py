@@ -1,5 +1,6 @@
 """Workflows queued in the real ComfyUI: the nodes on small encoders and SmolLM2, against an independent reference."""
 
+import hashlib
 import json
 import re
 import time
@@ -301,3 +302,258 @@ def test_linear_stand_ins(server):
     bare = conditioning(server, "flux")
     assert any(not torch.equal(bare[key], healed[key]) for key in bare)
     hidden.rename(file)
+
+
+def searched_places(server) -> int:
+    """How many places were measured so far: each begins with a line in the log."""
+    return len(re.findall(r"\[Skrr\] place \d+ of \d+: ", server.log()))
+
+
+def moved(found: dict[str, torch.Tensor], dense: dict[str, torch.Tensor]) -> float:
+    """Relative squared error of a conditioning."""
+    return float((found["cond"] - dense["cond"]).square().sum() / dense["cond"].square().sum())
+
+
+def progress_of(server, prompt_id: str, node: str) -> list[float]:
+    """What the bar of a node showed, one after the other."""
+    return [
+        m["data"]["value"] for m in server.messages(prompt_id) if m["type"] == "progress" and m["data"]["node"] == node
+    ]
+
+
+NARROW = {"prompts": 40, "quality": "best", "rank": 4}
+
+
+@pytest.fixture(scope="module")
+def narrowed(server) -> dict:
+    """Skrr Prune in its best quality, run once: the plan, what was encoded, and the bar's values."""
+    server.run(graph("flux"))
+    dense = conditioning(server, "flux")
+    entry = server.wait(server.prompt(graph("flux", **pruning("t5xxl", "narrow", sparsity=0.05, **NARROW))))
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
+    (prompt_id,) = {data["prompt_id"] for _, data in entry["status"]["messages"] if "prompt_id" in data}
+    return {
+        "plan": plan_file(server, "narrow"), "dense": dense, "pruned": conditioning(server, "flux"),
+        "report": report_text(entry["outputs"]), "bar": progress_of(server, prompt_id, "2"),
+    }  # fmt: skip
+
+
+def test_best_quality(server, narrowed):
+    """Plan and companion, what they do, and a bar that only goes forward."""
+    plan = narrowed["plan"]
+    entry = plan["encoders"]["t5xxl"]
+    assert plan["version"] == 2 and plan["provenance"]["prompts"] == 40
+    assert any(isinstance(step, list) for step in entry["order"]), "nothing was narrowed: the test shows nothing"
+    assert 0.03 < entry["levels"][-1]["sparsity"] <= 0.05
+    file = server.base / "models" / "skrr_plans" / "narrow.standins.safetensors"
+    assert entry["units"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert 0 < moved(narrowed["pruned"], narrowed["dense"]) < 0.5
+    assert "t5xxl: asked for at most 5%" in server.log()
+    bar = narrowed["bar"]
+    assert bar == sorted(bar) and len({*bar}) > 10, bar
+
+
+def test_a_plan_with_widths_is_found_and_loaded(server, narrowed):
+    measured = searched_places(server)
+    server.run(graph("flux", **pruning("t5xxl", "narrow_again", sparsity=0.05, **NARROW)))
+    assert searched_places(server) == measured, "it searched again"
+    assert not (server.base / "models" / "skrr_plans" / "narrow_again.json").exists()
+    assert_alike(conditioning(server, "flux"), narrowed["pruned"])
+    # What only other qualities look at changes nothing.
+    unread = {"beam": 5, "reuse": False, "exact": True}
+    server.run(graph("flux", **{**pruning("t5xxl", "narrow_again", sparsity=0.05, **NARROW), **unread}))
+    assert searched_places(server) == measured and 'found the plan "narrow.json"' in server.log()
+    server.run(graph("flux", class_type="SkrrLoadPlan", plan="narrow.json", sparsity=1.0))
+    assert_alike(conditioning(server, "flux"), narrowed["pruned"])
+
+
+def test_another_size_is_only_fitted(server, narrowed):
+    measured = searched_places(server)
+    server.run(graph("flux", **pruning("t5xxl", "narrower", sparsity=0.08, **NARROW)))
+    assert searched_places(server) == measured and "every part was measured before" in server.log()
+    order = plan_file(server, "narrower")["encoders"]["t5xxl"]["order"]
+    before = narrowed["plan"]["encoders"]["t5xxl"]["order"]
+    assert len(order) > len(before) and order[: len(before)] == before
+    assert moved(conditioning(server, "flux"), narrowed["dense"]) > moved(narrowed["pruned"], narrowed["dense"])
+
+
+def test_a_size_in_gigabytes_is_kept(server, narrowed):
+    numbers = re.search(r"t5xxl: [\d.]+ MB of ([\d.]+) MB", narrowed["report"])
+    limit = float(numbers[1]) * 0.96
+    outputs = server.run(graph("flux", **pruning("t5xxl", "sized", size_gb=limit / 1000, **NARROW)))
+    now = re.search(r"t5xxl: ([\d.]+) MB of [\d.]+ MB", report_text(outputs))
+    assert limit * 0.97 < float(now[1]) <= limit
+    with pytest.raises(comfy_runtime.PromptError, match="as it is, no more than the .* asked for"):
+        server.run(graph("flux", **pruning("t5xxl", "sized", size_gb=1.0, **NARROW)))
+
+
+def test_a_missing_companion_leaves_the_encoder_whole(server, narrowed):
+    file = server.base / "models" / "skrr_plans" / "narrow.standins.safetensors"
+    hidden = [other.rename(other.with_suffix(".hidden")) for other in file.parent.glob("*.standins.safetensors")]
+    try:
+        server.run(graph("flux", class_type="SkrrLoadPlan", plan="narrow.json", sparsity=0.99))
+        assert "units and stand-ins (*.standins.safetensors) is missing, so the encoder stays whole" in server.log()
+        assert_alike(conditioning(server, "flux"), narrowed["dense"])
+        with pytest.raises(comfy_runtime.PromptError, match="is missing, so it can't be fitted anew: put the file"):
+            server.run(repairing("flux", narrowed["plan"], "no_units"))
+    finally:
+        for other in hidden:
+            other.rename(other.with_suffix(".safetensors"))
+
+
+def test_a_stopped_measurement_goes_on(server):
+    """Stopped behind some places; the next run takes up what was measured, at whatever size."""
+    inputs = {
+        **NARROW,
+        "own_prompts": "\n".join(f"{n} red {thing}" for n in range(30) for thing in ("cups", "old cats")),
+    }
+    others = list_states(server)
+    prompt = server.prompt(graph("flux", **pruning("t5xxl", "half", sparsity=0.05, **inputs)))
+    deadline = time.monotonic() + 180
+    while not (states := list_states(server, others)) or len(json.loads(states[0].read_text())["table"]) < 2:
+        assert time.monotonic() < deadline, "no place was saved"
+        time.sleep(0.02)
+    server.interrupt(prompt)
+    entry = server.wait(prompt)
+    assert entry["status"]["status_str"] == "error" and "interrupted" in str(entry["status"]["messages"])
+    assert not list((server.base / "models" / "skrr_plans").glob("half*"))
+    assert "stopped: run again to go on with what was measured" in server.log()
+    (state,) = list_states(server, others)
+    kept = json.loads(state.read_text())["table"]
+    assert 2 <= len(kept) < 10
+    before = searched_places(server)
+    server.run(graph("flux", **pruning("t5xxl", "half", sparsity=0.06, **inputs)))
+    assert f"going on with {len(kept)} parts that were measured before" in server.log()
+    assert plan_file(server, "half")["provenance"]["prompts"] == 60
+    assert json.loads(state.read_text())["table"].items() >= kept.items()
+    assert searched_places(server) - before <= 10
+
+
+@pytest.mark.parametrize("quality", [None, "paper", "as in the paper"])
+def test_workflows_from_before_there_were_qualities(server, quality):
+    """Nothing, or a value from before, means what it meant: the plan of the paper's search with these inputs."""
+    named = f"before_{str(quality).replace(' ', '_')}"
+    inputs = pruning("clip_l", named, prompts=5, sparsity=0.012, **({"quality": quality} if quality else {}))
+    for note in (server.base / "user" / "skrr_searches").glob("*.plan"):
+        note.unlink()  # else the others' plan is found
+    server.run(graph("flux", **inputs))
+    plan = plan_file(server, named)
+    assert plan["version"] == 1 and plan["provenance"]["beam"] == 2 and plan["provenance"]["prompts"] == 5
+    assert plan["encoders"]["clip_l"]["extensions"]["search"]["mode"] == "racing"
+    first = plan_file(server, "before_None")
+    assert plan["encoders"]["clip_l"]["order"] == first["encoders"]["clip_l"]["order"]
+    assert plan["encoders"]["clip_l"]["levels"] == first["encoders"]["clip_l"]["levels"]
+    with pytest.raises(comfy_runtime.PromptError, match='there is no quality "good": choose one of best'):
+        server.run(graph("flux", **{**inputs, "quality": "good"}))
+
+
+REUSED = {
+    "family": "t5", "blocks": 5, "width": 64, "order": [3, 0, 6],
+    "levels": [
+        {"skipped": 2, "reuse": {"0": 2}, "sparsity": 0.018}, {"skipped": 3, "reuse": {"6": 4}, "sparsity": 0.03},
+    ],
+}  # fmt: skip
+SHORT = {
+    "family": "clip", "blocks": 4, "width": 64, "order": [3, 4],
+    "levels": [{"skipped": 2, "reuse": {}, "sparsity": 0.01}],
+}  # fmt: skip
+
+
+def plan_of(**entries) -> dict:
+    version = 2 if any("units" in entry for entry in entries.values()) else 1
+    return {"format": "skrr-plan", "version": version, "encoders": entries, "provenance": {"source": "manual"}}
+
+
+def repairing(kind: str, plan: dict, name: str, **inputs) -> dict:
+    """The graph of a plan that is repaired: CLIP -> Load Skrr Plan -> Repair Skrr Plan -> what is encoded."""
+    given = {
+        "clip": ["1", 0],
+        "plan": ["7", 1],
+        "sparsity": 1.0,
+        "widths": False,
+        "plan_name": name,
+        "prompts": 40,
+        "rank": 4,
+    }
+    nodes = graph(kind, class_type="SkrrRepairPlan", **{**given, **inputs})
+    load = {"clip": ["1", 0], "plan": "pasted", "sparsity": 1.0, "plan_json": json.dumps(plan)}
+    return {**nodes, "7": {"class_type": "SkrrLoadPlan", "inputs": load}}
+
+
+def test_repair_of_a_plan_with_reuse(server):
+    """Stand-ins take the places at all levels; the re-uses stay for those who lack the file."""
+    plan = plan_of(t5xxl=REUSED)
+    server.run(graph("flux"))
+    dense = conditioning(server, "flux")
+    server.run(graph("flux", class_type="SkrrLoadPlan", plan="x", sparsity=1.0, plan_json=json.dumps(plan)))
+    plain = conditioning(server, "flux")
+    outputs = server.run(repairing("flux", plan, "repaired"))
+    found = conditioning(server, "flux")
+    assert moved(found, dense) < 0.9 * moved(plain, dense)
+    assert "linear stand-ins: 3 (~), rank 4" in report_text(outputs)
+    own = plan_file(server, "repaired")["encoders"]["t5xxl"]
+    assert own["order"] == REUSED["order"] and [level["reuse"] for level in own["levels"]] == [{"0": 2}, {"6": 4}]
+    assert [len(level["standins"]["ranks"]) for level in own["levels"]] == [2, 3]
+    server.run(graph("flux", class_type="SkrrLoadPlan", plan="repaired.json", sparsity=1.0))
+    assert_alike(conditioning(server, "flux"), found)
+    server.run(repairing("flux", plan, "repaired_again"))
+    assert 'found the plan "repaired.json" that was repaired' in server.log()
+    assert not (server.base / "models" / "skrr_plans" / "repaired_again.json").exists()
+    with pytest.raises(comfy_runtime.PromptError, match="the smallest has 0.018"):
+        server.run(repairing("flux", plan, "refused", sparsity=0.01, prompts=41))
+    assert not list((server.base / "models" / "skrr_plans").glob("refused*")), "refused after the work"
+
+
+def test_repair_of_a_plan_with_widths_keeps_the_units(server, narrowed):
+    server.run(repairing("flux", narrowed["plan"], "kept_units", rank=8))
+    own, before = plan_file(server, "kept_units")["encoders"]["t5xxl"], narrowed["plan"]["encoders"]["t5xxl"]
+    assert own["order"] == before["order"] and {*own["levels"][-1]["standins"]["ranks"].values()} == {8}
+    folder = server.base / "models" / "skrr_plans"
+    files = [load_file(folder / f"{name}.standins.safetensors") for name in ("kept_units", "narrow")]
+    units = [key for key in files[1] if ".units." in key]
+    assert units and all(torch.equal(files[0][key], files[1][key]) for key in units)
+    assert (
+        0 < moved(conditioning(server, "flux"), narrowed["dense"]) < 1.2 * moved(narrowed["pruned"], narrowed["dense"])
+    )
+
+
+def test_repair_with_widths(server, narrowed):
+    """Narrower parts in place of whole ones, of the plan's sizes: nearer to the whole encoder."""
+    plan = plan_of(t5xxl=REUSED)
+    server.run(repairing("flux", plan, "with_widths", widths=True))
+    own = plan_file(server, "with_widths")
+    entry = own["encoders"]["t5xxl"]
+    assert own["version"] == 2 and any(isinstance(step, list) for step in entry["order"])
+    for level, size in zip(entry["levels"], (0.018, 0.03), strict=True):
+        assert 0.5 * size < level["sparsity"] <= size
+    file = server.base / "models" / "skrr_plans" / "with_widths.standins.safetensors"
+    assert {entry["units"]["sha256"]} == {hashlib.sha256(file.read_bytes()).hexdigest()}
+    near = moved(conditioning(server, "flux"), narrowed["dense"])
+    assert near < 0.5 * moved_by(server, "repaired.json", narrowed["dense"])
+
+
+def moved_by(server, plan: str, dense: dict[str, torch.Tensor]) -> float:
+    server.run(graph("flux", class_type="SkrrLoadPlan", plan=plan, sparsity=1.0))
+    return moved(conditioning(server, "flux"), dense)
+
+
+def test_repair_of_two_encoders_makes_one_file(server):
+    server.run(repairing("flux", plan_of(t5xxl=REUSED, clip_l=SHORT), "both"))
+    plan, folder = plan_file(server, "both"), server.base / "models" / "skrr_plans"
+    digest = hashlib.sha256((folder / "both.standins.safetensors").read_bytes()).hexdigest()
+    named = {level["standins"]["sha256"] for entry in plan["encoders"].values() for level in entry["levels"]}
+    assert named == {digest} and list(folder.glob("both*")) == sorted(folder.glob("both*"))
+    assert sorted(path.name for path in folder.glob("both*")) == ["both.json", "both.standins.safetensors"]
+
+
+def test_repair_leaves_other_encoders_entries_alone(server, narrowed):
+    """SDXL's CLIP holds no T5: its entry and its file stay, and both files are found."""
+    entry = narrowed["plan"]["encoders"]["t5xxl"]
+    server.run(repairing("sdxl", plan_of(t5xxl=entry, clip_l=SHORT), "mixed"))
+    plan = plan_file(server, "mixed")
+    assert plan["encoders"]["t5xxl"] == entry and plan["version"] == 2
+    digest = plan["encoders"]["clip_l"]["levels"][0]["standins"]["sha256"]
+    assert digest != entry["units"]["sha256"]
+    outputs = server.run(graph("flux", class_type="SkrrLoadPlan", plan="mixed.json", sparsity=1.0))
+    assert "linear stand-ins: 2 (~), rank 4" in report_text(outputs)
+    assert "is missing" not in server.log().split("mixed.json")[-1]

@@ -1,12 +1,12 @@
 """A search on a CLIP: calibration in ComfyUI's own classes, a state to resume, the finished plan in its folder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import comfy.model_management
 
 from ...skrr_engine import __version__
 from ...skrr_engine.encoder.trace import Tracer
-from ...skrr_engine.errors import SearchError, SkrrError
+from ...skrr_engine.errors import SkrrError
 from ...skrr_engine.files import companion
 from ...skrr_engine.measure.calibration import Calibration
 from ...skrr_engine.measure.prompts import sha256 as prompts_sha256
@@ -14,6 +14,7 @@ from ...skrr_engine.memory import batch_tokens, free_memory
 from ...skrr_engine.plan.model import EncoderPlan, Plan
 from ...skrr_engine.search import resume
 from ...skrr_engine.search.allocate import Table
+from ...skrr_engine.search.entry import Found
 from ...skrr_engine.search.job import Job
 from ...skrr_engine.search.settings import Settings
 from ...skrr_engine.search.skip import SkipList
@@ -29,6 +30,9 @@ BARE = (
     "without a denoiser's text projection: searching on the bare embeddings, quality suffers"
     " (paper: GenEval .381 instead of .442)"
 )
+
+REPAIR = "repair"
+"""In place of a method: stand-ins for what a plan removes, nothing is chosen."""
 
 
 def find_plan(
@@ -49,52 +53,71 @@ def find_plan(
     if known is not None:
         say(f'found the plan "{known[0]}" of an earlier search with these inputs', node_id)
         return known[1]
+    found = searching(clip, view, job, key, name, node_id)
+    return kept(job.plan(found.entry), {view.name: found}, name, key, node_id)
+
+
+def searching(clip, view: View, job: Job, key: str, name: str, node_id: str | None) -> Found:
+    """What a search finds, from the state of an interrupted one on. A table of widths stays: it serves other sizes,
+    too."""
     state = searched.state(fingerprint(clip, view, job, job.state_facts()))
-    plan = kept(job.plan, run(job, state, key, name, node_id), view.name, key, name, node_id)
-    if job.method != "widths":  # a table of widths serves other sizes, too
+    found = run(job, state, key, name, node_id)
+    if job.method != "widths":
         state.forget()
-    return plan
+    return found
 
 
 def repair_plan(
-    clip, model, view: View, plan: Plan, entry_name: str, prompts: Sequence[str], name: str, node_id: str | None,
-    fitting: Fitting, widths: bool,
-) -> Plan:  # fmt: skip
-    """A plan's entry for an encoder with stand-ins at all its levels, saved as `name`. widths: levels of the same sizes
-    with narrowed sub-blocks, found anew, instead."""
-    entry = plan.encoder(entry_name)
-    if widths:
-        sizes = sorted({level.sparsity for level in entry.levels})
-        settings = Settings(sizes[-1], further=tuple(sizes[:-1]))
-        found = find_plan(clip, model, view, settings, prompts, name, node_id, fitting, "widths")
-        return plan.model_copy(
-            update={"version": 2, "encoders": {**plan.encoders, entry_name: found.encoder(view.name)}}
-        )
-    job, key = prepared(clip, model, view, Settings(), prompts, name, node_id, fitting, "standins", plan.to_json())
+    clip,
+    model,
+    matched: Mapping[str, View],
+    plan: Plan,
+    prompts: Sequence[str],
+    name: str,
+    node_id: str | None,
+    fitting: Fitting,
+    widths: bool,
+) -> Plan:
+    """A plan with stand-ins at all levels of its entries for these encoders (entry's name -> encoder), saved as `name`
+    with one file for all of them; other entries stay as they are. widths: levels of the same sizes with narrowed
+    sub-blocks, found anew, instead."""
+    jobs = {}
+    for entry_name, view in matched.items():
+        settings, method = (sizes(plan.encoder(entry_name)), "widths") if widths else (Settings(), REPAIR)
+        jobs[entry_name] = prepared(clip, model, view, settings, prompts, name, node_id, fitting, method)
+    key = resume.fingerprint([own for _, own in jobs.values()], plan.to_json())
     known = searched.searched(key)
     if known is not None:
         say(f'found the plan "{known[0]}" that was repaired with these inputs', node_id)
         return known[1]
-    orders = {}
-    if entry.units is not None:
-        fitted, problem = companion.of_level(folder.folders(), entry_name, entry, entry.levels[-1])
-        if problem:
-            raise SearchError(problem)
-        orders = fitted.units
-    found = job.repair(entry, orders, report=Reporter(node_id, job.meter.row, entry.levels[-1].sparsity))
+    read = {} if widths else matched
+    orders = {entry: companion.of_entry(folder.folders(), entry, plan.encoder(entry)) for entry in read}
+    found = {}
+    for entry_name, (job, _) in jobs.items():
+        entry, view = plan.encoder(entry_name), matched[entry_name]
+        if widths:
+            found[entry_name] = searching(clip, view, job, key, name, node_id)
+        else:
+            report = Reporter(node_id, view.row, entry.levels[-1].sparsity)
+            found[entry_name] = job.repair(entry, orders[entry_name], report=report)
+        job.release()  # its streams are as large as the memory allows
+    entries = {**plan.encoders, **{entry_name: own.entry for entry_name, own in found.items()}}
+    provenance = job.plan(entry).provenance if widths and found.keys() == plan.encoders.keys() else plan.provenance
+    return kept(Plan(encoders=entries, provenance=provenance), found, name, key, node_id)
 
-    def made(entry: EncoderPlan) -> Plan:
-        return plan.model_copy(update={"encoders": {**plan.encoders, entry_name: entry}})
 
-    return kept(made, found, entry_name, key, name, node_id)
+def sizes(entry: EncoderPlan) -> Settings:
+    """Asking for the sizes that a plan's levels have."""
+    found = sorted({level.sparsity for level in entry.levels})
+    return Settings(found[-1], further=tuple(found[:-1]))
 
 
 def prepared(
     clip, model, view: View, settings: Settings, prompts: Sequence[str], name: str, node_id: str | None,
-    fitting: Fitting | None, method: str, *more,
+    fitting: Fitting | None, method: str,
 ) -> tuple[Job, str]:  # fmt: skip
-    """The job for these inputs, and what its outcome is found again by. Refuses what can't be done before anything is
-    loaded."""
+    """The job for these inputs, and what its outcome is found again by. method: one of search.METHODS, or REPAIR.
+    Refuses what can't be done before anything is loaded."""
     folder.file_name(name)
     folder.folder_to_write(folder.FOLDER)
     _ = view.row  # refuses an encoder that was loaded pruned
@@ -102,22 +125,23 @@ def prepared(
     projection = None
     if model is not None and conditioning.hidden:  # a pooled vector alone goes through no text projection
         projection = from_model(model, view, conditioning.width).to(clip.patcher.load_device)
-    if projection is None:
+    if projection is None and method != REPAIR:  # fits look at no projection
         say(BARE, node_id)
     targets = 1 + len(SHARES) if method == "widths" else 1
     calibration = calibrating(conditioning, view, fitting, targets)
-    job = Job(view.name, calibration, prompts, settings, projection, fitting, method)
-    return job, fingerprint(clip, view, job, [*job.facts(), *more])
+    named = "standins" if method == REPAIR else method
+    job = Job(view.name, calibration, prompts, settings, projection, fitting, named)
+    return job, fingerprint(clip, view, job, [*job.facts(), *([REPAIR] if method == REPAIR else [])])
 
 
-def kept(made: Callable[[EncoderPlan], Plan], found, encoder: str, key: str, name: str, node_id: str | None) -> Plan:
-    """The plan of what was found, written to its folder with its companion file. made: an entry -> the plan with it."""
-    plan, data = made(found.entry), b""
-    if found.standins or found.orders:
-        orders = {encoder: found.orders} if found.orders else None
-        plan, data = companion.encoded(plan, {encoder: found.standins}, orders)
+def kept(plan: Plan, found: Mapping[str, Found], name: str, key: str, node_id: str | None) -> Plan:
+    """A plan with what was found for its entries, written to its folder with its companion file."""
+    standins = {entry: own.standins for entry, own in found.items() if own.standins}
+    orders, data = {entry: own.orders for entry, own in found.items() if own.orders}, b""
+    if standins or orders:
+        plan, data = companion.encoded(plan, standins, orders)
     saved = searched.save_searched(plan, name, key, data)
-    beside = f", its stand-ins as {companion.beside(saved)}" if data else ""
+    beside = f" with {companion.beside(saved)}, which belongs to it," if data else ""
     say(f'saved as "{saved}"{beside} in models/{folder.FOLDER}', node_id)
     return plan
 
@@ -152,7 +176,14 @@ def run(job: Job, state: resume.State, key: str, name: str, node_id: str | None)
     except resume.StateError:
         beam = []  # damaged: the next step writes over it
     if isinstance(beam, Table):
-        say(f"going on with {len(beam.curves)} places that were measured before", node_id)
+        places = len(beam.curves)
+        whole = places == job.meter.readable()
+        told = (
+            "every part was measured before: fitting it to this size"
+            if whole
+            else (f"going on with {places} parts that were measured before")
+        )
+        say(told, node_id)
     elif beam:
         say(f"going on with an interrupted search, {len(beam[0].order)} sub-blocks skipped so far", node_id)
     best = beam[0] if beam and not isinstance(beam, Table) else None

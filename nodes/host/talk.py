@@ -53,7 +53,8 @@ class Reporter:
         picture = ("JPEG", self.curve(), None) if grown and self.skips.order else None
         self.bar.update_absolute(int(progress.done * STEPS), STEPS, picture)
         left = "" if progress.seconds_left is None else f", {duration(progress.seconds_left)} left"
-        show(f"{progress.line}\ncandidate {progress.candidate} of {progress.candidates}{left}", self.node_id)
+        within = f"candidate {progress.candidate} of {progress.candidates}" if progress.candidates else ""
+        show(f"{progress.line}\n{within or f'{progress.done:.0%} done'}{left}", self.node_id)
 
     def curve(self):
         """Discrepancy against sparsity so far; of a resumed search whose steps are not known, its last one."""

@@ -19,6 +19,7 @@ from ..plan.words import changes, describe_plan, duration
 from ..search import QUALITIES, RESUMABLE
 
 if TYPE_CHECKING:
+    from ..encoder.row import Numbers
     from ..files.folder import Encoder, Padding
     from ..measure.calibration import Calibration
     from ..measure.meter import Meter
@@ -93,9 +94,7 @@ def settings_of(options, method: str, fitting):
         raise UsageError("--gb: give either that or --sparsity")
     sparsity = 0.42 if options.sparsity is None else options.sparsity
     if options.gb is not None:
-        dense, places, width = size_on_disk(options.encoder)
-        standins = places * 4 * width * (fitting.rank + 1) if fitting else 0
-        sparsity = sparsity_for(options.gb * 1e9, dense, standins)
+        sparsity = sparsity_for(options.gb * 1e9, numbers_on_disk(options.encoder), fitting.rank if fitting else 0)
     delta = 0.0 if options.exact else Settings.delta if options.delta is None else options.delta
     beam = Settings.beam if options.beam is None else options.beam
     levels, further = parsed_levels(options.levels), ()
@@ -104,8 +103,8 @@ def settings_of(options, method: str, fitting):
     return Settings(sparsity, levels, beam, not options.no_reuse, delta, further, options.gb is not None)
 
 
-def size_on_disk(path: str) -> tuple[int, int, int]:
-    """Bytes of an encoder as its files hold it, its number of sub-blocks, and its width. Raises UsageError."""
+def numbers_on_disk(path: str) -> "Numbers":
+    """An encoder's numbers as its files hold it. Raises UsageError."""
     from ..files.layout import layout_of
     from ..files.offload import Files
 
@@ -114,13 +113,15 @@ def size_on_disk(path: str) -> tuple[int, int, int]:
     layout = layout_of(files.entries)
     if layout is None:
         raise UsageError("--gb: what this encoder takes on the disk can't be told; give --sparsity")
-    return layout.total_bytes, 2 * layout.blocks, layout.width
+    return layout
 
 
 def check_search(options, method: str) -> None:
     """Refuse what can't be done before anything is loaded. Raises UsageError."""
     if options.method == "standins" and options.standins is None:
         raise UsageError("--method standins: fits stand-ins; give their rank with --standins, like 16")
+    if options.standins == "auto" and method == "widths":
+        raise UsageError("--standins auto: narrowed sub-blocks have stand-ins of one rank; give it, like 16")
     if options.resume and method not in RESUMABLE:
         raise UsageError(f"--resume: --method {method} takes one step; leave it out")
     check_writable(options.out, "--out")
@@ -191,7 +192,7 @@ def resumed(options, bench: "Bench", job, inputs: str):
             yield sub_block.tensors()
 
     row = encoder.row
-    key = fingerprint([row.family, row.width, row.total], job.facts(), options.dtype, inputs, weights())
+    key = fingerprint([row.family, row.width, row.total], job.state_facts(), options.dtype, inputs, weights())
     state = State(options.resume, key)
     return state, state.save if bench.team.leads else lambda beam: None, state.load(len(row))
 
@@ -275,31 +276,38 @@ def removal(options, bench: "Bench"):
 def run_repair(options) -> None:
     """Fit linear stand-ins to a plan that is there already, in one pass over the prompts for each of its levels, and at
     further sizes; with --widths, narrow sub-blocks to the sizes of its levels instead, which takes a measurement."""
+    from ..files import companion
     from ..search.settings import Settings
 
     check_writable(options.out, "--out")
     plan, fitting = Plan.read(options.plan), parsed_standins(options.standins)
+    if fitting.ranks:
+        raise UsageError("--standins auto: repair fits one rank; give it, like 16")
+    levels = parsed_levels(options.levels)
     bench = prepare(options, fitting, TARGETS if options.widths else 1)
     name = named_entry(options, plan, bench)
     entry = plan.encoder(name)
-    levels = parsed_levels(options.levels)
+    first = companion.beside(options.plan)
+    orders = {} if options.widths else companion.of_entry([first.parent], name, entry, first)
     report = (lambda progress: None) if options.quiet or not bench.team.leads else Reporter()
     if options.widths:
         sizes = sorted({*(level.sparsity for level in entry.levels), *levels})
         job = job_of(options, bench, Settings(sizes[-1], further=tuple(sizes[:-1])), fitting, "widths")
-        found = job.run(report)
     else:
         job = job_of(options, bench, Settings(), fitting, "standins")
-        orders = fitted_beside(options.plan, name, entry, entry.levels[-1]).units
+    facts = [job.facts(), options.dtype, bench.encoder.row.parameter_counts, bench.tokens, inputs_sha256(bench)]
+    bench.team.agree(repr([*facts, plan.to_json(), levels]))
+    if options.widths:
+        found = job.run(report)
+    else:
         found = job.repair(entry, orders, levels, report)
     if bench.team.leads:
-        made = plan.model_copy(
-            update={
-                "version": 2 if found.entry.units else plan.version,
-                "encoders": {**plan.encoders, name: found.entry},
-            }
-        )
+        alone = options.widths and plan.encoders.keys() == {name}
+        provenance = job.plan(found.entry).provenance if alone else plan.provenance
+        made = Plan(encoders={**plan.encoders, name: found.entry}, provenance=provenance)
         plan, written = write_plan(options.out, made, {name: found.standins}, {name: found.orders})
+        if not options.quiet:
+            print("", file=sys.stderr)
         print(describe_plan(plan))
         print(f"written to {written}", flush=True)
     bench.team.part()
@@ -439,7 +447,7 @@ def prepare(options, fitting=None, targets: int = 1) -> Bench:
         least = least_bytes(encoder.row.width, targets)
         if beside < least:
             raise UsageError(
-                f"--standins: fitting them takes {least / 1e9:.2g} GB beside the weights: give --memory"
+                f"fitting stand-ins takes {least / 1e9:.2g} GB beside the weights: give --memory"
                 f" {gigabytes(shares * least)} (GB) or more"
             )
         share = min(share, beside - fit_bytes(encoder.row.width, targets)) // 2  # stand-ins take prompts of their own
@@ -537,5 +545,6 @@ class Reporter:
             return
         self.shown, self.line = now, progress.line
         left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
-        text = f"{progress.line} [candidate {progress.candidate} of {progress.candidates}, {progress.done:.0%}{left}]"
+        within = f"candidate {progress.candidate} of {progress.candidates}, " if progress.candidates else ""
+        text = f"{progress.line} [{within}{progress.done:.0%}{left}]"
         print(f"\r{text:<110.110}" if moving else text, end="" if moving else "\n", file=sys.stderr, flush=True)

@@ -308,3 +308,31 @@ def of_level(
         f"{name}: the file of this plan's stand-ins (*{ENDING}) is missing: the plan only skips and re-uses now,"
         f" and pictures may break; {put}"
     )
+
+
+def of_entry(
+    folders: Iterable[Path], name: str, entry: EncoderPlan, first: Path | None = None
+) -> dict[int, torch.Tensor]:
+    """Place -> numbers of all its units, of every place that an entry's order narrows: what fitting it anew, at any of
+    its lengths, takes. Raises StandInError where their file is missing."""
+    from safetensors import SafetensorError, safe_open
+
+    places = sorted({step[0] for step in entry.order if isinstance(step, tuple)})
+    if not places:
+        return {}
+    path = find(folders, entry.units.sha256, first)
+    if path is None:
+        raise StandInError(
+            f"{name}: the file of this plan's units and stand-ins (*{ENDING}) is missing, so it can't be fitted anew:"
+            " put the file beside the plan, or into models/skrr_plans"
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = set(file.keys())
+
+            def fetch(key: str) -> torch.Tensor | None:
+                return file.get_tensor(key).clone() if key in names else None
+
+            return {i: checked_units(fetch, path.name, f"{name}.units.{i}", entry, i) for i in places}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StandInError(f"{path.name}: can't be read as safetensors ({first_line(error)}); get it again") from None

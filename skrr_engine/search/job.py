@@ -69,9 +69,17 @@ class Job:
         """What stand-ins are fitted on."""
         return self.calibration(self.split[0], False)
 
+    def release(self) -> None:
+        """Let go of what was measured; where that is asked for again, it is made anew."""
+        for name in ("meter", "fitted"):
+            vars(self).pop(name, None)
+
     def facts(self) -> list:
         """What decides the outcome beside encoder, prompts' tokens and projection; see resume.fingerprint."""
-        return [__version__, repr(self.settings), repr(self.fitting), self.method, self.seed]
+        settings = self.settings
+        if self.method == "widths":  # the sizes that levels are fitted for, whichever of them is asked for
+            settings = sorted({*settings.targets, *settings.further}), settings.at_least
+        return [__version__, repr(settings), repr(self.fitting), self.method, self.seed]
 
     def state_facts(self) -> list:
         """The same of what is saved after each step: a table of widths serves every size."""

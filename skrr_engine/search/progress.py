@@ -13,7 +13,7 @@ from .skip import SkipList
 @dataclass(frozen=True)
 class Progress:
     """Where a search stands. done: 0 to 1; seconds_left: an estimate, None while there is nothing to estimate from;
-    candidate, candidates: within this step; line: for people; skips: the best list so far."""
+    candidate, candidates: within this step, 0 where there are none; line: for people; skips: the best list so far."""
 
     step: int
     steps: int

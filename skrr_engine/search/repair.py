@@ -42,7 +42,7 @@ def repair(
     ends the work. Raises SearchError.
     """
     row = meter.row
-    for place, units in (entry.narrowed(len(entry.order)) if entry.units else {}).items():
+    for place, units in (step for step in entry.order if isinstance(step, tuple)):
         if place not in orders:
             raise SearchError(f"the units of {describe(place)} are missing, so the plan can't be fitted: get its file")
         if len(orders[place]) != units_of(row, place).count or units >= len(orders[place]):
@@ -58,13 +58,8 @@ def repair(
 
         def tick(share: float, number=number, line=line) -> None:
             clock.worked = (number + share) / len(ends)
-            left_over = clock.left(1 - clock.worked)
-            nothing = SkipList((), 0.0)
-            report(
-                Progress(
-                    number + 1, len(ends), int(share * 100) + 1, 100, min(clock.worked, 0.999), left_over, line, nothing
-                )
-            )  # fmt: skip
+            left_over, done = clock.left(1 - clock.worked), min(clock.worked, 0.999)
+            report(Progress(number + 1, len(ends), 0, 0, done, left_over, line, SkipList((), 0.0)))
 
         bare = assignment(left, units={place: orders[place][:n] for place, n in left.items() if n})
         standins[end], _ = standin.fit(fitted, bare, fitting, tick=lambda share, tick=tick: tick(0.9 * share))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..encoder.row import Numbers
 from ..errors import SearchError
 from ..measure.elimination import ROUNDING
 
@@ -51,15 +52,21 @@ class Settings:
         return ROUNDING if self.delta else 0.0
 
 
-def sparsity_for(limit: float, dense: float, standins: float = 0.0) -> float:
-    """The sparsity that brings an encoder of `dense` bytes to `limit`, stand-ins of so many bytes included. Raises
-    SearchError where none does, or none is needed."""
+def sparsity_for(limit: float, numbers: Numbers, rank: int = 0) -> float:
+    """The sparsity that brings an encoder to `limit` bytes, stand-ins of a rank (0: none) at all its places included;
+    its sub-blocks may be of another precision than the rest. Raises SearchError where none does, or none is needed."""
+    dense, blocks = numbers.total_bytes, sum(numbers.sub_block_bytes)
     if limit >= dense:
         raise SearchError(
             f"the encoder takes {dense / 1e9:.2f} GB as it is, no more than the {limit / 1e9:.2f} GB asked for: ask for"
             " less, or leave it whole"
         )
-    found = 1 - (limit - standins) / dense
-    if found >= 1:
-        raise SearchError(f"no encoder of {dense / 1e9:.2f} GB fits into {limit / 1e9:.3g} GB: ask for more")
-    return found
+    standins = len(numbers.sub_block_bytes) * 4 * numbers.width * (rank + 1) if rank else 0
+    gone = dense - limit + standins
+    if gone >= blocks:
+        least = (dense - blocks + standins) / 1e9
+        raise SearchError(
+            f"{limit / 1e9:.3g} GB can't be reached: without all its blocks this encoder takes {least:.2f} GB; ask for"
+            " more than that"
+        )
+    return gone / blocks * sum(numbers.parameter_counts) / numbers.total

@@ -40,6 +40,9 @@ LEVELS = (0.25, 0.33, 0.42, 0.50, 0.60)
 BYTES = 2
 """Of a parameter, where bytes are weighed against stand-ins': what most files have, or twice that of 8 bits."""
 
+MEASURING = 0.9
+"""The share of all work that measuring places is; fitting levels comes after it."""
+
 Report = Callable[[Progress], None]
 
 
@@ -73,9 +76,12 @@ class Search:
         """Every place's curve, from a saved table on; saved after each."""
         check_reach(self.row.parameter_counts[: self.length], self.row.total, self.settings.sparsity)
         curves = dict(table.curves)
+        missing = [place for place in range(self.length) if place not in curves]
+        if not missing:
+            return Table(curves)
         streams = Streams(self.fitted, lambda: self._tick(0.0))
-        self.clock.resume(self._work(len(curves)))
-        for place in range(self.length):
+        self.clock.resume(self._work(missing[0]))
+        for place in range(missing[-1] + 1):
             self.clock.mark()
             self.place, self.line = place, f"place {place + 1} of {self.length}: {describe(place)} at several widths"
             if place in curves:
@@ -122,14 +128,11 @@ class Search:
 
     def _tick(self, share: float) -> None:
         here, after = self._work(self.place), self._work(self.place + 1)
-        self.clock.worked = here + share * (after - here)
+        # Places that were measured before are passed by: what is done stays done.
+        self.clock.worked = max(self.clock.worked, here + share * (after - here))
         left = self.clock.left(1 - self.clock.worked)
-        done = min(self.clock.worked * 0.9, 0.899)  # the fits of the levels come after it
-        self.report(
-            Progress(
-                self.place + 1, self.length, int(share * 100) + 1, 100, done, left, self.line, NONE
-            )
-        )  # fmt: skip
+        done = self.clock.worked * MEASURING
+        self.report(Progress(self.place + 1, self.length, 0, 0, done, left, self.line, NONE))
 
     def cost(self, place: int, units: int) -> float:
         """Bytes that a place takes with so many of its units, and its stand-in; see BYTES."""
@@ -173,10 +176,17 @@ class Search:
         """The plan's entry: all steps to the largest target, and a fitted level for each target."""
         steps = self.steps(table)
         ends = sorted({self.reaching(steps, target) for target in self.targets()})
-        levels, standins = [], {}
+        levels, standins, clock = [], {}, Clock()
         for number, end in enumerate(ends):
             self.line = f"level {number + 1} of {len(ends)}: fitting {len(allocate.left(steps[:end]))} places"
-            standins[end], level = self._level(steps[:end], table, number / len(ends), 1 / len(ends))
+
+            def tick(share: float, number=number) -> None:
+                clock.worked = (number + share) / len(ends)
+                done = MEASURING + (1 - MEASURING) * clock.worked
+                left = clock.left(1 - clock.worked)
+                self.report(Progress(self.length, self.length, 0, 0, min(done, 0.999), left, self.line, NONE))
+
+            standins[end], level = self._level(steps[:end], table, tick)
             levels.append(level)
         order = [(step.place, step.units) if step.units else step.place for step in steps[: ends[-1]]]
         narrowed = {step.place for step in steps[: ends[-1]] if step.units}
@@ -188,17 +198,10 @@ class Search:
         }
         return Found(entry_of(self.row, levels, order, told, self.unit_counts(narrowed)), standins, orders)
 
-    def _level(self, steps: Sequence[Step], table: Table, start: float, span: float):
-        """The stand-ins of a level, and the level itself."""
-
-        def tick(share: float) -> None:
-            done = 0.9 + 0.1 * (start + span * share)
-            self.report(
-                Progress(self.length, self.length, int(share * 100) + 1, 100, min(done, 0.999), None, self.line, NONE)
-            )
-
-        removed = self.fit(steps, table, tick)
-        (d,) = self.meter.measure([removed], tick)
+    def _level(self, steps: Sequence[Step], table: Table, tick: Callable[[float], None]):
+        """The stand-ins of a level, and the level itself. tick: called with the share of this that is done."""
+        removed = self.fit(steps, table, lambda share: tick(0.8 * share))
+        (d,) = self.meter.measure([removed], lambda share: tick(0.8 + 0.2 * share))
         if d.finite is None:
             raise SearchError(NOT_FINITE)
         standins: dict[int, StandIn] = {place: getattr(a, "standin", a) for place, a in removed.items()}

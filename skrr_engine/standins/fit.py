@@ -239,7 +239,7 @@ class Streams:
 
     They are held on their device up to a quarter of its memory, beyond that in RAM, and beyond that not at all:
     then they are computed anew, from the first sub-block, when they are asked for. passed: what is done at the places
-    behind us. tick: called before every batch.
+    behind us. tick: called before every batch at a place, and before a batch passes one.
     """
 
     def __init__(self, calibration: Calibration, tick: Callable[[], None]):
@@ -312,6 +312,7 @@ class Streams:
 
     def _passed(self, pair: Pair, trace: Trace) -> Pair:
         """One place further."""
+        self.tick()
         place, action = pair.place, self.passed[pair.place]
         behind = pair.behind if pair.behind is not None else self._apply(place, pair.dense, trace)
         if action == KEEP and pair.pruned is pair.dense:

@@ -9,7 +9,7 @@ const PLAN = "skrr_plan";
 export const CHOOSING = [
   "SkrrLoadPlan", "SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader", "SkrrQuadrupleCLIPLoader",
 ];
-const WITH_MAP = [...CHOOSING, "SkrrPrune", "SkrrTrimUnread", "SkrrMemoryReport"];
+const WITH_MAP = [...CHOOSING, "SkrrPrune", "SkrrRepairPlan", "SkrrTrimUnread", "SkrrMemoryReport"];
 const CHOICE = "skrr_choice";
 const AFTER_A_RUN = "Run the workflow to see what is left of the text encoders.";
 
@@ -71,6 +71,29 @@ export function keep(node, output, names) {
   for (const name of names) {
     if (output?.[name]) node.properties[name] = name === PLAN ? output[name][0] : output[name];
   }
+}
+
+/** Hide a node's advanced inputs on the canvas, where the frontends do that for nodes drawn with Vue only; "Show Advanced"
+ * in the node's menu shows them. A workflow that sets one has it shown. */
+function hideAdvanced(node) {
+  const advanced = node.widgets?.filter((w) => w.options?.advanced) ?? [];
+  if (!advanced.length) return;
+  const usual = new Map(advanced.map((w) => [w, w.value]));
+  for (const w of advanced) w.advanced = true;
+  chain(node, "onConfigure", (saved) => {
+    const set = advanced.some((w) => w.value !== usual.get(w));
+    if (set && saved.showAdvanced === undefined) node.showAdvanced = true;
+  });
+}
+
+const QUALITY = 8; // its place among the values of Skrr Prune that a workflow saves
+
+/** A workflow from before there were qualities asks for the paper's. */
+function keepPaper(node) {
+  chain(node, "onConfigure", (saved) => {
+    const values = saved.widgets_values?.length;
+    if (values && values <= QUALITY) widget(node, "quality").value = "as in the paper";
+  });
 }
 
 function follow(node) {
@@ -150,6 +173,8 @@ function followChoice(node, map, draw) {
 app.registerExtension({
   name: "skrr.map",
   nodeCreated(node) {
+    if (node.comfyClass?.startsWith("Skrr")) hideAdvanced(node);
+    if (node.comfyClass === "SkrrPrune") keepPaper(node);
     if (WITH_MAP.includes(node.comfyClass)) follow(node);
   },
 });
