@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import equal_bytes
+from benchmarks import equal_bytes, gemma270m
 from benchmarks import standins as before
 from benchmarks.pages import fill
 from skrr_engine import __version__
@@ -97,7 +97,8 @@ class Unknown(Exception):
 
 
 class Bench(before.Bench):
-    """The laboratory of Shapes, with tables of widths that are kept. measuring: whether what is not there is measured."""
+    """The laboratory of Shapes, with tables of widths that are kept. measuring: whether what is not there is
+    measured."""
 
     def __init__(self, per_task: int = 60, measuring: bool = True):
         super().__init__(per_task)
@@ -147,7 +148,9 @@ class Bench(before.Bench):
         chosen = steps[: run.reaching(steps, self.target(share))]
         left = allocate.left(chosen)
         bare = assignment(left, units={place: widths.units_kept(table, place, n) for place, n in left.items() if n})
-        path = state_path(f"fit {case} {fit} {sorted(left.items())}"[:40] + digest(case, fit, left)).with_suffix(".safetensors")
+        path = state_path(f"fit {case} {fit} {sorted(left.items())}"[:40] + digest(case, fit, left)).with_suffix(
+            ".safetensors"
+        )
         if path.exists():
             removed = read_fit(path, bare)
             return removed, self.counted(run.shares(chosen), removed)
@@ -231,14 +234,14 @@ def log(what: str, seconds: float, whole: bool) -> None:
 
 
 def levels(bench: Bench, chosen: Sequence[float] = LEVELS) -> list[dict]:
-    """As printed, whole parts with stand-ins, and widths."""
-    rows = []
+    """Widths, and then what they stand beside: as printed, and whole parts with stand-ins."""
+    rows = there(*(functools.partial(bench.row_of, "widths, rank 16", share) for share in chosen))
     aware = before.aware_order(bench)
     for share in chosen:
-        known = [] if share > before.MOST else before.levels(bench, aware, (share,))
-        rows += [row for row in known if row["name"].startswith("as printed") or row["name"] == "aware order, rank 16"]
-        rows += there(lambda share=share: bench.row_of("widths, rank 16", share))
-    return rows
+        for known in there(lambda share=share: {"rows": before.levels(bench, aware, (share,))}):
+            names = ("as printed", "as printed, without re-use", "aware order, rank 16")
+            rows += [row for row in known["rows"] if row["name"] in names]
+    return sorted(rows, key=lambda row: (round(row["removed"], 1), row["name"]))
 
 
 def there(*makes) -> list[dict]:

@@ -1,6 +1,6 @@
 """Writes docs/architecture.md: the rooms of the code as its imports show them. Run it after rooms or imports change.
 
-    python docs/make_architecture.py
+python docs/make_architecture.py
 """
 
 import ast

@@ -15,8 +15,8 @@ from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
 
 NODES = [
     "SkrrPrune", "SkrrLoadPlan", "SkrrRepairPlan", "SkrrEditPlan", "SkrrCLIPLoader", "SkrrDualCLIPLoader",
-    "SkrrTripleCLIPLoader", "SkrrQuadrupleCLIPLoader", "SkrrSaveEncoder", "SkrrTrimUnread", "SkrrMemoryReport",
-    "SkrrCompare",
+    "SkrrTripleCLIPLoader", "SkrrQuadrupleCLIPLoader",
+    "SkrrSaveEncoder", "SkrrTrimUnread", "SkrrMemoryReport", "SkrrCompare",
 ]  # fmt: skip
 
 

@@ -46,6 +46,10 @@ class Action:
         through = self.through(place)
         return x if through is None else row.sub_blocks[through].apply(x, call)
 
+    def completed(self, x: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
+        """The same, where what it does without its stand-in is known, `done`."""
+        return done
+
     def placeholders(self, row: Row, place: int, build: Build) -> dict[str, nn.Module]:
         """Path below the encoder -> module that stands there instead of the place's own; none where that stays."""
         raise NotImplementedError
@@ -125,7 +129,11 @@ class Narrow(Action):
             behind = unit_level.masked(row, place, self.units, x, call)
         else:
             behind = unit_level.refitted(row, place, self.units, self.out, x, call)
-        return behind if self.standin is None else self.standin.apply(x) + (behind - x)
+        return self.completed(x, behind)
+
+    def completed(self, x: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
+        """The stream behind the place, where what its units alone make of `x` is known."""
+        return done if self.standin is None else self.standin.apply(x) + (done - x)
 
     def placeholders(self, row: Row, place: int, build: Build) -> dict[str, nn.Module]:
         left = unit_level.cut(row, place, self.units, build, self.out)

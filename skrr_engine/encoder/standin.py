@@ -55,6 +55,9 @@ class StandIn(Action):
         down, up, bias = (t.to(x) for t in (self.down, self.up, self.bias))
         return x + F.linear(F.linear(NORMS[self.norm](x), down), up, bias)
 
+    def completed(self, x: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
+        return self.apply(x)
+
     def module(self, linear: Callable[..., nn.Linear]) -> StandInModule:
         """It as a module, whose layers are of the class `linear`."""
         return StandInModule(self, linear)

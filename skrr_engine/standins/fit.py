@@ -214,13 +214,15 @@ def stand_in(fit: Fit, norm: str) -> StandIn:
 @dataclass
 class Pair:
     """The dense and the pruned stream of one batch before a place, `[batch, tokens, width]`, the same object where
-    nothing was removed so far; behind, kept: what this place's own sub-block makes of each, where that is known."""
+    nothing was removed so far; behind, kept: what this place's own sub-block makes of each, done: what the place's
+    action makes of the pruned one without its stand-in, where these are known."""
 
     place: int
     dense: torch.Tensor
     pruned: torch.Tensor
     behind: torch.Tensor | None = None
     kept: torch.Tensor | None = None
+    done: torch.Tensor | None = None
 
     def to(self, device) -> Pair:
         """The same on a device."""
@@ -228,7 +230,8 @@ class Pair:
         behind = None if self.behind is None else self.behind.to(device)
         pruned = dense if self.pruned is self.dense else self.pruned.to(device)
         kept = behind if self.kept is self.behind else None if self.kept is None else self.kept.to(device)
-        return Pair(self.place, dense, pruned, behind, kept)
+        done = pruned if self.done is self.pruned else None if self.done is None else self.done.to(device)
+        return Pair(self.place, dense, pruned, behind, kept, done)
 
 
 class Streams:
@@ -316,12 +319,14 @@ class Streams:
             pruned = behind
         elif action == KEEP and pair.kept is not None:
             pruned = pair.kept
+        elif pair.done is not None:
+            pruned = action.completed(pair.pruned, pair.done)
         else:
             pruned = action.apply(pair.pruned, self.row, place, trace.calls[place])
         return Pair(place + 1, behind, pruned)
 
     def _hold(self, number: int, pair: Pair) -> None:
-        size = 4 * pair.dense.nbytes  # with what is behind
+        size = 5 * pair.dense.nbytes  # with what is behind
         if number not in self._held:
             where = next((place for place, room in self._room.items() if room >= size), None)
             if where is None:
@@ -410,6 +415,7 @@ def grams(
             kept, held = (Gram.of(behind.shape[-1], behind.device) for _ in range(2))
         batch, tokens, width = behind.shape
         done = action.apply(pair.pruned, streams.row, pair.place, trace.calls[pair.place])
+        pair.done = None if trying else done
         z, r = NORMS[norm](pair.pruned.float()), behind.float() - done.float()
         error = 0.0
         if trying and pair.kept is not behind:
