@@ -250,6 +250,8 @@ def repaired(page, node: str) -> None:
     build(page, nodes, [(1, 0, 2, "clip"), (1, 0, 3, "clip"), (2, 1, 3, "plan"), (3, 0, 4, "clip")])
     run(page)
     wait_for_map(page, 3)
+    arcs = {n: dict((e, a) for e, _, a in page.evaluate("(id) => skrrTest.cells(id)", n))["t5xxl"] for n in (2, 3)}
+    assert arcs == {2: [[6, 4]], 3: []}, "an arc to what no longer stands in"
     picture(page, node, [2, 3], folder=HELP_IMAGES)
 
 

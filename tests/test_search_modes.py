@@ -23,11 +23,12 @@ from skrr_engine.measure.calibration import Batch, Calibration
 from skrr_engine.measure.meter import Meter
 from skrr_engine.measure.walk import Walk
 from skrr_engine.memory import Store, batch_tokens, free_memory, nbytes, retried
-from skrr_engine.search import baselines, naive, skip
+from skrr_engine.search import baselines, naive, repair, skip, widths
 from skrr_engine.search.resume import State, StateError, fingerprint
 from skrr_engine.search.run import search
 from skrr_engine.search.settings import Settings
 from skrr_engine.standins import fit as standin
+from skrr_engine.standins.widths import SHARES
 
 ACCEPTED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 FEW = settings(max_examples=6, deadline=None, suppress_health_check=ACCEPTED)
@@ -528,3 +529,68 @@ def test_what_ran_out_of_memory_is_gone_before_it_is_made_smaller():
     tried.clear()
     with pytest.raises(torch.OutOfMemoryError):
         retried(act, lambda: False)
+
+
+@pytest.mark.parametrize("memory", [2**30, 0])
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_a_measurement_of_widths_may_be_stopped_at_any_place(name, memory):
+    """Few sub-blocks are run between two looks at whether to stop, in measuring, fitting and repairing, whether streams
+    are held or computed again; what is done only grows."""
+    module = small.build(name, 4)
+    row = families.find(module)
+    told, since, most = [], [0], [0]
+
+    def calibration(seed: int) -> Calibration:
+        batches = [small.batch(name, ids) for ids in small.prompts([5, 7, 9, 12], seed)]
+        return Calibration(module, Tracer(module, row), batches, small.batch(name, [[2]]), memory)
+
+    def report(progress):
+        told.append(progress.done)
+        since[0] = 0
+
+    def apply(sub_block, x, call):
+        since[0] += 1
+        most[0] = max(most[0], since[0])
+        return type(sub_block).apply(sub_block, x, call)
+
+    fitted, meter = calibration(0), Meter(calibration(1))
+    meter.measure([{}])
+    for one in (fitted.tracer.row, meter.row):
+        for sub_block in one.sub_blocks:
+            sub_block.apply = functools.partial(apply, sub_block)
+    found = widths.search(fitted, meter, Settings(0.3), standin.Fitting(2), report)
+    assert told == sorted(told) and 0 <= told[0] < 0.1 and 0.9 < told[-1] < 1 and len(told) > 100
+    assert most[0] <= len(SHARES) + 2, "all widths of a place behind a fit of it, and no more"
+    told.clear()
+    repaired = repair.repair(fitted, meter, found.entry, found.orders, standin.Fitting(2), (), report)
+    assert told == sorted(told) and 0.9 < told[-1] < 1 and most[0] <= len(SHARES) + 2
+    assert repaired.entry.order == found.entry.order
+    ended = []
+
+    def stop(progress):
+        ended.append(1)
+        raise KeyboardInterrupt
+
+    for act in (
+        lambda: widths.search(fitted, meter, Settings(0.3), standin.Fitting(2), stop),
+        lambda: repair.repair(fitted, meter, found.entry, found.orders, standin.Fitting(2), (), stop),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            act()
+    assert len(ended) == 2
+
+
+def test_a_table_that_is_whole_is_only_fitted():
+    """Nothing is run for places that are known; another size comes from the same table."""
+    module = small.build("llama", 4)
+    batches = [small.batch("llama", ids) for ids in small.prompts([5, 7, 9, 12])]
+    calibration = Calibration(module, Tracer(module, families.find(module)), batches, small.batch("llama", [[2]]))
+    meter, saved = Meter(calibration), []
+    widths.search(calibration, meter, Settings(0.2), standin.Fitting(2), save=saved.append)
+    lines = []
+    again = widths.search(
+        calibration, meter, Settings(0.4), standin.Fitting(2), lambda p: lines.append(p.line), saved.append, saved[-1]
+    )
+    assert len(saved) == 8 and all(line.startswith("level") for line in lines) and lines
+    fresh = widths.search(calibration, meter, Settings(0.4), standin.Fitting(2))
+    assert again.entry == fresh.entry

@@ -125,6 +125,7 @@ function arcs(encoder, kind) {
   svg.setAttribute("viewBox", `0 0 ${encoder.blocks} 10`);
   svg.setAttribute("preserveAspectRatio", "none");
   for (const [place, target] of Object.entries(encoder.reuse)) {
+    if (encoder.standins[place] !== undefined) continue; // its stand-in does the work
     if (place % 2 !== kind) continue;
     const [from, to] = [(place >> 1) + 0.5, (target >> 1) + 0.5];
     const [base, peak] = kind ? [0, 13] : [10, -3];
