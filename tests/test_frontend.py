@@ -192,6 +192,10 @@ def test_advanced_inputs_are_hidden(page):
     seen = "() => skrrTest.node(1).widgets.filter((w) => skrrTest.node(1).isWidgetVisible(w)).map((w) => w.name)"
     build(page, [(1, "SkrrPrune", (0, 0), {})])
     assert page.evaluate(seen) == ["sparsity", "plan_name", "quality", "size_gb", "plan_map"]
+    rows = "() => skrrTest.node(1).widgets.filter((w) => skrrTest.node(1).isWidgetVisible(w)).map((w) => w.y)"
+    page.wait_for_timeout(300)  # drawn
+    y = page.evaluate(rows)
+    assert all(20 <= b - a <= 30 for a, b in zip(y, y[1:], strict=False)), f"gaps between the rows: {y}"
     menu = "() => window.app.canvas.getNodeMenuOptions(skrrTest.node(1)).map((option) => option?.content)"
     assert "Show Advanced" in page.evaluate(menu)
     page.evaluate("() => skrrTest.node(1).toggleAdvanced()")

@@ -79,7 +79,16 @@ function hideAdvanced(node) {
   const advanced = node.widgets?.filter((w) => w.options?.advanced) ?? [];
   if (!advanced.length) return;
   const usual = new Map(advanced.map((w) => [w, w.value]));
-  for (const w of advanced) w.advanced = true;
+  for (const w of advanced) {
+    const size = w.computeSize;
+    w.advanced = true;
+    // A row that is not shown takes no room: -4 is what the canvas leaves between rows.
+    Object.defineProperty(w, "computeSize", {
+      configurable: true,
+      get: () => (node.showAdvanced ? size : () => [0, -4]),
+    });
+  }
+  node.setSize([node.size[0], node.computeSize()[1]]);
   chain(node, "onConfigure", (saved) => {
     const set = advanced.some((w) => w.value !== usual.get(w));
     if (set && saved.showAdvanced === undefined) node.showAdvanced = true;
