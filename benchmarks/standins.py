@@ -190,10 +190,10 @@ def refined(bench: Bench, aware: Sequence[int]) -> list[dict]:
 
     def exchanges() -> dict:
         search = with_standins.Search(*meters(bench), settings, Fitting(), lambda progress: None)
-        search.path, accepted = SkipList(tuple(order), 0.0), 0
+        search.skips, accepted = SkipList(tuple(order), 0.0), 0
         for place in search.least_at_home(2):
             better = search.exchanged(place)
-            search.path, accepted = better or search.path, accepted + (better is not None)
+            search.skips, accepted = better or search.skips, accepted + (better is not None)
         return {"order": search.skips.order, "accepted": accepted}
 
     def evolution(generations: int = 6, offspring: int = 4) -> dict:
@@ -279,7 +279,8 @@ def changed_weights(bench: Bench, aware: Sequence[int]) -> list[dict]:
                         change = make(key, parameter.data, generator)
                         if change.norm() > 0:
                             parameter.data += change * (size * parameter.data.norm() / change.norm())
-                meter = bench.meter_of(twin, of_kind("captions") + of_kind("long prompts"))
+                texts = of_kind("captions") + of_kind("long prompts")
+                meter = Meter(bench.calibration_of(twin, texts), bench.lab.studio.projection)
                 repaired = bench.fit(order, 16, "all kinds", FITTED, 0)
                 fresh = bench.fit(order, 16, "all kinds", FITTED, 0, twin)
                 found = meter.measure([printed, assignment(order), repaired, fresh])

@@ -147,3 +147,98 @@ def test_foreign_node_of_the_same_name(host, loader, monkeypatch, node):
     with pytest.raises(host("skrr_engine.errors").SkrrError, match="gguf-other has a node under the name") as found:
         host("nodes.host.files.load").load(["t5.gguf"], "mochi", choice(host, plan_for()))
     assert "\n" not in str(found.value)
+
+
+def narrow_plan(folder) -> "test_files.Plan":
+    """A plan of this file's encoder with narrowed places and its companion file in `folder`."""
+    from skrr_engine.files import companion
+    from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance, Units
+
+    counts = (HEADS, max(FFN, 32))
+    left = {0: 1, 3: counts[1] // 2, 7: 8, 8: 1, 11: 0}
+    units = Units(sha256="0" * 64, attention=counts[0], feed_forward=counts[1])
+    entry = EncoderPlan(
+        family="t5", blocks=24, width=test_files.WIDTH, order=tuple((i, n) if n else i for i, n in left.items()),
+        units=units, levels=(Level(skipped=5, reuse={}, sparsity=0.01),),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    orders = {i: torch.randperm(counts[i % 2], generator=generator) for i, n in left.items() if n}
+    plan = Plan(encoders={"t5xxl": entry}, provenance=Provenance(source="test"))
+    plan, data = companion.encoded(plan, {}, {"t5xxl": orders})
+    companion.write(folder / "mine.standins.safetensors", data)
+    return plan
+
+
+def test_narrowed(comfy, host, loader, monkeypatch, tmp_path):
+    """Load CLIP (Skrr) = Load Skrr Plan behind the pack's own loader = the dense one with the other units' columns
+    zero; a LoRA is cut with the units; bytes are counted."""
+    import nodes
+    from test_comfy import lora_for, with_lora
+
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "CLIPLoaderGGUF", loader)
+    monkeypatch.setattr(host("nodes.host.plans.folder"), "folders", lambda: [tmp_path])
+    plan = narrow_plan(tmp_path)
+    views, derive = host("nodes.host.clip.views"), host("nodes.host.clip.derive").derive
+    loaded = host("nodes.host.files.load").load(["t5.gguf"], "mochi", choice(host, plan))
+    dense = loader().load_clip("t5.gguf", "mochi")[0]
+    before = encode(dense)
+    chosen, view = choice(host, plan), views.views(dense)["t5xxl"]
+    pruned, _ = chosen.pruned("t5xxl", view, chosen.plan.encoder("t5xxl"))
+    derived = derive(dense, {"t5xxl": pruned})
+    units_of = host("skrr_engine.encoder.units").units_of
+
+    def by_hand(clip) -> torch.Tensor:
+        handles = []
+        for place, action in pruned.removed.items():
+            own = units_of(view.row, place)
+            kept = action.units if action.units is not None else torch.empty(0, dtype=torch.int64)
+            mask = torch.zeros(own.count)
+            mask[kept] = 1
+            mask = mask.repeat_interleave(own.inner // own.count)
+            handles.append(own.out.register_forward_pre_hook(lambda module, args, mask=mask: (args[0] * mask,)))
+        try:
+            return encode(clip)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    found = encode(loaded)
+    for _ in range(2):
+        assert torch.equal(found, encode(derived)) and not torch.equal(found, before)
+        assert torch.equal(encode(dense), before)
+    torch.testing.assert_close(found, by_hand(dense), rtol=1e-3, atol=1e-4)
+    held = sum(t.nbytes for t in derived.cond_stage_model.state_dict().values())
+    assert derived.patcher.model_size() == held == loaded.patcher.model_size() < dense.patcher.model_size()
+    lora = lora_for(comfy, dense, "block.1.layer.1.DenseReluDense.wi_0")
+    behind = with_lora(comfy, derived, lora)
+    assert not torch.equal(encode(behind), found)
+    path = "t5xxl.transformer.encoder.block.1.layer.1.DenseReluDense.wi_0"
+    layer, cut = behind.patcher._own[path], host("nodes.host.clip.cut")
+    up, down = (next(t for key, t in lora.items() if f"lora_{kind}" in key) for kind in ("up", "down"))
+    wanted = cut.gguf_dense(layer.skrr_pristine["weight"]) + (up @ down)[pruned.removed[3].units]
+    torch.testing.assert_close(layer.weight.float(), wanted, rtol=1e-3, atol=1e-3)
+    assert torch.equal(encode(derived), found) and torch.equal(encode(dense), before)
+
+
+def test_columns_at_8_bits_anew_or_whole(comfy, host):
+    """The less of the two in bytes; rows stay as they are; numbers are those of the file, rounded once more."""
+    import gguf
+    import gguf_stand_in
+
+    cut, kinds = host("nodes.host.clip.cut"), gguf.GGMLQuantizationType
+    dense = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+
+    def held(kind):
+        raw = torch.from_numpy(gguf.quants.quantize(dense.numpy(), kind))
+        return gguf_stand_in.Quantised(raw, kind, dense.shape)
+
+    index = torch.arange(0, 128, 2)
+    rows = cut.cut_weight(held(kinds.Q4_0), index[:32], 0)
+    assert rows.tensor_type == kinds.Q4_0 and tuple(rows.tensor_shape) == (32, 128)
+    assert torch.equal(cut.gguf_dense(rows), cut.gguf_dense(held(kinds.Q4_0))[index[:32]])
+    columns = cut.cut_weight(held(kinds.Q8_0), index, 1)
+    assert columns.tensor_type == kinds.Q8_0 and columns.as_subclass(torch.Tensor).nbytes == 64 * 2 * 34
+    torch.testing.assert_close(cut.gguf_dense(columns), cut.gguf_dense(held(kinds.Q8_0))[:, index], atol=0.03, rtol=0)
+    assert cut.cut_weight(held(kinds.Q8_0), index[:33], 1) is None, "no whole blocks"
+    assert cut.cut_weight(held(kinds.Q4_0), torch.arange(96), 1) is None, "8 bits of 96 are more than 4 of 128"
+    assert cut.cut_weight(held(kinds.Q4_0), index[:32], 1).tensor_type == kinds.Q8_0

@@ -75,6 +75,7 @@ class Search:
     def measure(self, save: Callable[[Table], None], table: Table = Table()) -> Table:  # noqa: B008 - frozen
         """Every place's curve, from a saved table on; saved after each."""
         check_reach(self.row.parameter_counts[: self.length], self.row.total, self.settings.sparsity)
+        self.unit_counts(self.counts)  # refuses now what a plan could not hold in the end
         curves = dict(table.curves)
         missing = [place for place in range(self.length) if place not in curves]
         if not missing:
