@@ -752,3 +752,17 @@ def test_a_bias_that_can_not_be_cut(tmp_path, name):
         found.append((small.forward(name, [[5, 9, 33, 4, 60, 2]])(module), sum(p.numel() for p in module.parameters())))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
     assert found[0][1] < found[1][1]
+
+
+def test_a_companion_file_is_the_same_for_the_same():
+    """Its name is its hash: equal stand-ins and units, whatever their order, give equal bytes."""
+    from safetensors.torch import load
+
+    from skrr_engine.files.companion import safetensors_bytes
+
+    tensors = {"b": torch.arange(3, dtype=torch.int32), "a": torch.ones(2, 2).half(), "c": torch.zeros(2)}
+    metadata = {"format": "x", "version": "2", "norms": "t5:rms"}
+    data = safetensors_bytes(tensors, metadata)
+    assert data == safetensors_bytes(dict(reversed(tensors.items())), metadata)
+    read = load(data)
+    assert read.keys() == tensors.keys() and all(torch.equal(read[key], tensors[key]) for key in tensors)

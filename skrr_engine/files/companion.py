@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..disk import safetensors as header
 from ..disk.atomic import abandoned, claim, file_sha256, replacing, unnamed
 from ..encoder.actions import Assignment, assignment
 from ..encoder.standin import NORMS, StandIn
@@ -84,11 +85,10 @@ def packed(found: Found, orders: Orders | None = None) -> tuple[dict[str, torch.
 
 
 def encoded(plan: Plan, found: Found, orders: Orders | None = None) -> tuple[Plan, bytes]:
-    """A plan that names its stand-ins and units, and their file's bytes. Levels without an entry stay as they are."""
-    from safetensors.torch import save
-
+    """A plan that names its stand-ins and units, and their file's bytes: the same for the same. Levels without an entry
+    stay as they are."""
     tensors, norms = packed(found, orders)
-    data = save(tensors, {**FORMAT, "version": VERSIONS[1 if orders else 0], "norms": norms})
+    data = safetensors_bytes(tensors, {**FORMAT, "version": VERSIONS[1 if orders else 0], "norms": norms})
     digest = hashlib.sha256(data).hexdigest()
 
     def named(level: Level, standins: Mapping[int, StandIn] | None) -> Level:
@@ -104,6 +104,14 @@ def encoded(plan: Plan, found: Found, orders: Orders | None = None) -> tuple[Pla
         return entry.model_copy(update={"levels": levels, "units": units})
 
     return plan.model_copy(update={"encoders": {n: of_entry(n, e) for n, e in plan.encoders.items()}}), data
+
+
+def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file of these, always in one order (safetensors' own writer shuffles the metadata)."""
+    entries = {key: header.Entry(header.NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()}
+    listed = {key: entries[key] for key in sorted(entries, key=lambda key: (-entries[key].itemsize, key))}
+    pieces = (chunk for key in listed for chunk in header.tensor_bytes(tensors[key]))
+    return b"".join([header.write(listed, metadata), *pieces])
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:
