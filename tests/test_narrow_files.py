@@ -737,21 +737,21 @@ def test_a_bias_that_can_not_be_cut(tmp_path, name):
     part: the same conditioning."""
     from skrr_engine.encoder.rewire import BUILD, rewire
     from skrr_engine.encoder.standin import Linear
-    from skrr_engine.encoder.units import Build, index_cut
+    from skrr_engine.encoder.units import Build, plain_cut
 
     _, plan, _ = written(tmp_path, name)
     entry = plan.encoder("enc")
     fitted, _ = companion.of_level([tmp_path], "enc", entry, entry.levels[-1])
-    uncut = Build(
-        Linear, lambda tensor, index, dimension: index_cut(tensor, index, dimension) if tensor.ndim > 1 else None
-    )
+    uncut = Build(Linear, plain_cut, lambda bias, index: None)
+    whole = Build(Linear, lambda layer, index, dimension: None)
     found = []
-    for build in (BUILD, uncut):
+    for build in (BUILD, uncut, whole):
         module = small.build(name)
         rewire(module, families.find(module), fitted.assignment(entry, entry.levels[-1]), build)
         found.append((small.forward(name, [[5, 9, 33, 4, 60, 2]])(module), sum(p.numel() for p in module.parameters())))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
-    assert found[0][1] < found[1][1]
+    for out, _ in found[1:]:
+        torch.testing.assert_close(found[0][0], out, rtol=1e-4, atol=1e-5)
+    assert found[0][1] < found[1][1] <= found[2][1]
 
 
 def test_a_companion_file_is_the_same_for_the_same():
