@@ -575,7 +575,7 @@ def plot(rows: Sequence[dict]) -> None:
 def main() -> None:
     """Measure, print, and write unless it is the quick cut."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="42 %% only, 5 prompts a task; writes nothing to docs/")
+    parser.add_argument("--quick", action="store_true", help="42 %% only, few prompts; writes nothing to docs/")
     parser.add_argument("--page", action="store_true", help="measure nothing, write what is there")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections to measure")
     parser.add_argument("--shares", help="of the levels, in the order in which they are measured, like 0.42,0.6")
@@ -587,7 +587,8 @@ def main() -> None:
     bench = Bench(5 if options.quick else 60, not options.page)
     shares = tuple(map(float, options.shares.split(","))) if options.shares else LEVELS
     if options.quick:
-        sections(bench, ("levels",), True, (before.MIDDLE,))
+        row = bench.row_of("widths, rank 16", before.MIDDLE, Fit(count=64), Case(count=64, ranked=8))
+        print(before.table([row], SHOWN, "how"))
         return
     found = sections(bench, options.only, not options.page, shares)
     if options.page:
