@@ -127,7 +127,7 @@ def measure(
     row = families.find(twin)
     meter = Meter(Calibration(module, Tracer(twin, row), batches, null), against=Tracer(module, families.find(module)))
     return [
-        Point(precision, row.sparsity(gone), kept_bytes(row, sizes, gone), found)
+        Point(precision, row.sparsity(list(gone)), kept_bytes(row, sizes, gone), found)
         for gone, found in zip(removals, meter.measure(removals), strict=True)
     ]
 

@@ -302,7 +302,7 @@ def t5_part(work: Work, comfy: Comfy, kind: str, lora: bool = False) -> None:
     seen = comfy.module("nodes.host.clip.views")
     pruning, views = seen.pruning(small), seen.views(clip)
     shape, gone = views["t5xxl"].shape, pruning["t5xxl"].removed
-    kept = 1 - shape.bytes_of(gone) / shape.total_bytes
+    kept = 1 - shape.bytes_of(list(gone)) / shape.total_bytes
     lost = sum(shape.parameter_counts[i] for i, by in gone.items() if by.through(i) is None)
     work_kept = 1 - lost / sum(shape.parameter_counts)
     del clip, small, pruning, views
