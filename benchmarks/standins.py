@@ -314,7 +314,11 @@ PICTURES = ("overall", "exact", "lpips")
 def write(found: dict[str, str], rows: Sequence[dict]) -> None:
     """The tables into docs/standins.md, and the plot."""
     fill(PAGE, found)
+    plot(rows, PLOT)
 
+
+def plot(rows: Sequence[dict], path: Path) -> None:
+    """Errors and scores over what is removed: a line for each name."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -333,7 +337,7 @@ def write(found: dict[str, str], rows: Sequence[dict]) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(PLOT, dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:

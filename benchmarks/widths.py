@@ -50,6 +50,7 @@ from skrr_engine.plan.words import duration
 from skrr_engine.search import allocate, skip, widths, with_standins
 from skrr_engine.search import run as paper
 from skrr_engine.search.allocate import Table
+from skrr_engine.search.repair import filled
 from skrr_engine.search.resume import State
 from skrr_engine.search.settings import Settings
 from skrr_engine.search.skip import SkipList
@@ -474,7 +475,7 @@ def second(folder: str, name: str, levels_: Sequence[float] = LEVELS) -> list[di
 
         def of_widths(target=target):
             chosen = steps[: run.reaching(steps, target)]
-            removed = run.fit(chosen, table)
+            removed = filled(run.fitted, run.bare(chosen, table), run.fitting)
             gone = row.sparsity(run.shares(chosen))
             numbers = sum(4 * len(a.units) for a in removed.values() if a.units is not None)
             return removed, gone, 2 * row.total * (1 - gone) + sum(a.nbytes for a in removed.values()) + numbers
@@ -509,7 +510,7 @@ def timed_beside(bench: Bench) -> list[dict]:
         run = bench.search(Case())
         table = run.measure(lambda table: None)
         steps = run.steps(table)
-        run.fit(steps[: run.reaching(steps, target)], table)
+        filled(run.fitted, run.bare(steps[: run.reaching(steps, target)], table), run.fitting)
 
     for name, act in (("racing beam search, 3 wide, with re-use", race), ("widths: measured, allocated, fitted", best)):
 
@@ -554,30 +555,6 @@ def sections(bench: Bench, wanted: Sequence[str], measuring: bool, chosen: Seque
     return found
 
 
-def plot(rows: Sequence[dict]) -> None:
-    """Errors and scores over what is removed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
-    names = {"as printed": "as printed", "aware order, rank 16": "whole parts, stand-ins", "widths, rank 16": "widths"}
-    for number, (name, label) in enumerate(names.items()):
-        own = sorted((row for row in rows if row["name"].startswith(name)), key=lambda row: row["removed"])
-        for axis, key in zip(axes, ("captions", "overall"), strict=True):
-            points = [(100 * row["removed"], row[key]) for row in own if row.get(key) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=label, color=f"C{number}")
-    axes[0].set(xlabel="removed, % of the parameters in blocks", ylabel="D_cond on unseen captions", yscale="log")
-    axes[1].set(xlabel="removed, % of the parameters in blocks", ylabel="score of the pictures", ylim=(0, 1.03))
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(PLOT, dpi=110)
-
-
 def main() -> None:
     """Measure, print, and write unless it is the quick cut."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -599,7 +576,13 @@ def main() -> None:
     found = sections(bench, options.only, not options.page, shares)
     if options.page:
         fill(PAGE, found)
-        plot(levels(bench))
+        names = {
+            "as printed": "as printed",
+            "aware order, rank 16": "whole parts, stand-ins",
+            "widths, rank 16": "widths",
+        }
+        rows = sorted(levels(bench), key=lambda row: row["removed"])
+        before.plot([{**r, "name": names[n]} for n in names for r in rows if r["name"].startswith(n)], PLOT)
 
 
 if __name__ == "__main__":

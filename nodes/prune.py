@@ -3,7 +3,8 @@
 from comfy_api.latest import io
 
 from .host import versions as features
-from .types import CATEGORY, SkrrPlan, advanced
+from .host.plans.inputs import Choice, size_gb_input
+from .types import CATEGORY, SkrrPlan, advanced, own_prompts_input, rank_input
 
 BEST, PARTS, PAPER = "best", "whole parts with stand-ins", "as in the paper"
 METHODS = {BEST: "widths", PARTS: "standins", PAPER: "skrr"}
@@ -78,15 +79,7 @@ class SkrrPrune(io.ComfyNode):
                     )
                 ),
                 io.String.Input("plan_name", default="my_plan", tooltip="Name of the plan file in models/skrr_plans."),
-                advanced(
-                    io.String.Input(
-                        "own_prompts",
-                        default="",
-                        multiline=True,
-                        optional=True,
-                        tooltip="Your own prompts, one a line, in place of the built-in ones. Give several hundred.",
-                    )
-                ),
+                own_prompts_input(),
                 advanced(
                     io.Boolean.Input(
                         "exact",
@@ -104,26 +97,8 @@ class SkrrPrune(io.ComfyNode):
                     " up for what is gone. Whole parts: the same without narrowing. As in the paper: parts are skipped,"
                     " and others stand in for them.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "rank",
-                        default=16,
-                        min=1,
-                        max=512,
-                        optional=True,
-                        tooltip="Size of the linear stand-ins. 16 costs about 0.2 % of what is removed from T5-XXL.",
-                    )
-                ),
-                io.Float.Input(
-                    "size_gb",
-                    default=0.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="Instead of a sparsity: bring the encoder to this many GB, removing as little as it takes."
-                    " 0: off.",
-                ),
+                rank_input(),
+                size_gb_input(),
             ],
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="The smaller text encoders."),
@@ -152,7 +127,6 @@ class SkrrPrune(io.ComfyNode):
         from .host.clip.trim import trimmed
         from .host.clip.views import choose
         from .host.maps import shown
-        from .host.plans.inputs import Choice
         from .host.search import find_plan
         from .host.talk import say
 

@@ -3,7 +3,8 @@
 from comfy_api.latest import io
 
 from .host import versions as features
-from .types import CATEGORY, SkrrPlan, advanced
+from .host.plans.inputs import Choice, at_most_input
+from .types import CATEGORY, SkrrPlan, advanced, own_prompts_input, rank_input
 
 
 class SkrrRepairPlan(io.ComfyNode):
@@ -29,14 +30,7 @@ class SkrrRepairPlan(io.ComfyNode):
                     optional=True,
                     tooltip="The diffusion model that reads the prompts. It makes plans with widths better.",
                 ),
-                io.Float.Input(
-                    "sparsity",
-                    default=0.45,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How much to remove at most: the strongest level of the plan at or below this is used.",
-                ),
+                at_most_input(),
                 io.Boolean.Input(
                     "widths",
                     default=False,
@@ -53,25 +47,8 @@ class SkrrRepairPlan(io.ComfyNode):
                         tooltip="How many built-in prompts to fit on.",
                     )
                 ),
-                advanced(
-                    io.String.Input(
-                        "own_prompts",
-                        default="",
-                        multiline=True,
-                        optional=True,
-                        tooltip="Your own prompts, one a line, in place of the built-in ones. Give several hundred.",
-                    )
-                ),
-                advanced(
-                    io.Int.Input(
-                        "rank",
-                        default=16,
-                        min=1,
-                        max=512,
-                        optional=True,
-                        tooltip="Size of the linear stand-ins. 16 costs about 0.2 % of what is removed from T5-XXL.",
-                    )
-                ),
+                own_prompts_input(),
+                rank_input(),
             ],
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="The smaller text encoders."),
@@ -89,7 +66,6 @@ class SkrrRepairPlan(io.ComfyNode):
         from .host.clip.derive import derive
         from .host.clip.views import views
         from .host.maps import shown
-        from .host.plans.inputs import Choice
         from .host.plans.match import match
         from .host.search import repair_plan
         from .host.talk import say

@@ -3,12 +3,12 @@
 import pytest
 import small
 import torch
+from test_standins import noise
 from torch import nn
 
 from skrr_engine.encoder import families
 from skrr_engine.encoder.actions import SKIP, Narrow, Reuse, assignment
 from skrr_engine.encoder.rewire import rewire, undo
-from skrr_engine.encoder.standin import StandIn
 from skrr_engine.encoder.trace import Tracer
 from skrr_engine.encoder.units import activations, out_weight, units_of
 from skrr_engine.measure.walk import Walk
@@ -20,14 +20,6 @@ IDS = [[5, 9, 33, 4, 60, 7, 8, 21, 99, 3, 2], [8, 7, 6, 5, 4, 3, 10, 11, 12, 13,
 def no_grad():
     with torch.no_grad():
         yield
-
-
-def noise(name: str, rank: int = 3, seed: int = 0, width: int = 32) -> StandIn:
-    """A stand-in of random numbers for a family."""
-    generator = torch.Generator().manual_seed(seed)
-    norm = families.by_name(small.family_of(name)).norm
-    shapes = ((rank, width), (width, rank), (width,))
-    return StandIn(norm, *(torch.randn(shape, generator=generator) * 0.2 for shape in shapes))
 
 
 def some_units(row, place: int, share: float = 0.5, seed: int = 0) -> torch.Tensor:

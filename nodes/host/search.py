@@ -11,15 +11,15 @@ from ...skrr_engine.files import companion
 from ...skrr_engine.measure.calibration import Calibration
 from ...skrr_engine.measure.prompts import sha256 as prompts_sha256
 from ...skrr_engine.memory import batch_tokens, free_memory
-from ...skrr_engine.plan.model import EncoderPlan, Plan
+from ...skrr_engine.plan.model import Plan
 from ...skrr_engine.search import resume
 from ...skrr_engine.search.allocate import Table
 from ...skrr_engine.search.entry import Found
 from ...skrr_engine.search.job import Job
-from ...skrr_engine.search.settings import Settings
+from ...skrr_engine.search.settings import Settings, sizes_of
 from ...skrr_engine.search.skip import SkipList
 from ...skrr_engine.standins.fit import Fitting, meter_bytes
-from ...skrr_engine.standins.widths import SHARES
+from ...skrr_engine.standins.widths import TARGETS
 from .clip.prompts import Conditioning
 from .clip.views import TRANSFORMER, View, dense_model
 from .model import from_model
@@ -83,7 +83,7 @@ def repair_plan(
     sub-blocks, found anew, instead."""
     jobs = {}
     for entry_name, view in matched.items():
-        settings, method = (sizes(plan.encoder(entry_name)), "widths") if widths else (Settings(), REPAIR)
+        settings, method = (sizes_of(plan.encoder(entry_name)), "widths") if widths else (Settings(), REPAIR)
         jobs[entry_name] = prepared(clip, model, view, settings, prompts, name, node_id, fitting, method)
     key = resume.fingerprint([own for _, own in jobs.values()], plan.to_json())
     known = searched.searched(key)
@@ -106,12 +106,6 @@ def repair_plan(
     return kept(Plan(encoders=entries, provenance=provenance), found, name, key, node_id)
 
 
-def sizes(entry: EncoderPlan) -> Settings:
-    """Asking for the sizes that a plan's levels have."""
-    found = sorted({level.sparsity for level in entry.levels})
-    return Settings(found[-1], further=tuple(found[:-1]))
-
-
 def prepared(
     clip, model, view: View, settings: Settings, prompts: Sequence[str], name: str, node_id: str | None,
     fitting: Fitting | None, method: str,
@@ -127,7 +121,7 @@ def prepared(
         projection = from_model(model, view, conditioning.width).to(clip.patcher.load_device)
     if projection is None and method != REPAIR:  # fits look at no projection
         say(BARE, node_id)
-    targets = 1 + len(SHARES) if method == "widths" else 1
+    targets = TARGETS if method == "widths" else 1
     calibration = calibrating(conditioning, view, fitting, targets)
     named = "standins" if method == REPAIR else method
     job = Job(view.name, calibration, prompts, settings, projection, fitting, named)

@@ -50,7 +50,7 @@ def run_search(options) -> None:
     fitting = parsed_standins(options.standins or ("16" if method in ("widths", "standins") else None))
     check_search(options, method)
     settings = settings_of(options, method, fitting)
-    bench = prepare(options, fitting, TARGETS if method == "widths" else 1)
+    bench = prepare(options, fitting, method == "widths")
     job = job_of(options, bench, settings, fitting, method)
     leads = bench.team.leads
     if bench.projection is None and leads:
@@ -277,22 +277,21 @@ def run_repair(options) -> None:
     """Fit linear stand-ins to a plan that is there already, in one pass over the prompts for each of its levels, and at
     further sizes; with --widths, narrow sub-blocks to the sizes of its levels instead, which takes a measurement."""
     from ..files import companion
-    from ..search.settings import Settings
+    from ..search.settings import Settings, sizes_of
 
     check_writable(options.out, "--out")
     plan, fitting = Plan.read(options.plan), parsed_standins(options.standins)
     if fitting.ranks:
         raise UsageError("--standins auto: repair fits one rank; give it, like 16")
     levels = parsed_levels(options.levels)
-    bench = prepare(options, fitting, TARGETS if options.widths else 1)
+    bench = prepare(options, fitting, options.widths)
     name = named_entry(options, plan, bench)
     entry = plan.encoder(name)
     first = companion.beside(options.plan)
     orders = {} if options.widths else companion.of_entry([first.parent], name, entry, first)
     report = (lambda progress: None) if options.quiet or not bench.team.leads else Reporter()
     if options.widths:
-        sizes = sorted({*(level.sparsity for level in entry.levels), *levels})
-        job = job_of(options, bench, Settings(sizes[-1], further=tuple(sizes[:-1])), fitting, "widths")
+        job = job_of(options, bench, sizes_of(entry, levels), fitting, "widths")
     else:
         job = job_of(options, bench, Settings(), fitting, "standins")
     facts = [job.facts(), options.dtype, bench.encoder.row.parameter_counts, bench.tokens, inputs_sha256(bench)]
@@ -399,13 +398,9 @@ class Bench:
         return Meter(self.calibration(prompts, race), self.projection, team=self.team)
 
 
-TARGETS = 5
-"""How many stand-ins are fitted to one place together, for widths (see standins/widths.py: its shares, and none)."""
-
-
-def prepare(options, fitting=None, targets: int = 1) -> Bench:
+def prepare(options, fitting=None, widths: bool = False) -> Bench:
     """Encoder, prompts and projection from the options. fitting: of stand-ins, where some are fitted: prompts of all
-    kinds are generated then; targets: how many to one place together."""
+    kinds are generated then; widths: whether they are fitted at several widths."""
     import torch
 
     from ..encoder.trace import Tracer
@@ -415,6 +410,7 @@ def prepare(options, fitting=None, targets: int = 1) -> Bench:
     from ..measure.projection import from_file
     from ..memory import batch_tokens, free_memory
     from ..standins.fit import fit_bytes, least_bytes
+    from ..standins.widths import TARGETS
 
     if options.memory is not None and not 0.001 <= options.memory < 10**6:
         raise UsageError(f"--memory {options.memory}: give gigabytes, like 4")
@@ -444,6 +440,7 @@ def prepare(options, fitting=None, targets: int = 1) -> Bench:
     share = memory // shares
     if fitting:
         beside = memory // team.sharing - (budget or 0)  # weights without a budget lie beside all of the memory
+        targets = TARGETS if widths else 1  # fitted to one place together
         least = least_bytes(encoder.row.width, targets)
         if beside < least:
             raise UsageError(

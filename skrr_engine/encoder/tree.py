@@ -33,6 +33,13 @@ def shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
+def share_weights(module: nn.Module, other: nn.Module) -> None:
+    """Let a module have another's registries of parameters, buffers and children, not copies: whoever replaces one of
+    them in either replaces it in both."""
+    for registry in ("_parameters", "_buffers", "_modules"):
+        module.__dict__[registry] = other.__dict__[registry]
+
+
 def replace(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     """Set the module at `path` below `root`; returns the one that stood there."""
     parent_path, _, name = path.rpartition(".")

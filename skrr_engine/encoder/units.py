@@ -20,7 +20,7 @@ from torch import nn
 
 from . import families
 from .row import Call, EncoderError, Row, describe
-from .tree import fork, replace, shallow
+from .tree import fork, replace, shallow, share_weights
 
 Cut = Callable[[nn.Module, torch.Tensor, int], "torch.Tensor | None"]
 """(projection, indices, dimension 0 or 1) -> those rows or columns of its weight, in its own form; None where they
@@ -285,8 +285,7 @@ class PartLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, before: tuple[Take | Put, ...] = (), after: tuple[Take | Put, ...] = ()):
         super().__init__()
-        for registry in ("_parameters", "_buffers", "_modules"):
-            self.__dict__[registry] = layer.__dict__[registry]
+        share_weights(self, layer)
         self.__dict__.update(layer=layer, before=before, after=after)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -201,30 +201,40 @@ def level_digests(entry: EncoderPlan, level: Level) -> set[str]:
 
 def read(path: str | os.PathLike[str], name: str, entry: EncoderPlan, level: Level) -> Fitted:
     """What a level of the plan's entry `name` needs of its file, each tensor checked. Raises StandInError."""
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if sha256(path) not in level_digests(entry, level):
         raise StandInError(f"{path.name}: not the stand-ins that this plan names; get the file that came with the plan")
+    with opened(path) as (metadata, fetch):
+        if metadata.get("format") != FORMAT["format"] or metadata.get("version") not in VERSIONS:
+            raise StandInError(f"{path.name}: no stand-ins that this Skrr can read; update Skrr, or get it again")
+        return checked(fetch, metadata.get("norms", ""), path.name, name, entry, level)
+
+
+Fetch = Callable[[str], "torch.Tensor | None"]
+"""A companion file's tensor of this name, None where it has none."""
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[Mapping[str, str], Fetch]]:
+    """A companion file's metadata, and what fetches its tensors while this lasts. Raises StandInError where it, or a
+    tensor of it, can't be read."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata, names = file.metadata() or {}, set(file.keys())
-            if metadata.get("format") != FORMAT["format"] or metadata.get("version") not in VERSIONS:
-                raise StandInError(f"{path.name}: no stand-ins that this Skrr can read; update Skrr, or get it again")
+            names = set(file.keys())
 
             def fetch(key: str) -> torch.Tensor | None:
                 return file.get_tensor(key).clone() if key in names else None  # else it would stay the file's own bytes
 
-            return checked(fetch, metadata.get("norms", ""), path.name, name, entry, level)
+            yield file.metadata() or {}, fetch
     except StandInError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
         raise StandInError(f"{path.name}: can't be read as safetensors ({first_line(error)}); get it again") from None
 
 
-def checked(
-    fetch: Callable[[str], torch.Tensor | None], norms: str, source: str, name: str, entry: EncoderPlan, level: Level
-) -> Fitted:
+def checked(fetch: Fetch, norms: str, source: str, name: str, entry: EncoderPlan, level: Level) -> Fitted:
     """What a level needs out of named tensors and their norms, as `packed` gives both. Raises StandInError."""
     units = {
         place: checked_units(fetch, source, f"{name}.units.{place}", entry, place) for place in entry.narrowed(level)
@@ -251,7 +261,7 @@ def checked(
     return Fitted(found, units)
 
 
-def checked_units(fetch, source: str, key: str, entry: EncoderPlan, place: int) -> torch.Tensor:
+def checked_units(fetch: Fetch, source: str, key: str, entry: EncoderPlan, place: int) -> torch.Tensor:
     """The numbers of all units of a place, int64, from a named tensor. Raises StandInError."""
     order, count = fetch(key), entry.units.of(place)
     if order is None or order.dtype != torch.int32 or tuple(order.shape) != (count,):
@@ -323,8 +333,6 @@ def of_entry(
 ) -> dict[int, torch.Tensor]:
     """Place -> numbers of all its units, of every place that an entry's order narrows: what fitting it anew, at any of
     its lengths, takes. Raises StandInError where their file is missing."""
-    from safetensors import SafetensorError, safe_open
-
     places = sorted({step[0] for step in entry.order if isinstance(step, tuple)})
     if not places:
         return {}
@@ -334,13 +342,5 @@ def of_entry(
             f"{name}: the file of this plan's units and stand-ins (*{ENDING}) is missing, so it can't be fitted anew:"
             " put the file beside the plan, or into models/skrr_plans"
         )
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            names = set(file.keys())
-
-            def fetch(key: str) -> torch.Tensor | None:
-                return file.get_tensor(key).clone() if key in names else None
-
-            return {i: checked_units(fetch, path.name, f"{name}.units.{i}", entry, i) for i in places}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise StandInError(f"{path.name}: can't be read as safetensors ({first_line(error)}); get it again") from None
+    with opened(path) as (_, fetch):
+        return {i: checked_units(fetch, path.name, f"{name}.units.{i}", entry, i) for i in places}

@@ -9,16 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ..encoder.actions import assignment
+from ..encoder.actions import Assignment, assignment
 from ..encoder.row import describe
+from ..encoder.standin import StandIn
 from ..encoder.units import units_of
 from ..errors import SearchError
 from ..measure.calibration import Calibration
 from ..measure.meter import Meter
-from ..plan.model import EncoderPlan, Level
+from ..plan.model import EncoderPlan
 from ..standins import fit as standin
 from ..standins.fit import Fitting
-from .entry import Found
+from .entry import Found, level_of
 from .progress import Clock, Progress
 from .skip import NOT_FINITE, SkipList
 
@@ -62,15 +63,10 @@ def repair(
             report(Progress(number + 1, len(ends), 0, 0, done, left_over, line, SkipList((), 0.0)))
 
         bare = assignment(left, units={place: orders[place][:n] for place, n in left.items() if n})
-        standins[end], _ = standin.fit(fitted, bare, fitting, tick=lambda share, tick=tick: tick(0.9 * share))
-        removed = {place: action.repaired(standins[end][place]) for place, action in bare.items()}
-        (d,) = meter.measure([removed], lambda share, tick=tick: tick(0.9 + 0.1 * share))
-        if d.finite is None:
-            raise SearchError(NOT_FINITE)
-        sparsity = round(row.sparsity(entry.shares(end)), 6)
-        fresh = Level(skipped=end, reuse={}, sparsity=sparsity, discrepancy=d.finite)
-        level = known.get(end, fresh)
-        levels.append(level.model_copy(update={"discrepancy": d.finite, "standins": None, "sparsity": sparsity}))
+        standins[end], discrepancy = fit_level(fitted, meter, bare, fitting, tick)
+        fresh = level_of(row, end, entry.shares(end), discrepancy)
+        changed = {"discrepancy": discrepancy, "standins": None, "sparsity": fresh.sparsity}
+        levels.append(known.get(end, fresh).model_copy(update=changed))
     told = {**entry.extensions, "repaired": {"rank": fitting.rank}}
     made = entry.model_copy(update={"levels": tuple(levels), "extensions": told})
     return Found(made, standins, dict(orders))
@@ -84,4 +80,29 @@ def reaching(row, entry: EncoderPlan, sparsity: float) -> int:
         raise SearchError(
             f"this plan's order ends at a sparsity of {gone[-1]:.1%}: ask for at most that, or search for more"
         )
+    return within(gone, sparsity)
+
+
+def within(gone: Sequence[float], sparsity: float) -> int:
+    """How many steps stay at or below a sparsity; at least one. gone: the sparsity after each."""
     return max(1, sum(share <= sparsity + 1e-9 for share in gone))
+
+
+def filled(
+    fitted: Calibration, bare: Assignment, fitting: Fitting, tick: Callable[[float], None] = lambda share: None
+) -> Assignment:
+    """An assignment with stand-ins at all its places, each fitted on the stream that those before it leave."""
+    found, _ = standin.fit(fitted, bare, fitting, tick=tick)
+    return {place: action.repaired(found[place]) for place, action in bare.items()}
+
+
+def fit_level(
+    fitted: Calibration, meter: Meter, bare: Assignment, fitting: Fitting, tick: Callable[[float], None]
+) -> tuple[dict[int, StandIn], float]:
+    """The stand-ins of a level, and its discrepancy with them. bare: what it does without; tick: called with the share
+    of this that is done. Raises SearchError where the discrepancy is not finite."""
+    removed = filled(fitted, bare, fitting, lambda share: tick(0.9 * share))
+    (d,) = meter.measure([removed], lambda share: tick(0.9 + 0.1 * share))
+    if d.finite is None:
+        raise SearchError(NOT_FINITE)
+    return {place: getattr(action, "standin", action) for place, action in removed.items()}, d.finite

@@ -1,10 +1,12 @@
 """What a search is asked for."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..encoder.row import Numbers
 from ..errors import SearchError
 from ..measure.elimination import ROUNDING
+from ..plan.model import EncoderPlan
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Settings:
     def rounding(self) -> float:
         """How far apart equal discrepancies may be, beside them."""
         return ROUNDING if self.delta else 0.0
+
+
+def sizes_of(entry: EncoderPlan, more: Iterable[float] = ()) -> Settings:
+    """Asking, for widths, for the sizes that a plan's levels have, and more."""
+    *further, largest = sorted({*(level.sparsity for level in entry.levels), *more})
+    return Settings(largest, further=tuple(further))
 
 
 def sparsity_for(limit: float, numbers: Numbers, rank: int = 0) -> float:

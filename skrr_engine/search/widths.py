@@ -17,22 +17,20 @@ import numpy as np
 import torch
 
 from ..encoder.actions import KEEP, Assignment, assignment
-from ..encoder.row import EncoderError, Row, describe
-from ..encoder.standin import StandIn
-from ..encoder.units import Units, units_of
+from ..encoder.row import describe
 from ..errors import SearchError
 from ..measure.calibration import Calibration
 from ..measure.meter import Meter
 from ..plan.model import Units as UnitCounts
-from ..standins import fit as standin
 from ..standins.fit import Fitting, Streams
-from ..standins.widths import SHARES, Survey, fits, ladder, ranking, units_at
+from ..standins.widths import SHARES, Survey, count_at, fits, ladder, ranking, units_at
 from . import allocate
 from .allocate import Curve, Step, Table
 from .entry import Found, entry_of, level_of
 from .progress import Clock, Progress
+from .repair import fit_level, within
 from .settings import Settings
-from .skip import NOT_FINITE, SkipList, check_reach
+from .skip import SkipList, check_reach
 
 LEVELS = (0.25, 0.33, 0.42, 0.50, 0.60)
 """Sparsities that a plan is fitted for where nothing else is asked."""
@@ -70,7 +68,7 @@ class Search:
         self.row, self.length, self.base = meter.row, meter.readable(), dict(base or {})
         self.clock = Clock()
         self.line, self.place = "", 0
-        self.counts = {place: count_of(self.row, place) for place in range(self.length)}
+        self.counts = {place: count_at(self.row, place) for place in range(self.length)}
 
     def measure(self, save: Callable[[Table], None], table: Table = Table()) -> Table:  # noqa: B008 - frozen
         """Every place's curve, from a saved table on; saved after each."""
@@ -155,7 +153,7 @@ class Search:
         gone = [self.row.sparsity(self.shares(steps[: count + 1])) for count in range(len(steps))]
         if self.settings.at_least:
             return next((count for count, share in enumerate(gone, 1) if share >= sparsity - 1e-9), len(steps))
-        return max(1, sum(share <= sparsity + 1e-9 for share in gone))
+        return within(gone, sparsity)
 
     def targets(self) -> list[float]:
         """The sparsities that levels are fitted for, rising: what was asked for, and what else can be reached."""
@@ -166,12 +164,10 @@ class Search:
         """Place -> share of its units that stays after these steps."""
         return shares_of(allocate.left(steps), self.counts)
 
-    def fit(self, steps: Sequence[Step], table: Table, tick=lambda share: None) -> Assignment:
-        """What is done to the encoder after these steps, stand-ins fitted in sequence on the pruned stream."""
+    def bare(self, steps: Sequence[Step], table: Table) -> Assignment:
+        """What is done to the encoder after these steps, without stand-ins."""
         left = allocate.left(steps)
-        bare = assignment(left, units={place: units_kept(table, place, n) for place, n in left.items() if n})
-        found, _ = standin.fit(self.fitted, bare, self.fitting, tick=tick)
-        return {place: action.repaired(found[place]) for place, action in bare.items()}
+        return assignment(left, units={place: units_kept(table, place, n) for place, n in left.items() if n})
 
     def found(self, table: Table) -> Found:
         """The plan's entry: all steps to the largest target, and a fitted level for each target."""
@@ -187,8 +183,9 @@ class Search:
                 left = clock.left(1 - clock.worked)
                 self.report(Progress(self.length, self.length, 0, 0, min(done, 0.999), left, self.line, NONE))
 
-            standins[end], level = self._level(steps[:end], table, tick)
-            levels.append(level)
+            taken = steps[:end]
+            standins[end], d = fit_level(self.fitted, self.meter, self.bare(taken, table), self.fitting, tick)
+            levels.append(level_of(self.row, end, self.shares(taken), d))
         order = [(step.place, step.units) if step.units else step.place for step in steps[: ends[-1]]]
         narrowed = {step.place for step in steps[: ends[-1]] if step.units}
         orders = {place: torch.tensor(table.curves[place].order) for place in sorted(narrowed)}
@@ -198,15 +195,6 @@ class Search:
             "steps": [float(f"{step.discrepancy:.6g}") for step in steps[: ends[-1]]],
         }
         return Found(entry_of(self.row, levels, order, told, self.unit_counts(narrowed)), standins, orders)
-
-    def _level(self, steps: Sequence[Step], table: Table, tick: Callable[[float], None]):
-        """The stand-ins of a level, and the level itself. tick: called with the share of this that is done."""
-        removed = self.fit(steps, table, lambda share: tick(0.8 * share))
-        (d,) = self.meter.measure([removed], lambda share: tick(0.8 + 0.2 * share))
-        if d.finite is None:
-            raise SearchError(NOT_FINITE)
-        standins: dict[int, StandIn] = {place: getattr(a, "standin", a) for place, a in removed.items()}
-        return standins, level_of(self.row, len(steps), self.shares(steps), d.finite)
 
     def unit_counts(self, narrowed) -> UnitCounts | None:
         """How many units the encoder's sub-blocks have; None where none is narrowed. Raises SearchError where they
@@ -220,15 +208,6 @@ class Search:
 
 
 NONE = SkipList((), 0.0)
-
-
-def count_of(row: Row, place: int) -> int:
-    """How many units a place has; 1, all or nothing, where it can't be narrowed."""
-    try:
-        own: Units = units_of(row, place)
-        return own.count
-    except EncoderError:
-        return 1
 
 
 def units_kept(table: Table, place: int, units: int) -> torch.Tensor:

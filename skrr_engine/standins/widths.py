@@ -12,7 +12,7 @@ import torch
 
 from ..encoder import families
 from ..encoder.actions import SKIP, Action, Narrow
-from ..encoder.row import EncoderError
+from ..encoder.row import EncoderError, Row
 from ..encoder.standin import NORMS
 from ..encoder.trace import Trace
 from ..encoder.units import Units, activations, out_weight, reading, units_of
@@ -21,6 +21,9 @@ from .fit import Fitting, Gram, Pair, Streams, best_ridge, factored, solve, stan
 
 SHARES = (3 / 4, 1 / 2, 1 / 4, 1 / 10)
 """Of a place's units: the widths that are tried between all and none."""
+
+TARGETS = len(SHARES) + 1
+"""How many stand-ins are fitted to one place together: one for each of these widths, and for none left."""
 
 GROUP = 32
 """Neurons are kept in multiples of so many, where there are plenty: some types of weights come in such blocks."""
@@ -35,8 +38,19 @@ def ladder(own: Units, shares: Sequence[float] = SHARES) -> list[int]:
 
 def units_at(streams: Streams) -> Units | None:
     """The units of the place where the streams are; None where it can't be narrowed."""
+    return units_or_none(streams.row, len(streams.passed))
+
+
+def count_at(row: Row, place: int) -> int:
+    """How many units a place has; 1, all or nothing, where it can't be narrowed."""
+    own = units_or_none(row, place)
+    return 1 if own is None else own.count
+
+
+def units_or_none(row: Row, place: int) -> Units | None:
+    """The units of a place; None where it can't be narrowed."""
     try:
-        return units_of(streams.row, len(streams.passed))
+        return units_of(row, place)
     except EncoderError:
         return None
 

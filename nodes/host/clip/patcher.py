@@ -139,12 +139,14 @@ def patch(layer: nn.Module, path: str, patches: Mapping[str, list], device: torc
         key, own = f"{path}.{name}", layer._parameters.get(name)
         if key not in patches or own is None:
             continue
-        dense = comfy.model_management.cast_to_device(own, device, torch.float32, copy=True)
-        if hasattr(own, "tensor_type"):
+        is_gguf = hasattr(own, "tensor_type")
+        if is_gguf:
             dense = gguf_dense(own).to(device, torch.float32)
+        else:
+            dense = comfy.model_management.cast_to_device(own, device, torch.float32, copy=True)
         out = comfy.lora.calculate_weight(patches[key], getattr(layer, f"convert_{name}")(dense, inplace=True), key)
         vars(layer).setdefault("skrr_pristine", {})[name] = own
-        if hasattr(own, "tensor_type"):  # in 16 bit for as long as the patches are on it
+        if is_gguf:  # in 16 bit for as long as the patches are on it
             out = out.index_select(layer.skrr_dimension, layer.skrr_index.to(out.device)).half()
             layer._parameters[name] = nn.Parameter(out, requires_grad=False)
         else:

@@ -85,18 +85,15 @@ class EncoderFile:
     def fetch(self, key: str, cut: Narrowing | None = None):
         """A tensor with its bytes. cut: what stays of those of narrowed parts."""
         stored = self.origin.get(key)
-        piece = None if cut is None else cut.pieces.get(stored or self._stored_name(key))
+        piece = None if cut is None else cut.pieces.get(stored or self._stored_names.get(key))
         if stored is None:
             return self.tensors[key] if piece is None else piece.cut(self.tensors[key])
         already = self.checkpoint.record is not None and stored in self.checkpoint.record.narrowed
         return self.checkpoint.tensor(stored) if piece is None or already else self.checkpoint.piece(stored, piece)
 
-    def _stored_name(self, key: str) -> str | None:
-        """What the file calls a tensor."""
-        return self._stored_names.get(key)
-
     @functools.cached_property
     def _stored_names(self) -> dict[str, str]:
+        """Key -> what the file calls that tensor."""
         layout = self.checkpoint.known_layout
         return {layout.name(stored): stored for stored in layout.entries} if layout else {}
 

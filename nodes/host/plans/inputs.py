@@ -63,6 +63,31 @@ class Choice:
         return Pruned(entry, level, fitted=fitted), [line, *([problem] if problem else [])]
 
 
+def at_most_input() -> io.Input:
+    """The sparsity by which a level of a plan is chosen."""
+    return io.Float.Input(
+        "sparsity",
+        default=0.45,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="How much to remove at most: the strongest level of the plan at or below this is used.",
+    )
+
+
+def size_gb_input() -> io.Input:
+    """The size by which one is chosen instead, 10**9 bytes."""
+    return io.Float.Input(
+        "size_gb",
+        default=0.0,
+        min=0.0,
+        max=1000.0,
+        step=0.05,
+        optional=True,
+        tooltip="Instead of a sparsity: bring the encoder to this many GB, removing as little as it takes. 0: off.",
+    )
+
+
 def inputs(none: str | None = None) -> list:
     """The inputs with which a node lets an artist choose a plan and a level; `none`: the entry for no plan."""
     return [
@@ -71,14 +96,7 @@ def inputs(none: str | None = None) -> list:
             options=[*([none] if none else []), *library.names()],
             tooltip="A plan from models/skrr_plans, or one that ships with Skrr.",
         ),
-        io.Float.Input(
-            "sparsity",
-            default=0.45,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="How much to remove at most: the strongest level of the plan at or below this is used.",
-        ),
+        at_most_input(),
         io.String.Input(
             "plan_json",
             default="",
@@ -86,15 +104,7 @@ def inputs(none: str | None = None) -> list:
             optional=True,
             tooltip="A plan as text. It replaces the one chosen above and travels inside the workflow.",
         ),
-        io.Float.Input(
-            "size_gb",
-            default=0.0,
-            min=0.0,
-            max=1000.0,
-            step=0.05,
-            optional=True,
-            tooltip="Instead of a sparsity: bring the encoder to this many GB, removing as little as it takes. 0: off.",
-        ),
+        size_gb_input(),
     ]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..row import Call, Placeholder, SubBlock
+from ..tree import share_weights
 
 
 class ResidualSubBlock(SubBlock):
@@ -94,12 +95,11 @@ class NarrowBody(nn.Module):
 
 class Through(nn.Module):
     """In place of a norm that a `NarrowBody` uses: hands on what it gets, and holds the norm's weights under their
-    names. Both have one registry of them, so that whoever replaces a weight here replaces it there."""
+    names."""
 
     def __init__(self, norm: nn.Module):
         super().__init__()
-        for registry in ("_parameters", "_buffers", "_modules"):
-            self.__dict__[registry] = norm.__dict__[registry]
+        share_weights(self, norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
