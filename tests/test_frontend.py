@@ -273,9 +273,11 @@ PICTURED = {
 
 PICTURE_OF = """
 ([name, width]) => {
-  let card = name;
-  while (!card.querySelector("img")) card = card.parentElement;
-  return [...card.querySelectorAll("img")].some((image) => image.complete && image.naturalWidth === width);
+  const titles = [...document.querySelectorAll("*")].filter((e) => !e.children.length && e.textContent.trim() === name);
+  return titles.some((card) => {
+    while (card && !card.querySelector("img")) card = card.parentElement; // found anew: the frontend may draw it again
+    return [...(card?.querySelectorAll("img") ?? [])].some((i) => i.complete && i.naturalWidth === width);
+  });
 }
 """
 
@@ -286,7 +288,7 @@ def test_template_browser(page):
     for path in WORKFLOWS:
         name = page.get_by_text(path.stem, exact=True).first
         name.scroll_into_view_if_needed()  # pictures are loaded when in sight
-        page.wait_for_function(PICTURE_OF, arg=[name.element_handle(), Image.open(path.with_suffix(".jpg")).width])
+        page.wait_for_function(PICTURE_OF, arg=[path.stem, Image.open(path.with_suffix(".jpg")).width])
     chosen = page.get_by_text("skrr_load_plan_flux", exact=True).first
     chosen.scroll_into_view_if_needed()
     if os.environ.get("SKRR_IMAGES") and page.frontend == "1.32.9":

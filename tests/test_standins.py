@@ -285,7 +285,7 @@ def test_harm_is_what_the_stream_behind_loses():
 def test_search_is_the_naive_greedy_loop(name, monkeypatch):
     """Every candidate fitted and measured on its own, the least added discrepancy per parameter wins."""
     monkeypatch.setattr(with_standins, "SCREENED", 99)
-    module = small.build(name)
+    module = small.build(name, layers=3)
     fitted = small.meter(name, module, small.prompts(LENGTHS * 3), [2]).calibration
     ranked = small.meter(name, module, small.prompts(LENGTHS, seed=5), [2])
     fitting, row = Fitting(rank=3, swaps=0), fitted.tracer.row
