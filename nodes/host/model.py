@@ -1,39 +1,74 @@
 """A denoiser's text projection out of a ComfyUI MODEL, LoRAs on it included, without loading the denoiser."""
 
+from collections.abc import Sequence
+
 import comfy.lora
 import torch
 
-from ...skrr_engine.measure.projection import RECIPES, ProjectionError, TextProjection, build, find
+from ...skrr_engine.measure.projection import (
+    RECIPES,
+    VECTORS,
+    ProjectionError,
+    Projections,
+    Recipe,
+    TextProjection,
+    UnknownError,
+    build,
+    find,
+    looked_for,
+)
 from .clip.views import View
 
-CLIP_COLUMNS = {"clip_l": (0, 768), "clip_g": (768, 1280)}
-"""SD3 joins CLIP-L's and CLIP-G's embeddings on the feature axis and pads them to T5's width."""
+Projection = TextProjection | Projections
 
 
-def from_model(model, view: View, width: int | None = None) -> TextProjection:
+def from_model(model, view: View, width: int | None = None, hidden: bool = True, pooled: bool = False) -> Projection:
     """The projection of `model` (a MODEL) for one encoder. width: of the conditioning, where that is not the encoder's
-    (Flux 2 joins three of its layers). Raises ProjectionError where it has none that Skrr knows, or one of another
-    width."""
+    (Flux 2 joins three of its layers). hidden, pooled: what the conditioning reads of it. Raises UnknownError where the
+    model has none that Skrr knows for what is read, ProjectionError where it has one of another width."""
     width = view.shape.width if width is None else width
+    parts = []
+    if hidden:
+        tokens = _built(model, view, RECIPES, width)
+        if tokens is None:
+            raise UnknownError(
+                f"no text projection that Skrr knows in this model ({kind_of(model)}; looked for {looked_for()})"
+            )
+        if tokens.width != width:
+            raise ProjectionError(
+                f"this model's text projection takes embeddings {tokens.width} wide, but {view.name}'s are"
+                f" {width} wide: connect the MODEL that this encoder belongs to, or none"
+            )
+        parts.append(tokens)
+    if pooled:
+        parts.append(_built(model, view, VECTORS))
+    if all(part is None for part in parts):
+        raise UnknownError(
+            f"no input for pooled vectors that Skrr knows in this model ({kind_of(model)}; looked for"
+            f" {looked_for(VECTORS)})"
+        )
+    return parts[0] if hidden and len(parts) == 1 else Projections(parts)
+
+
+def kind_of(model) -> str:
+    """What kind of denoiser a MODEL is, in ComfyUI's words."""
+    return str(getattr(model.model.model_config, "unet_config", {}).get("image_model") or type(model.model).__name__)
+
+
+def _built(model, view: View, recipes: Sequence[Recipe], width: int | None = None) -> TextProjection | None:
+    """The projection that a recipe fits, None where none does. width: of embeddings that are read as they are, not
+    joined with another encoder's."""
     denoiser = model.model.diffusion_model
-    found = find(denoiser.state_dict().keys())
-    kind = getattr(model.model.model_config, "unet_config", {}).get("image_model") or type(model.model).__name__
+    names = denoiser.state_dict().keys()
+    found = find(names, recipes, view.name)
     if found is None:
-        names = ", ".join(recipe.name for recipe in RECIPES)
-        raise ProjectionError(
-            f"no text projection that Skrr knows ({names}) in this model ({kind}): disconnect MODEL to search on the"
-            " bare embeddings"
-        )
-    recipe, _ = found
-    projection = build(recipe, lambda key: weight(model, denoiser, key))
-    projection.denoiser = str(kind)[:100]
-    if recipe.denoiser == "sd3" and view.name in CLIP_COLUMNS:
-        projection = projection.columns(*CLIP_COLUMNS[view.name])
+        return None
+    projection = build(found[0], lambda key: weight(model, denoiser, key), names)
     if projection.width != width:
-        raise ProjectionError(
-            f"this model's text projection takes embeddings {projection.width} wide, but {view.name}'s are"
-            f" {width} wide: connect the MODEL that this encoder belongs to, or none"
-        )
+        for encoder, first, count in found[0].columns:
+            if encoder == view.name:
+                projection = projection.columns(first, count)
+    projection.denoiser = kind_of(model)[:100]
     return projection
 
 
@@ -48,6 +83,11 @@ def weight(model, denoiser, key: str) -> torch.Tensor | None:
     stored = model.backup[full].weight if full in model.backup else getattr(module, attribute, None)
     if stored is None:
         return None
+    if stored.is_meta:
+        raise ProjectionError(
+            f"{key} of this model is not in memory, so its text projection can't be read: disconnect what unloads it,"
+            " or connect no MODEL"
+        )
     plain = dequantised(module, attribute, stored)
     patches = model.patches.get(full)
     return comfy.lora.calculate_weight(patches, plain.clone(), full) if patches else plain

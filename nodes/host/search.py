@@ -9,6 +9,7 @@ from ...skrr_engine.encoder.trace import Tracer
 from ...skrr_engine.errors import SkrrError
 from ...skrr_engine.files import companion
 from ...skrr_engine.measure.calibration import Calibration
+from ...skrr_engine.measure.projection import UnknownError
 from ...skrr_engine.measure.prompts import sha256 as prompts_sha256
 from ...skrr_engine.memory import batch_tokens, free_memory
 from ...skrr_engine.plan.model import Plan
@@ -116,11 +117,15 @@ def prepared(
     folder.folder_to_write(folder.FOLDER)
     _ = view.row  # refuses an encoder that was loaded pruned
     conditioning = Conditioning(clip, view)
-    projection = None
-    if model is not None and conditioning.hidden:  # a pooled vector alone goes through no text projection
-        projection = from_model(model, view, conditioning.width).to(clip.patcher.load_device)
+    projection, why = None, ""
+    if model is not None:
+        try:
+            projection = from_model(model, view, conditioning.width, conditioning.hidden, conditioning.pooled)
+            projection.to(clip.patcher.load_device)
+        except UnknownError as error:
+            why = f"{view.name}: {error}; "
     if projection is None and method != REPAIR:  # fits look at no projection
-        say(BARE, node_id)
+        say(why + BARE, node_id)
     targets = TARGETS if method == "widths" else 1
     calibration = calibrating(conditioning, view, fitting, targets)
     named = "standins" if method == REPAIR else method

@@ -4,6 +4,7 @@ Paper, algorithm 1. The MSE covers exactly the tokens that the denoiser reads; w
 encoder (hidden states and a pooled vector), each has its own mean and the means add up. Sums are float64 (see sums.py).
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,11 +42,12 @@ def finite(number: float) -> float | None:
 
 
 def features(reading: Reading, projection: Projection | None) -> Reading:
-    """What the denoiser makes of a reading: its first tensor, the token embeddings, projected."""
+    """What the denoiser makes of a reading: its first tensor, the token embeddings, projected; or each that has a
+    projection of its own (see projection.Projections)."""
     if projection is None:
         return reading
-    (tokens, mask), *others = reading
-    return [(projection(tokens), mask), *others]
+    parts = getattr(projection, "parts", (projection,))
+    return [(part(t) if part else t, mask) for (t, mask), part in itertools.zip_longest(reading, parts[: len(reading)])]
 
 
 def squared_errors(dense: Reading, pruned: Reading) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ....skrr_engine.encoder.trace import Reading
+from ....skrr_engine.measure.projection import CLIPS
 from ..model import from_model
 from .views import views
 
@@ -23,4 +24,5 @@ def readings(clip, prompts: Sequence[str]) -> list[Reading]:
 def projection(model, clip, width: int):
     """The MODEL's text projection for conditioning of this width. Raises ProjectionError where it takes another."""
     widest = max(views(clip).values(), key=lambda view: (view.shape.width == width, view.shape.width))
-    return from_model(model, widest, width if width % widest.shape.width == 0 else None)
+    joined = any(widest.name == encoder for encoder, *_ in CLIPS)
+    return from_model(model, widest, width if joined or width % widest.shape.width == 0 else None)
