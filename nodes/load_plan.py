@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from .host import versions as features
 from .host.plans import inputs as choice
-from .types import CATEGORY, SkrrPlan
+from .types import CATEGORY, SkrrPlan, advanced
 
 
 class SkrrLoadPlan(io.ComfyNode):
@@ -24,6 +24,20 @@ class SkrrLoadPlan(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoders. They stay as they are; the output is a smaller one."),
                 *choice.inputs(),
+                advanced(
+                    io.Boolean.Input(
+                        "check",
+                        default=False,
+                        optional=True,
+                        tooltip="Measure on a few prompts how well the plan fits this file, and say so. For fine-tunes"
+                        " and other precisions; takes a minute, and the memory of the whole encoder.",
+                    )
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="For check alone: the diffusion model that reads the prompts.",
+                ),
             ],
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="The smaller text encoders."),
@@ -42,7 +56,9 @@ class SkrrLoadPlan(io.ComfyNode):
         return choice.fingerprint(plan, plan_json)
 
     @classmethod
-    def execute(cls, clip, plan, sparsity, size_gb=0.0, plan_json="") -> io.NodeOutput:
+    def execute(
+        cls, clip, plan, sparsity, size_gb=0.0, plan_json="", check=False, model=None
+    ) -> io.NodeOutput:  # fmt: skip
         from .host.clip.derive import derive
         from .host.clip.views import views
         from .host.maps import shown
@@ -50,11 +66,13 @@ class SkrrLoadPlan(io.ComfyNode):
         from .host.talk import say
 
         chosen = choice.read(plan, plan_json, sparsity, size_gb)
-        pruned, lines = {}, []
-        for name, view in match(views(clip), chosen.plan).items():
-            entry = chosen.plan.encoder(name)
-            pruned[view.name], told = chosen.pruned(name, view, entry)
-            lines += told
+        known = views(clip)
+        matched = match(known, chosen.plan)
+        pruned, lines = chosen.all_pruned(known, matched)
+        if check:
+            from .host.transfer import told
+
+            lines += told(clip, model, chosen.plan, matched, pruned)
         say("\n".join(lines), cls.hidden.unique_id)
         out = derive(clip, pruned)
         return io.NodeOutput(out, chosen.plan, ui=shown(out, cls.hidden, chosen.plan))

@@ -15,6 +15,11 @@ ENOUGH = {BEST: 320, PARTS: 512, PAPER: 128}
 """Prompts where none are asked for."""
 
 
+ALL = "all"
+"""In place of an encoder's name: all of them, on one budget."""
+WITHOUT = "searched without a MODEL's text projection: connect one for better plans"
+
+
 class SkrrPrune(io.ComfyNode):
     """Finds out which parts of a text encoder your pictures can do without, and leaves them out.
 
@@ -41,7 +46,8 @@ class SkrrPrune(io.ComfyNode):
                     io.String.Input(
                         "encoder",
                         default="auto",
-                        tooltip="Which text encoder to prune: auto takes the largest; or its name, like t5xxl.",
+                        tooltip="Which text encoder to prune: auto takes the largest; or its name, like t5xxl; or all,"
+                        " on one budget (best quality only).",
                     )
                 ),
                 io.Float.Input(
@@ -120,22 +126,36 @@ class SkrrPrune(io.ComfyNode):
         quality=PAPER, rank=16, size_gb=0.0,
     ) -> io.NodeOutput:  # fmt: skip
         from ..skrr_engine.measure.prompts import broad, from_text, generate
+        from ..skrr_engine.plan.text import PlanError
         from ..skrr_engine.search.settings import Settings, sparsity_for
         from ..skrr_engine.search.widths import LEVELS
         from ..skrr_engine.standins.fit import Fitting
         from .host.clip.derive import derive
         from .host.clip.trim import trimmed
-        from .host.clip.views import choose
+        from .host.clip.views import choose, views
         from .host.maps import shown
-        from .host.search import find_plan
+        from .host.plans.match import match
+        from .host.search import find_plan, find_together
         from .host.talk import say
 
         quality = BEFORE.get(quality, quality)
         fitting = None if quality == PAPER else Fitting(rank=rank)
         count = prompts or ENOUGH[quality]
         texts = from_text(own_prompts) if own_prompts.strip() else (broad if fitting else generate)(count)
-        view = choose(clip, encoder.strip())
         node = cls.hidden.unique_id
+        if encoder.strip() == ALL:
+            if quality != BEST:
+                raise PlanError(f'encoder "{ALL}": one budget over all encoders takes the quality "{BEST}"; choose it')
+            settings = Settings(sparsity, further=LEVELS)
+            plan = find_together(clip, model, settings, size_gb, texts, plan_name, node, fitting)
+            known = views(clip)
+            pruned, lines = Choice(plan, sparsity, size_gb).all_pruned(known, match(known, plan))
+            for name, entry in pruned.items():
+                pruned[name] = trimmed(clip, known[name], entry)
+            say("\n".join([*lines, *([] if model else [WITHOUT])]), node)
+            out = derive(clip, pruned)
+            return io.NodeOutput(out, plan, ui=shown(out, cls.hidden, plan))
+        view = choose(clip, encoder.strip())
         _ = view.row  # refuses an encoder that was loaded pruned
         if size_gb > 0:
             sparsity = sparsity_for(size_gb * 1e9, view.shape, rank if fitting else 0)
@@ -152,7 +172,7 @@ class SkrrPrune(io.ComfyNode):
         if pruned.unread:
             lines.append(f"{len(pruned.unread)} more that no conditioning reads left out")
         if model is None:
-            lines.append("searched without a MODEL's text projection: connect one for better plans")
+            lines.append(WITHOUT)
         say("\n".join(lines), node)
         out = derive(clip, {view.name: pruned})
         return io.NodeOutput(out, plan, ui=shown(out, cls.hidden, plan))

@@ -487,18 +487,18 @@ def test_repair_of_a_plan_with_reuse(server):
     dense = conditioning(server, "flux")
     server.run(graph("flux", class_type="SkrrLoadPlan", plan="x", sparsity=1.0, plan_json=json.dumps(plan)))
     plain = conditioning(server, "flux")
-    outputs = server.run(repairing("flux", plan, "repaired"))
+    outputs = server.run(repairing("flux", plan, "mended"))
     found = conditioning(server, "flux")
     assert moved(found, dense) < 0.9 * moved(plain, dense)
     assert "linear stand-ins: 3 (~), rank 4" in report_text(outputs)
-    own = plan_file(server, "repaired")["encoders"]["t5xxl"]
+    own = plan_file(server, "mended")["encoders"]["t5xxl"]
     assert own["order"] == REUSED["order"] and [level["reuse"] for level in own["levels"]] == [{"0": 2}, {"6": 4}]
     assert [len(level["standins"]["ranks"]) for level in own["levels"]] == [2, 3]
-    server.run(graph("flux", class_type="SkrrLoadPlan", plan="repaired.json", sparsity=1.0))
+    server.run(graph("flux", class_type="SkrrLoadPlan", plan="mended.json", sparsity=1.0))
     assert_alike(conditioning(server, "flux"), found)
-    server.run(repairing("flux", plan, "repaired_again"))
-    assert 'found the plan "repaired.json" that was repaired' in server.log()
-    assert not (server.base / "models" / "skrr_plans" / "repaired_again.json").exists()
+    server.run(repairing("flux", plan, "mended_again"))
+    assert 'found the plan "mended.json" that was repaired' in server.log()
+    assert not (server.base / "models" / "skrr_plans" / "mended_again.json").exists()
     with pytest.raises(comfy_runtime.PromptError, match="the smallest has 0.018"):
         server.run(repairing("flux", plan, "refused", sparsity=0.01, prompts=41))
     assert not list((server.base / "models" / "skrr_plans").glob("refused*")), "refused after the work"

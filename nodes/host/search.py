@@ -1,19 +1,21 @@
 """A search on a CLIP: calibration in ComfyUI's own classes, a state to resume, the finished plan in its folder."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import comfy.model_management
 
 from ...skrr_engine import __version__
+from ...skrr_engine.encoder.row import EncoderError
 from ...skrr_engine.encoder.trace import Tracer
-from ...skrr_engine.errors import SkrrError
+from ...skrr_engine.errors import SearchError, SkrrError
 from ...skrr_engine.files import companion
 from ...skrr_engine.measure.calibration import Calibration
 from ...skrr_engine.measure.projection import UnknownError
 from ...skrr_engine.measure.prompts import sha256 as prompts_sha256
 from ...skrr_engine.memory import batch_tokens, free_memory
-from ...skrr_engine.plan.model import Plan
-from ...skrr_engine.search import resume
+from ...skrr_engine.plan.model import Plan, Together
+from ...skrr_engine.search import joint, resume, widths
 from ...skrr_engine.search.allocate import Table
 from ...skrr_engine.search.entry import Found
 from ...skrr_engine.search.job import Job
@@ -22,7 +24,7 @@ from ...skrr_engine.search.skip import SkipList
 from ...skrr_engine.standins.fit import Fitting, meter_bytes
 from ...skrr_engine.standins.widths import TARGETS
 from .clip.prompts import Conditioning
-from .clip.views import TRANSFORMER, View, dense_model
+from .clip.views import TRANSFORMER, View, dense_model, views
 from .model import from_model
 from .plans import folder, searched
 from .talk import Reporter, say
@@ -56,6 +58,108 @@ def find_plan(
         return known[1]
     found = searching(clip, view, job, key, name, node_id)
     return kept(job.plan(found.entry), {view.name: found}, name, key, node_id)
+
+
+def find_together(
+    clip,
+    model,
+    settings: Settings,
+    gigabytes: float,
+    prompts: Sequence[str],
+    name: str,
+    node_id: str | None,
+    fitting: Fitting,
+) -> Plan:
+    """The plan with widths for all encoders of a CLIP on one budget, found and saved as `find_plan` does it. settings:
+    whose targets are shares of all encoders' parameters; gigabytes: that they are brought to together instead, 10**9
+    bytes, 0 for none."""
+    alone, jobs, known_views = Settings(0.01), {}, views(clip)
+    for view in known_views.values():
+        try:
+            jobs[view.name] = prepared(clip, model, view, alone, prompts, name, node_id, fitting, "widths")
+        except EncoderError as error:
+            if view.whole is None:
+                raise
+            say(f"{view.name} stays whole: {error}", node_id)
+    if not jobs:
+        raise EncoderError(
+            "the conditioning reads nothing of this CLIP's encoders that Skrr knows: connect another CLIP"
+        )
+    asked = [sorted({*settings.targets, *settings.further}), gigabytes, "together"]
+    key = resume.fingerprint([own for _, own in jobs.values()], asked)
+    known = searched.searched(key)
+    if known is not None:
+        say(f'found the plan "{known[0]}" of an earlier search with these inputs', node_id)
+        return known[1]
+    members, tables = {}, {}
+    for encoder, (job, _) in jobs.items():
+        state = searched.state(fingerprint(clip, known_views[encoder], job, job.state_facts()))
+        with stoppable(node_id):
+            search = width_search(job, node_id)
+            tables[encoder] = search.measure(state.save, saved_table(state, job, encoder, node_id))
+            steps, shape = search.steps(tables[encoder]), known_views[encoder].shape
+            members[encoder] = joint.Member(steps, search.counts, shape, job.meter.nothing())
+        job.release()  # its streams are as large as the memory allows
+    whole = sum(view.shape.total for name, view in known_views.items() if name not in members)
+    taken = []
+    if gigabytes > 0:
+        beside = sum(view.shape.total_bytes for name, view in known_views.items() if name not in members)
+        taken.append(joint.at_bytes(members, gigabytes * 1e9 - beside, fitting.rank))
+    total = whole + sum(member.shape.total for member in members.values())
+    for target in sorted({*settings.further, *(() if gigabytes > 0 else settings.targets)}):
+        with contextlib.suppress(SearchError):  # too small a share for any part, where it was not asked for
+            taken.append(joint.at_sparsity(members, target * total / (total - whole)))
+    if not taken:
+        raise SearchError("no part of these encoders is as small as what is to be removed: ask for more")
+    found = {}
+    for encoder, (job, _) in jobs.items():
+        ends = {group[encoder] for group in taken} - {0}
+        if ends:
+            with stoppable(node_id):
+                found[encoder] = width_search(job, node_id).found(tables[encoder], ends)
+        job.release()
+    groups = {}
+    for ends in taken:
+        levels = {encoder: end for encoder, end in ends.items() if end}
+        parts = [(found[n].entry.level(end).discrepancy, members[n].nothing) for n, end in levels.items()]
+        d = None if any(own is None for own, _ in parts) else sum(own / nothing for own, nothing in parts)
+        gone = sum(members[n].removed(end) for n, end in levels.items()) / total
+        groups[tuple(ends.values())] = Together(sparsity=round(gone, 6), levels=levels, discrepancy=d)
+    first, _ = jobs[next(iter(found))]
+    plan = Plan(
+        encoders={encoder: own.entry for encoder, own in found.items()},
+        provenance=first.plan(found[first.name].entry).provenance,
+        together=tuple(sorted(groups.values(), key=lambda group: group.sparsity)),
+    )
+    return kept(plan, found, name, key, node_id)
+
+
+def width_search(job: Job, node_id: str | None) -> widths.Search:
+    """What measures and fits a job's encoder, telling the node."""
+    report = Reporter(node_id, job.meter.row, job.settings.sparsity, f"{job.name}: ")
+    return widths.Search(job.fitted, job.meter, job.settings, job.fitting, report)
+
+
+def saved_table(state: resume.State, job: Job, encoder: str, node_id: str | None) -> Table:
+    """What was measured of an encoder before, nothing where that is damaged."""
+    try:
+        table = state.load(job.meter.readable())
+    except resume.StateError:
+        table = None
+    if not isinstance(table, Table):
+        return Table()
+    say(f"{encoder}: going on with {len(table.curves)} parts that were measured before", node_id)
+    return table
+
+
+@contextlib.contextmanager
+def stoppable(node_id: str | None) -> Iterator[None]:
+    """Says, where it is interrupted, that what was measured stays."""
+    try:
+        yield
+    except comfy.model_management.InterruptProcessingException:
+        say("stopped: run again to go on with what was measured", node_id)
+        raise
 
 
 def searching(clip, view: View, job: Job, key: str, name: str, node_id: str | None) -> Found:

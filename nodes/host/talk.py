@@ -33,10 +33,10 @@ def show(text: str, node_id: str | None) -> None:
 
 class Reporter:
     """What a search calls before every sub-block's forward: moves the bar, shows the line and the curve, ends it when
-    interrupted. row: of the encoder; target: sparsity; path: the best list so far."""
+    interrupted. row: of the encoder; target: sparsity; whose: what lines begin with."""
 
-    def __init__(self, node_id: str | None, row: Row, target: float):
-        self.node_id, self.row, self.target = node_id, row, target
+    def __init__(self, node_id: str | None, row: Row, target: float, whose: str = ""):
+        self.node_id, self.row, self.target, self.whose = node_id, row, target, whose
         self.bar = comfy.utils.ProgressBar(STEPS, node_id=node_id)
         self.shown, self.line = 0.0, ""
         self.skips = SkipList((), 0.0)
@@ -48,13 +48,13 @@ class Reporter:
         if progress.line == self.line and now - self.shown < 0.25:
             return
         if progress.line != self.line:
-            logging.info("[Skrr] %s", progress.line)
+            logging.info("[Skrr] %s%s", self.whose, progress.line)
         self.shown, self.line = now, progress.line
         picture = ("JPEG", self.curve(), None) if grown and self.skips.order else None
         self.bar.update_absolute(int(progress.done * STEPS), STEPS, picture)
         left = "" if progress.seconds_left is None else f", {duration(progress.seconds_left)} left"
         within = f"candidate {progress.candidate} of {progress.candidates}" if progress.candidates else ""
-        show(f"{progress.line}\n{within or f'{progress.done:.0%} done'}{left}", self.node_id)
+        show(f"{self.whose}{progress.line}\n{within or f'{progress.done:.0%} done'}{left}", self.node_id)
 
     def curve(self):
         """Discrepancy against sparsity so far; of a resumed search whose steps are not known, its last one."""

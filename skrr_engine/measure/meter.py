@@ -116,6 +116,19 @@ class Meter:
         """Of the dense encoder."""
         return token_norm(self._dense_features(0, 0))
 
+    def nothing(self) -> float:
+        """The discrepancy of an encoder that gives zeros: the mean square of what is read of the dense one. Beside it,
+        discrepancies of encoders that are read side by side are of one scale, and add up."""
+        total = 0.0
+        for batch, pieces in enumerate(self.calibration.pieces):
+            for piece in range(len(pieces)):
+                dense = self._dense_features(batch, piece)
+                zeros = [(torch.zeros_like(t), mask) for t, mask in dense]
+                errors = self.criterion.errors(dense, zeros)
+                scales = self._scale[batch]
+                total += sum(float(e.sum()) / max(n, 1) for e, n in zip(errors, scales, strict=True))
+        return total
+
     def measure(
         self, candidates: Sequence[Assignment], tick: Callable[[float], None] | None = None, stack: bool = False
     ) -> list[Discrepancy]:

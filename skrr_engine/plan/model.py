@@ -360,6 +360,22 @@ class EncoderPlan(_Part):
         return f"a {self.family} encoder of {self.blocks} blocks and width {self.width}"
 
 
+class Together(_Part):
+    """Levels of several encoders that belong together: what one budget over all of them leaves of each.
+
+    `levels` maps an encoder to the length of its level; encoders of the plan that it does not name stay whole.
+    `sparsity` is the share of all their parameters that is removed (those of encoders that stay whole count, too).
+    `discrepancy` is the sum of each level's D beside that of an encoder that says nothing, None where it is not known.
+    """
+
+    sparsity: Annotated[_Number, Field(le=1)] = Field(description="a number from 0 to 1")
+    levels: Annotated[dict[_Name, Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)]], Field(min_length=1)] = Field(
+        description='an object like {"t5xxl": 40}, encoder to the length of one of its levels',
+        json_schema_extra={"additionalProperties": False},
+    )
+    discrepancy: _Number | None = Field(default=None, description="a finite number from 0 up, or null")
+
+
 class Provenance(_Part):
     """Where a plan comes from: `source` ("search", "paper", "manual"), and, where known, how it was searched.
 
@@ -390,6 +406,9 @@ class Plan(_Part):
         json_schema_extra={"additionalProperties": False},
     )
     provenance: Provenance = Field(description="an object")
+    together: Annotated[tuple[Together, ...], Field(max_length=2 * MAX_BLOCKS)] = Field(
+        default=(), description="a list of levels that belong together, each an object"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -397,13 +416,45 @@ class Plan(_Part):
         """The version that a new plan needs."""
         entries = data.get("encoders") if isinstance(data, dict) and "version" not in data else None
         narrows = isinstance(entries, dict) and any(getattr(entry, "units", None) for entry in entries.values())
-        return {**data, "version": 2} if narrows else data
+        return {**data, "version": 2} if narrows or (entries and data.get("together")) else data
 
     @model_validator(mode="after")
     def _check_version(self) -> Plan:
         if self.version < 2 and any(entry.units for entry in self.encoders.values()):
             raise PlanError(_expected("version 2, as sub-blocks are narrowed", self.version), ("version",))
+        if self.version < 2 and self.together:
+            raise PlanError(_expected("version 2, as levels belong together", self.version), ("version",))
         return self
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Plan:
+        floor = 0.0
+        for index, group in enumerate(self.together):
+            path = ("together", index)
+            if group.sparsity < floor:
+                what = f"at least {floor!r}, the sparsity of the one before"
+                raise PlanError(_expected(what, group.sparsity), (*path, "sparsity"))
+            floor = group.sparsity
+            for name, skipped in group.levels.items():
+                here = (*path, "levels", name)
+                if name not in self.encoders:
+                    raise PlanError(_expected(f"one of {_listed(sorted(self.encoders))}", name), here)
+                if all(level.skipped != skipped for level in self.encoders[name].levels):
+                    have = _listed(level.skipped for level in self.encoders[name].levels)
+                    raise PlanError(_expected(f"one of {have}, the levels of {name}", skipped), here)
+        return self
+
+    def choose_together(self, sparsity: float) -> Together:
+        """The strongest levels that belong together whose sparsity, of all encoders, is at or below the one asked for.
+        Raises PlanError that names the smallest where even that one is above."""
+        for group in reversed(self.together):
+            if group.sparsity <= sparsity + SPARSITY_TOLERANCE:
+                return group
+        smallest = self.together[0].sparsity
+        raise PlanError(
+            f"nothing at or below a sparsity of {sparsity:.6g}; the smallest has {smallest!r}, ask for that or more",
+            ("together",),
+        )
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "the plan") -> Plan:
@@ -467,9 +518,11 @@ def _plan_text(plan: Plan) -> str:
     """A plan's fields as its parts dump them, laid out for people: a line for a level, the encoders by their names."""
     data = plan.model_dump(exclude_defaults=True)
     encoders = ",\n".join(f"    {_dumped(name)}: {_encoder_text(e)}" for name, e in sorted(data["encoders"].items()))
+    groups = ",\n".join(f"    {_dumped(group)}" for group in data.get("together", ()))
+    together = f',\n  "together": [\n{groups}\n  ]' if groups else ""
     return (
         f'{{\n  "format": {_dumped(plan.format)},\n  "version": {_dumped(plan.version)},\n'
-        f'  "encoders": {{\n{encoders}\n  }},\n  "provenance": {_dumped(data["provenance"])}\n}}\n'
+        f'  "encoders": {{\n{encoders}\n  }},\n  "provenance": {_dumped(data["provenance"])}{together}\n}}\n'
     )
 
 

@@ -36,6 +36,10 @@ def describe_plan(plan: Plan) -> str:
             lines.append(f"  found by racing{risk}: near-equal candidates may have been mistaken")
         lines += [describe_level(entry, level) for level in entry.levels]
         lines += ["", *plan_map(entry, entry.levels[-1])]
+    for group in plan.together:
+        steps_of = ", ".join(f"{name} {skipped} steps" for name, skipped in group.levels.items())
+        d = "" if group.discrepancy is None else f", D beside an encoder that says nothing {group.discrepancy:.4g}"
+        lines.append(f"together {group.sparsity:.1%} of all: {steps_of}{d}")
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ before it have left.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import ClassVar
 
@@ -169,10 +169,11 @@ class Search:
         left = allocate.left(steps)
         return assignment(left, units={place: units_kept(table, place, n) for place, n in left.items() if n})
 
-    def found(self, table: Table) -> Found:
-        """The plan's entry: all steps to the largest target, and a fitted level for each target."""
+    def found(self, table: Table, ends: Iterable[int] | None = None) -> Found:
+        """The plan's entry: all steps to the largest target, and a fitted level for each target. ends: how many steps
+        the levels have, instead."""
         steps = self.steps(table)
-        ends = sorted({self.reaching(steps, target) for target in self.targets()})
+        ends = sorted({self.reaching(steps, target) for target in self.targets()} if ends is None else set(ends))
         levels, standins, clock = [], {}, Clock()
         for number, end in enumerate(ends):
             self.line = f"level {number + 1} of {len(ends)}: fitting {len(allocate.left(steps[:end]))} places"

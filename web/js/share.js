@@ -55,7 +55,9 @@ export async function put(node, text) {
 
 /** Where even the weakest level of a plan removes more than a node's sparsity allows, allow that. */
 function allow(node, text) {
-  const weakest = Math.max(...Object.values(JSON.parse(text).encoders).map((entry) => entry.levels[0].sparsity));
+  const { encoders, together } = JSON.parse(text);
+  const alone = Object.values(encoders).map((entry) => entry.levels[0].sparsity);
+  const weakest = together?.length ? together[0].sparsity : Math.max(...alone);
   const sparsity = widget(node, "sparsity");
   if (sparsity.value < weakest) {
     sparsity.value = Math.min(1, Math.ceil(weakest * 100) / 100);

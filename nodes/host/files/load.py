@@ -105,11 +105,11 @@ def planned(placed, known: Mapping[str, View], chosen: Choice) -> tuple[dict[str
         for p in pruned.values()
         if p.level and p.level.standins and not p.fitted.standins
     ]
-    for name, view in match(known, chosen.plan).items() if chosen.plan is not None else ():
-        if view.name not in own:
-            by_plan, more = chosen.pruned(name, view, chosen.plan.encoder(name))
-            pruned[view.name] = carried(by_plan, pruned.get(view.name, by_plan))
-            lines += more
+    if chosen.plan is not None:
+        matched = {name: view for name, view in match(known, chosen.plan).items() if view.name not in own}
+        by_plan, more = chosen.all_pruned(known, matched)
+        pruned |= {name: carried(entry, pruned.get(name, entry)) for name, entry in by_plan.items()}
+        lines += more
     return pruned, lines
 
 

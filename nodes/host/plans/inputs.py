@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,36 +26,71 @@ class Choice:
     sparsity: float
     gigabytes: float
 
-    def level(self, name: str, shape: Numbers, entry: EncoderPlan) -> tuple[Level | None, str]:
-        """The level for an encoder (None: it fits dense), and a line that says the choice. Raises PlanError."""
-        from ....skrr_engine.plan.choose import at_size
+    def level(
+        self, name: str, shape: Numbers, entry: EncoderPlan, together: int | None = None
+    ) -> tuple[Level | None, str]:
+        """The level for an encoder (None: it fits dense), and a line that says the choice. together: the length of the
+        level that was chosen for all encoders together, see `together`. Raises PlanError."""
+        from ....skrr_engine.plan.choose import at_size, size_at
 
         if self.gigabytes > 0:
-            level = at_size(shape, entry, self.gigabytes * 1e9)
             asked = f"asked for at most {self.gigabytes:.2f} GB"
         else:
-            level, asked = entry.choose(self.sparsity), f"asked for at most {self.sparsity:.0%}"
+            asked = f"asked for at most {self.sparsity:.0%}"
+        if together is not None:
+            level, asked = entry.level(together) if together else None, f"{asked} over all encoders"
+        else:
+            level = at_size(shape, entry, self.gigabytes * 1e9) if self.gigabytes > 0 else entry.choose(self.sparsity)
         if level is None:
             return None, f"{name}: {asked}, it has {shape.total_bytes / 1e9:.2f} GB as it is: nothing removed"
         shares = entry.shares(level)
         narrowed = sum(share > 0 for share in shares.values())
         also = f" and narrows {narrowed}" if narrowed else ""
-        left = (shape.total_bytes - shape.bytes_of(shares) + level.standin_bytes(entry.width)) / 1e9
+        left = size_at(shape, entry, level) / 1e9
         return level, (
             f"{name}: {asked}, using the level that skips {len(shares) - narrowed} of {2 * shape.blocks} sub-blocks"
             f"{also}: {shape.sparsity(shares):.1%} removed, {left:.2f} GB left"
         )
 
-    def pruned(self, name: str, view: View, entry: EncoderPlan) -> tuple[Pruned, list[str]]:
-        """What is to be left out of an encoder by the plan's entry `name`, and what to tell. Raises PlanError,
-        StandInError."""
+    def together(self, known: Mapping[str, View], matched: Mapping[str, View]) -> dict[str, int | None]:
+        """Entry of the plan -> the length of the level that one budget over all encoders gives it (0: it stays whole),
+        None for each where the plan holds no such budget for these encoders. known: all of the CLIP; matched: those
+        that entries are for, by the entries' names. Raises PlanError."""
+        from ....skrr_engine.plan.choose import at_size_together
+
+        groups = self.plan.together
+        if not groups or not {name for group in groups for name in group.levels} <= matched.keys():
+            return dict.fromkeys(matched)
+        if self.gigabytes > 0:
+            others = {view.name for view in matched.values()}
+            shapes = {name: view.shape for name, view in known.items() if name not in others}
+            shapes |= {name: view.shape for name, view in matched.items()}
+            group = at_size_together(shapes, self.plan, self.gigabytes * 1e9)
+        else:
+            group = self.plan.choose_together(self.sparsity)
+        return {name: group.levels.get(name, 0) if group else 0 for name in matched}
+
+    def all_pruned(self, known: Mapping[str, View], matched: Mapping[str, View]) -> tuple[dict[str, Pruned], list[str]]:
+        """What is to be left out of a CLIP's encoders (by their own names), and what to tell. known, matched: see
+        `together`. Raises PlanError, StandInError."""
+        chosen, found, lines = self.together(known, matched), {}, []
+        for name, view in matched.items():
+            found[view.name], told = self.pruned(name, view, self.plan.encoder(name), chosen[name])
+            lines += told
+        return found, lines
+
+    def pruned(
+        self, name: str, view: View, entry: EncoderPlan, together: int | None = None
+    ) -> tuple[Pruned, list[str]]:  # fmt: skip
+        """What is to be left out of an encoder by the plan's entry `name`, and what to tell. together: see `level`.
+        Raises PlanError, StandInError."""
         from ....skrr_engine.files.companion import of_level
         from ....skrr_engine.files.narrow import check
         from ..clip.views import Pruned
 
         if view.whole is not None:
             check(view.whole, entry, name)
-        level, line = self.level(view.name, view.shape, entry)
+        level, line = self.level(view.name, view.shape, entry, together)
         if level is None:
             return Pruned(), [line]
         fitted, problem = of_level(library.folders(), name, entry, level)
@@ -84,7 +120,8 @@ def size_gb_input() -> io.Input:
         max=1000.0,
         step=0.05,
         optional=True,
-        tooltip="Instead of a sparsity: bring the encoder to this many GB, removing as little as it takes. 0: off.",
+        tooltip="Instead of a sparsity: bring the encoder (all of them, where they are on one budget) to this many GB,"
+        " removing as little as it takes. 0: off.",
     )
 
 
