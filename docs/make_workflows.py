@@ -304,6 +304,32 @@ def sd35() -> Sketch:
     return sketch
 
 
+def sd35_all() -> Sketch:
+    """All three text encoders of SD3.5 on one budget."""
+    sketch = Sketch("skrr_sd35_one_budget", api=True)
+    sketch.note(
+        (0, 0), (430, 250), "Three encoders, one budget",
+        "`encoder` is `all` here: Skrr Prune measures every part of CLIP-L, CLIP-G and T5-XXL, and takes away where a"
+        " byte costs least in any of them. `sparsity` and `size_gb` mean all three together.\n\nThe plan holds all of"
+        " them, with the levels that belong together: **Load Skrr Plan** and **Load CLIP (Skrr)** use them so.",
+    )  # fmt: skip
+    sketch.node(
+        "clip", "TripleCLIPLoader", (0, 310), (430, 0),
+        clip_name1="clip_l.safetensors", clip_name2="clip_g.safetensors", clip_name3="t5xxl_fp16.safetensors",
+    )  # fmt: skip
+    sketch.node("model", "UNETLoader", (0, 500), (430, 0), unet_name="sd3.5_large.safetensors")
+    sketch.node("vae", "VAELoader", (0, 640), (430, 0), vae_name="sd3_vae.safetensors")
+    sketch.node("skrr", "SkrrPrune", (490, 0), (430, 380), plan_name="sd35_all", encoder="all", size_gb=6.0)
+    sketch.node("shifted", "ModelSamplingSD3", (490, 470), (430, 0), shift=3.0)
+    sketch.link("clip", "CLIP", "skrr", "clip")
+    sketch.link("model", "MODEL", "skrr", "model")
+    sketch.link("model", "MODEL", "shifted", "model")
+    latent = ("EmptySD3LatentImage", {"width": 1024, "height": 1024})
+    sampled(sketch, 980, (PROMPT, ""), latent, steps=28, cfg=4.5, sampler_name="dpmpp_2m", scheduler="sgm_uniform")
+    save_picture(sketch, 980)
+    return sketch
+
+
 def pixart() -> Sketch:
     """PixArt-Sigma with the paper's plan and its re-uses."""
     sketch = Sketch("skrr_pixart_sigma_reuse")
@@ -578,8 +604,8 @@ def shapes() -> Sketch:
 
 
 SKETCHES = (
-    shapes, prune_flux, repair_flux, load_plan_flux, memory_report, sd35, pixart, wan, z_image, save_and_reload,
-    edit_plan, search, compare,
+    shapes, prune_flux, repair_flux, load_plan_flux, memory_report, sd35, sd35_all, pixart, wan, z_image,
+    save_and_reload, edit_plan, search, compare,
 )  # fmt: skip
 
 
