@@ -10,7 +10,10 @@ import torch
 
 from skrr_engine.encoder.actions import Action
 
-BLOCKS = {"t5": "encoder.block", "clip": "text_model.encoder.layers", "llama": "model.layers", "gemma": "model.layers"}
+BLOCKS = {
+    "t5": "encoder.block", "clip": "text_model.encoder.layers", "llama": "model.layers", "gemma": "model.layers",
+    "gpt_oss": "model.layers", "t5gemma": "model.encoder.layers",
+}  # fmt: skip
 NAMES = {
     "clip": (("layer_norm1", "self_attn", None), ("layer_norm2", "mlp", None)),
     "llama": (("input_layernorm", "self_attn", None), ("post_attention_layernorm", "mlp", None)),
@@ -18,12 +21,17 @@ NAMES = {
         ("input_layernorm", "self_attn", "post_attention_layernorm"),
         ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
     ),
+    "t5gemma": (
+        ("pre_self_attn_layernorm", "self_attn", "post_self_attn_layernorm"),
+        ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+    ),
 }
+NAMES["gpt_oss"] = NAMES["llama"]
 
 
 def blocks_of(encoder, family: str):
     path = BLOCKS[family]
-    if family in ("llama", "gemma") and not hasattr(encoder, "model"):
+    if family in ("llama", "gemma", "gpt_oss", "t5gemma") and not hasattr(encoder, "model"):
         path = "layers"
     return encoder.get_submodule(path)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 import transformers as hf
+from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from skrr_engine.encoder import families
 from skrr_engine.encoder.actions import SKIP, Reuse
@@ -56,7 +57,25 @@ def gemma3(layers: int):
     return hf.Gemma3TextModel(hf.Gemma3TextConfig(num_hidden_layers=layers, sliding_window=4, **DECODER))
 
 
-BUILDERS = {f.__name__: f for f in (t5, umt5, clip, llama, mistral, qwen2, qwen3, gemma2, gemma3)}
+def t5gemma(layers: int):
+    config = hf.T5GemmaModuleConfig(
+        num_hidden_layers=layers, sliding_window=4, query_pre_attn_scalar=8, attn_implementation="eager", **DECODER
+    )
+    config.dropout_rate, config.is_encoder_decoder = 0.0, True  # as T5GemmaConfig gives them on
+    return T5GemmaEncoder(config)
+
+
+def gpt_oss(layers: int):
+    config = hf.GptOssConfig(
+        num_hidden_layers=layers, sliding_window=4, num_local_experts=4, num_experts_per_tok=2,
+        attn_implementation="eager", **DECODER,
+    )  # fmt: skip
+    return hf.GptOssModel(config)
+
+
+BUILDERS = {f.__name__: f for f in (t5, umt5, clip, llama, mistral, qwen2, qwen3, gemma2, gemma3, t5gemma, gpt_oss)}
+NARROWED = tuple(name for name in BUILDERS if name != "gpt_oss")
+"""Those whose sub-blocks all have units."""
 FAMILY = {"umt5": "t5", "mistral": "llama", "qwen2": "llama", "qwen3": "llama", "gemma2": "gemma", "gemma3": "gemma"}
 
 
@@ -78,9 +97,14 @@ def family_of(name: str) -> str:
     return FAMILY.get(name, name)
 
 
+def options_of(name: str) -> dict:
+    """What its forward is told so that it caches no keys and values."""
+    return {"use_cache": False} if family_of(name) in ("llama", "gemma", "gpt_oss") else {}
+
+
 def forward(name: str, ids: list[list[int]]) -> Callable:
     """The last hidden state of an encoder on token ids of one length."""
-    options = {"use_cache": False} if family_of(name) in ("llama", "gemma") else {}
+    options = options_of(name)
     return lambda module: module(input_ids=torch.tensor(ids), **options).last_hidden_state
 
 

@@ -25,7 +25,7 @@ from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance, StandIn
 from skrr_engine.plan.text import PlanError
 from skrr_engine.plan.words import describe_plan
 
-PREFIX = {"clip": "text_model.", "llama": "model.", "gemma": "model."}
+PREFIX = {"t5gemma": "model.encoder.", "clip": "text_model.", "llama": "model.", "gemma": "model."}
 """What ComfyUI's names begin with and transformers' do not."""
 INS = r"(q|k|v|wi_0|wi_1|wi|q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)"
 OUTS = r"(o|wo|o_proj|down_proj|out_proj|fc2)"
@@ -176,7 +176,7 @@ FORMS = [
     "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "scaled_fp8", "int8", "int8_rotated", "nvfp4",
     "mxfp8",
 ]  # fmt: skip
-CASES = [*(("t5", form) for form in FORMS), *((name, form) for name in small.BUILDERS for form in ("float16", "int8"))]
+CASES = [*(("t5", form) for form in FORMS), *((name, form) for name in small.NARROWED for form in ("float16", "int8"))]
 
 
 @pytest.mark.parametrize("level", [0, 1])
@@ -221,7 +221,7 @@ def test_apply(tmp_path, capsys, name, form, level):
     assert all(torch.equal(again.standins[p].down, s.down) for p, s in fitted.standins.items())
 
 
-@pytest.mark.parametrize("name", small.BUILDERS)
+@pytest.mark.parametrize("name", small.NARROWED)
 def test_a_file_holds_what_an_encoder_in_memory_does(tmp_path, name):
     """The verbs: what a pruned encoder's state dict holds is what the pruned file does."""
     _, plan, _ = written(tmp_path, name)

@@ -121,7 +121,7 @@ CANDIDATES = [small.actions(candidate) for candidate in CANDIDATES]
 def padded(name, ids, pads):
     """A run on prompts of one length, of which the last `pads[i]` tokens are padding that attention must not see."""
     mask = torch.tensor([[1] * (len(row) - n) + [0] * n for row, n in zip(ids, pads, strict=True)])
-    options = {"use_cache": False} if small.family_of(name) in ("llama", "gemma") else {}
+    options = small.options_of(name)
     ids = torch.tensor(ids)
 
     def run(module, times=1):
@@ -305,7 +305,7 @@ def test_a_block_with_a_tensor_of_its_own_is_refused():
 
 
 def test_no_family_can_be_half_filled():
-    assert {family.name for family in families.FAMILIES} == {"t5", "clip", "llama", "gemma"}
+    assert {family.name for family in families.FAMILIES} == {"t5", "clip", "llama", "gemma", "t5gemma", "gpt_oss"}
     for missing in ("norm", "file_key", "arguments"):
         facts = {key: value for key, value in vars(families.FAMILIES[0]).items() if key != missing}
         with pytest.raises(TypeError, match=missing):

@@ -1,6 +1,7 @@
 """Units: what a sub-block is made of, masked and cut, in every family, against narrowing by hand."""
 
 import pytest
+import reference
 import small
 import torch
 from test_standins import noise
@@ -9,9 +10,14 @@ from torch import nn
 from skrr_engine.encoder import families
 from skrr_engine.encoder.actions import SKIP, Narrow, Reuse, assignment
 from skrr_engine.encoder.rewire import rewire, undo
+from skrr_engine.encoder.row import EncoderError
 from skrr_engine.encoder.trace import Tracer
 from skrr_engine.encoder.units import activations, out_weight, units_of
 from skrr_engine.measure.walk import Walk
+from skrr_engine.search import widths
+from skrr_engine.search.settings import Settings
+from skrr_engine.standins.fit import Fitting
+from skrr_engine.standins.widths import count_at
 
 IDS = [[5, 9, 33, 4, 60, 7, 8, 21, 99, 3, 2], [8, 7, 6, 5, 4, 3, 10, 11, 12, 13, 2]]
 
@@ -39,7 +45,7 @@ def zeroed(module: nn.Module, row, place: int, units: torch.Tensor) -> None:
     own.out.weight[:, gone] = 0
 
 
-@pytest.mark.parametrize("name", small.BUILDERS)
+@pytest.mark.parametrize("name", small.NARROWED)
 def test_narrowed_equals_a_copy_narrowed_by_hand(name):
     """Walk, rewired encoder and hand-made copy, narrowed at block 0's attention, in the middle and at the end, with and
     without stand-ins, beside a skip and a re-use."""
@@ -77,7 +83,7 @@ def test_narrowed_equals_a_copy_narrowed_by_hand(name):
     assert not torch.allclose(rewired, before, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", small.BUILDERS)
+@pytest.mark.parametrize("name", small.NARROWED)
 def test_what_is_left_is_counted(name):
     """Parameters and bytes of the rewired encoder are those that its numbers say; other weights are the same objects;
     names stay."""
@@ -99,7 +105,7 @@ def test_what_is_left_is_counted(name):
     assert all(left[key] is names[key] for key in left.keys() - narrow)
 
 
-@pytest.mark.parametrize("name", small.BUILDERS)
+@pytest.mark.parametrize("name", small.NARROWED)
 def test_all_units_are_the_whole_and_the_sum_of_units(name):
     """`finish` from what the out-projection takes is the sub-block itself; its effective weight is what is stored."""
     module = small.build(name)
@@ -114,3 +120,28 @@ def test_all_units_are_the_whole_and_the_sum_of_units(name):
         torch.testing.assert_close(every, behind)
         assert torch.equal(out_weight(own.out), own.out.weight)
         assert own.heads == (place % 2 == 0)
+
+
+def test_a_mixture_of_experts_goes_or_stays_as_one():
+    """GPT-OSS: heads are units, and their sinks stay behind; router and experts have none."""
+    module = small.build("gpt_oss")
+    row = families.find(module)
+    assert [count_at(row, place) for place in (0, 1)] == [2, 1]
+    with pytest.raises(EncoderError, match="block 0's feed-forward has no projections"):
+        units_of(row, 1)
+    removed = {0: Narrow(torch.tensor([1])), 3: SKIP, 5: Reuse(1)}
+    run, tracer = small.batch("gpt_oss", IDS).run, Tracer(module, row)
+    ((_, walked),) = Walk(tracer)(tracer.trace(run), [removed])
+    replaced = rewire(module, row, removed)
+    rewired = run(module)[0][0]
+    undo(module, replaced)
+    torch.testing.assert_close(walked[0][0], rewired, rtol=1e-4, atol=1e-5)
+    by_hand = small.build("gpt_oss")
+    zeroed(by_hand, families.find(by_hand), 0, torch.tensor([1]))
+    with reference.skipping(by_hand, "gpt_oss", {3: None, 5: 1}):
+        torch.testing.assert_close(run(by_hand)[0][0], rewired, rtol=1e-4, atol=1e-5)
+    calibration = small.meter("gpt_oss", module, small.prompts([5, 7, 9, 6, 8]), [2]).calibration
+    judge = small.meter("gpt_oss", module, small.prompts([6, 7], seed=3), [2])
+    found = widths.search(calibration, judge, Settings(0.3), Fitting(rank=2))
+    assert 0.2 < found.entry.levels[-1].sparsity <= 0.3
+    assert all(step[0] % 2 == 0 for step in found.entry.order if isinstance(step, tuple))

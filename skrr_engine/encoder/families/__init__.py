@@ -6,10 +6,12 @@ from ..row import EncoderError, Row, parameter_count
 from .clip import CLIP
 from .family import Family
 from .gemma import GEMMA
+from .gpt_oss import GPT_OSS
 from .llama import LLAMA
 from .t5 import T5
+from .t5gemma import T5GEMMA
 
-FAMILIES: tuple[Family, ...] = (T5, CLIP, GEMMA, LLAMA)
+FAMILIES: tuple[Family, ...] = (T5, CLIP, T5GEMMA, GEMMA, GPT_OSS, LLAMA)
 """All of them, in the order in which they are tried."""
 
 

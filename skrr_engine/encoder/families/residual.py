@@ -118,14 +118,21 @@ def advanced(past_key_value, tokens: int):
     return past_key_value
 
 
-def pairs(blocks: nn.ModuleList, path: str, attention: tuple[str, ...], feed_forward: tuple[str, ...]):
-    """Both sub-blocks of each block in turn, from the attribute names (norm, body[, second norm]) in the block."""
-    tuple_out = returns_tuple(blocks[0].self_attn)
+def pairs(
+    blocks: nn.ModuleList,
+    path: str,
+    attention: tuple[str, ...],
+    feed_forward: tuple[str, ...],
+    tuples: tuple[bool, bool] | None = None,
+):
+    """Both sub-blocks of each block in turn, from the attribute names (norm, body[, second norm]) in the block. tuples:
+    whether an attention and a feed-forward return `(output, something)`; by default an attention where it looks so."""
+    tuples = (returns_tuple(blocks[0].self_attn), False) if tuples is None else tuples
     for i, block in enumerate(blocks):
         for kind, names in enumerate((attention, feed_forward)):
             modules = [getattr(block, name) for name in names] + [None] * (3 - len(names))
             paths = tuple(f"{path}.{i}.{name}" for name in names)
-            yield ResidualSubBlock(2 * i + kind, *modules, paths, tuple_out and kind == 0)
+            yield ResidualSubBlock(2 * i + kind, *modules, paths, tuples[kind])
 
 
 def module_at(encoder: nn.Module, *paths: str) -> tuple[str, nn.ModuleList] | None:
