@@ -15,17 +15,36 @@ def rows() -> dict[str, encoders.Seen]:
 
 
 EXPECTED = [
-    "clip_g hidden -1 sdxl_clip", "clip_g hidden -2 sdxl_clip", "clip_h hidden -2 sd2_clip",
-    "clip_l hidden -2 sdxl_clip", "clip_l last sd1_clip", "pile_t5xl last aura_t5", "t5xxl last cosmos", "t5xxl last flux", "umt5base last ace",
-    "umt5xxl last wan", "mt5xl last hydit", "t5base last sa_t5", "byt5_small last hunyuan_image",
-    "mistral3_24b layers 10, 20, 30 flux", "llama all hidream", "llama hidden -3 hunyuan_video",
-    "qwen25_7b hidden -3 hunyuan_image", "qwen25_7b last qwen_image", "qwen25_3b last omnigen2",
-    "qwen3_4b hidden -2 z_image", "gemma2_2b hidden -2 lumina2",
-]  # fmt: skip
+    "clip_g hidden -1 sdxl_clip",
+    "clip_g hidden -2 sdxl_clip",
+    "clip_h hidden -2 sd2_clip",
+    "clip_l hidden -2 sdxl_clip",
+    "clip_l last sd1_clip",
+    "pile_t5xl last aura_t5",
+    "t5xxl last cosmos",
+    "t5xxl last flux",
+    "umt5base last ace",
+    "umt5xxl last wan",
+    "mt5xl last hydit",
+    "t5base last sa_t5",
+    "byt5_small last hunyuan_image",
+    "mistral3_24b layers 10, 20, 30 flux",
+    "llama all hidream",
+    "llama hidden -3 hunyuan_video",
+    "qwen25_7b hidden -3 hunyuan_image",
+    "qwen25_7b last qwen_image",
+    "qwen25_3b last omnigen2",
+    "qwen3_4b hidden -2 z_image",
+    "gemma2_2b hidden -2 lumina2",
+]
 UNREAD = {
-    "mistral3_24b layers 10, 20, 30 flux": 10, "llama hidden -3 hunyuan_video": 2,
-    "qwen25_7b hidden -3 hunyuan_image": 2,    "qwen3_4b hidden -2 z_image": 1, "gemma2_2b hidden -2 lumina2": 1, "clip_l hidden -2 sdxl_clip": 1,
-}  # fmt: skip
+    "mistral3_24b layers 10, 20, 30 flux": 10,
+    "llama hidden -3 hunyuan_video": 2,
+    "qwen25_7b hidden -3 hunyuan_image": 2,
+    "qwen3_4b hidden -2 z_image": 1,
+    "gemma2_2b hidden -2 lumina2": 1,
+    "clip_l hidden -2 sdxl_clip": 1,
+}
 """Blocks that nothing reads (comfyui: which models read a state before the last)."""
 
 
