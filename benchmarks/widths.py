@@ -33,7 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import equal_bytes, gemma270m
+from benchmarks import equal_bytes, gemma270m, refine
 from benchmarks import standins as before
 from benchmarks.pages import fill
 from skrr_engine import __version__
@@ -276,33 +276,53 @@ def variants(bench: Bench, share: float) -> list[dict]:
     return there(*makes)
 
 
-class Coarse(widths.Search):
-    """A ladder of half as many widths."""
-
-    rungs = (1 / 2, 1 / 8)
+TUNED = (150, 16)
+"""Steps of tuning, and prompts in each."""
+MOVES = {
+    "exchanges: a width back here, one less there": ("wider",),
+    f"rank {refine.WIDE} where it costs least, paid for by units": ("rank",),
+    f"exchanges and rank {refine.WIDE}": ("wider", "rank"),
+    "another place run again where no unit is left": ("again", "again, bare"),
+}
+"""What is tried after the allocation -> the kinds of moves that it takes."""
 
 
 def tried(bench: Bench, share: float) -> list[dict]:
-    """What could be added to the method, at equal evaluations: a second allocation around the first."""
-    case = Case()
+    """What could be added to the method, around what it finds at a share."""
 
-    def coarse() -> tuple[widths.Search, Table]:
-        return bench.table(case, " coarse", bench.search(case, made=Coarse))
+    @functools.cache
+    def found() -> tuple[widths.Search, Assignment, dict, list[refine.Move]]:
+        run, table = bench.table(Case())
+        base, more = bench.narrowed(share)
+        start = time.monotonic()
+        made = refine.moves(run, table, base)
+        log(f"{len(made)} moves at {share:.0%}", time.monotonic() - start, True)
+        print(refine.counts_of(made), flush=True)
+        return run, base, more, made
 
-    def once() -> tuple[Assignment, dict]:
-        run, first = coarse()
-        return bench.at(run, first, run.steps(first), share, Fit(), case)
+    def moved(kinds: Sequence[str]) -> tuple[Assignment, dict]:
+        run, base, more, made = found()
+        chosen = refine.traded(run, base, made, kinds)
+        print(kinds, [(m.place, m.kind, m.lost) for m in chosen], flush=True)
+        freed = sum(m.freed for m in chosen)
+        assigned = refine.filled_again(run, refine.with_moves(base, chosen))
+        return assigned, {**more, "bytes": more["bytes"] - freed, "accepted": len(chosen)}
 
-    def again() -> tuple[Assignment, dict]:
-        base, _ = once()
-        around, second = bench.table(case, f" coarse around {share}", bench.search(case, base, Coarse))
-        return bench.at(around, second, around.steps(second), share, Fit(), case)
+    def tuned() -> tuple[Assignment, dict]:
+        base, more = bench.narrowed(share)
+        start = time.monotonic()
+        made = refine.tuned(bench.fitted("all kinds", FITTED, 0), base, bench.lab.studio.projection, *TUNED)
+        log(f"tuned at {share:.0%}", time.monotonic() - start, True)
+        return made, more
 
-    name = "2 widths a place, then 2 around that"
+    name = f"stand-ins tuned on D, {TUNED[0]} steps of {TUNED[1]} prompts"
     return there(
-        lambda: bench.row_of("as found: 4 widths a place", share, case=case, pictures=False),
-        lambda: bench.judged("2 widths a place", (share, "coarse", case), once, pictures=False),
-        lambda: bench.judged(name, (share, "around", case), again, pictures=False),
+        lambda: bench.row_of("as found", share),
+        lambda: bench.judged(name, (share, "tuned", *TUNED), tuned),
+        *(
+            lambda name=name, kinds=kinds: bench.judged(name, (share, "moved", kinds), lambda: moved(kinds), False)
+            for name, kinds in MOVES.items()
+        ),
     )
 
 
@@ -544,7 +564,7 @@ def sections(bench: Bench, wanted: Sequence[str], measuring: bool, chosen: Seque
         elif name == "time":
             found[name] = before.table(timed_beside(bench), ("seconds", "processor seconds"), "to 42 %, one thread")
         elif name == "tried":
-            found[name] = before.table(tried(bench, before.MIDDLE), ("removed", *before.ERRORS), "at 42 %")
+            found[name] = before.table(tried(bench, before.MOST), ("accepted", *SHOWN), "at 60 %")
         elif name == "second":
             known = measuring or any(CACHE.glob("gemma270m*"))
             rows = second(str(gemma270m.ensure()), "gemma270m") if known else []
