@@ -337,7 +337,7 @@ def tried(bench: Bench, share: float) -> list[dict]:
 
 
 PRECISIONS = ("bf16", "fp8", "Q8_0", "Q5_0", "Q4_0")
-PICTURED = [("Q8_0", 0.0), ("Q8_0", 0.42), ("Q8_0", 0.60), ("Q5_0", 0.0), ("Q5_0", 0.25), ("Q5_0", 0.42), ("Q4_0", 0.0)]
+PICTURED = [("Q8_0", 0.42), ("Q5_0", 0.0), ("Q5_0", 0.25), ("Q5_0", 0.42), ("Q4_0", 0.0)]
 """Precisions and shares that are judged by pictures, too."""
 
 
