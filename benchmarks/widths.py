@@ -336,9 +336,11 @@ def tried(bench: Bench, share: float) -> list[dict]:
     )
 
 
-PRECISIONS = ("bf16", "fp8", "Q8_0", "Q5_0", "Q4_0")
+PRECISIONS = ("Q8_0", "Q5_0", "Q4_0", "fp8", "bf16")
 PICTURED = [("Q8_0", 0.42), ("Q5_0", 0.0), ("Q5_0", 0.25), ("Q5_0", 0.42), ("Q4_0", 0.0)]
 """Precisions and shares that are judged by pictures, too."""
+EQUAL, EQUAL_EACH = (0.25, 0.42, 0.60, 0.70), 6
+"""Shares, and unseen prompts of each kind, at which precisions are compared."""
 
 
 def kept_bytes(row, sizes: dict[str, int], removed: Assignment, again: int = 34) -> int:
@@ -366,8 +368,9 @@ def kept_bytes(row, sizes: dict[str, int], removed: Assignment, again: int = 34)
 def equal(bench: Bench) -> list[dict]:
     """Quantised encoders, whole and narrowed: bytes, and discrepancy to the float32 encoder on unseen prompts of all
     kinds; of some, pictures."""
-    module, texts = bench.lab.studio.encoder.module, [t for k in ("shapes", *before.KINDS) for t in before.of_kind(k)]
-    fits = [(share, Fit()) for share in LEVELS] + [(before.MOST, Fit(64))]
+    module, kinds = bench.lab.studio.encoder.module, ("shapes", *before.KINDS)
+    texts = [text for kind in kinds for text in before.of_kind(kind)[:EQUAL_EACH]]
+    fits = [(share, Fit()) for share in EQUAL] + [(before.MOST, Fit(64))]
     rows = []
     for precision in PRECISIONS:
         own, wide = (equal_bytes.PRECISIONS[p] for p in (precision, equal_bytes.EMBEDDING.get(precision, precision)))
@@ -390,7 +393,7 @@ def equal(bench: Bench) -> list[dict]:
         def judge(share: float, fit: Fit, twin=twin) -> dict:
             return asdict(bench.lab.studio.judge(bench.narrowed(share, fit)[0] if share else {}, twin()[0])[0])
 
-        key = ("widths equal bytes", precision, tuple(fits), Case(), before.EACH, before.UNSEEN)
+        key = ("widths equal bytes", precision, tuple(fits), Case(), EQUAL_EACH, before.UNSEEN)
         for found in there(lambda find=find, key=key: bench.lab.kept(key, find)):
             for number, (share, fit) in enumerate([(0.0, Fit()), *fits]):
                 name = precision + (f", rank {fit.rank}" if fit.rank != Fit().rank else "")
