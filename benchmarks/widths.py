@@ -33,7 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import equal_bytes, gemma270m
+from benchmarks import equal_bytes, gemma270m, refine
 from benchmarks import standins as before
 from benchmarks.pages import fill
 from skrr_engine import __version__
@@ -47,13 +47,12 @@ from skrr_engine.measure import prompts
 from skrr_engine.measure.calibration import Calibration
 from skrr_engine.measure.meter import Meter
 from skrr_engine.plan.words import duration
-from skrr_engine.search import allocate, skip, widths, with_standins
+from skrr_engine.search import allocate, widths
 from skrr_engine.search import run as paper
 from skrr_engine.search.allocate import Table
 from skrr_engine.search.repair import filled
 from skrr_engine.search.resume import State
 from skrr_engine.search.settings import Settings
-from skrr_engine.search.skip import SkipList
 from skrr_engine.standins import fit as standin
 from skrr_engine.standins.fit import Fitting
 from skrr_engine.standins.refit import refit
@@ -66,8 +65,6 @@ PAGE, PLOT = HERE.parent / "docs" / "quality.md", HERE.parent / "docs" / "images
 LEVELS = (0.25, 0.33, 0.42, 0.50, 0.60, 0.70)  # of the parameters in blocks
 FITTED, RANKED = 256, 24  # prompts
 RANKED_SEED = 7000
-MORE = 64
-"""Prompts that widths are judged on, where that is tried."""
 RACED = 128
 """Prompts of the racing beam search that is timed."""
 
@@ -94,6 +91,10 @@ class Fit:
 
     def __str__(self) -> str:
         return f"rank {self.rank}, {self.count} prompts" + (", out-projections refitted" if self.refit else "")
+
+
+BETTER = (Fit(64), Fit(refit=True), Fit(64, refit=True))
+"""What is fitted in the end, beside the usual, at the largest share that all ways reach."""
 
 
 class Unknown(Exception):
@@ -240,14 +241,24 @@ def log(what: str, seconds: float, whole: bool) -> None:
 
 
 def levels(bench: Bench, chosen: Sequence[float] = LEVELS) -> list[dict]:
-    """Widths, and then what they stand beside: as printed, and whole parts with stand-ins."""
+    """Widths, and what they stand beside: as printed, and whole parts with stand-ins, as benchmarks/standins.py has
+    measured them on the same prompts and pictures."""
     rows = there(*(functools.partial(bench.row_of, "widths, rank 16", share) for share in chosen))
-    aware = before.aware_order(bench)
-    for share in chosen:
-        for known in there(lambda share=share: {"rows": before.levels(bench, aware, (share,))}):
-            names = ("as printed", "as printed, without re-use", "aware order, rank 16")
-            rows += [row for row in known["rows"] if row["name"] in names]
-    return sorted(rows, key=lambda row: (round(row["removed"], 1), row["name"]))
+    rows += there(*(functools.partial(bench.row_of, f"widths, {fit}", before.MOST, fit) for fit in BETTER))
+    names = ("as printed", "as printed, without re-use", "aware order, rank 16")
+    rows += [row for row in published(before.PAGE) if row["name"] in names]
+    return sorted(rows, key=lambda row: (round(row["removed"], 1), row["bytes"]))
+
+
+def published(page: Path) -> list[dict]:
+    """The rows of a page's table of levels."""
+    text = page.read_text(encoding="utf-8").partition("<!-- levels -->")[2].partition("<!-- end -->")[0]
+    heads, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines())
+    rows = []
+    for name, *cells in lines:
+        row = {head: float(cell.rstrip("%")) for head, cell in zip(heads[1:], cells, strict=True) if cell}
+        rows.append({**row, "name": name, "removed": row["removed"] / 100, "bytes": 1e6 * row["kept MB"]})
+    return rows
 
 
 def there(*makes) -> list[dict]:
@@ -261,53 +272,75 @@ def there(*makes) -> list[dict]:
     return found
 
 
-def variants(bench: Bench, share: float) -> list[dict]:
-    """Ranks, prompts, refit, seeds and prompts of the kind that is painted."""
-    fits = (
-        Fit(), Fit(refit=True), Fit(64), Fit(64, refit=True), Fit(16, 1024), Fit(16, 1024, True), Fit(64, 1024),
-        Fit(64, 1024, True),
-    )  # fmt: skip
-    makes = [functools.partial(bench.row_of, str(fit), share, fit) for fit in fits]
-    for seed in (1, 2):
-        makes.append(functools.partial(bench.row_of, f"calibration seed {seed}", share, case=Case(seed=seed)))
-    more = f"{MORE} prompts to judge widths on"
-    makes.append(functools.partial(bench.row_of, more, share, case=Case(ranked=MORE), pictures=False))
-    makes.append(functools.partial(bench.row_of, "fitted on Shapes captions", share, case=Case("Shapes captions")))
-    return there(*makes)
-
-
-class Coarse(widths.Search):
-    """A ladder of half as many widths."""
-
-    rungs = (1 / 2, 1 / 8)
-
-
-def tried(bench: Bench, share: float) -> list[dict]:
-    """What could be added to the method, at equal evaluations: a second allocation around the first."""
-    case = Case()
-
-    def coarse() -> tuple[widths.Search, Table]:
-        return bench.table(case, " coarse", bench.search(case, made=Coarse))
-
-    def once() -> tuple[Assignment, dict]:
-        run, first = coarse()
-        return bench.at(run, first, run.steps(first), share, Fit(), case)
-
-    def again() -> tuple[Assignment, dict]:
-        base, _ = once()
-        around, second = bench.table(case, f" coarse around {share}", bench.search(case, base, Coarse))
-        return bench.at(around, second, around.steps(second), share, Fit(), case)
-
-    name = "2 widths a place, then 2 around that"
+def variants(bench: Bench) -> list[dict]:
+    """Ranks, prompts, refit."""
+    fits = (Fit(), Fit(64), Fit(refit=True), Fit(64, refit=True), Fit(16, 1024), Fit(64, 1024, True))
     return there(
-        lambda: bench.row_of("as found: 4 widths a place", share, case=case, pictures=False),
-        lambda: bench.judged("2 widths a place", (share, "coarse", case), once, pictures=False),
-        lambda: bench.judged(name, (share, "around", case), again, pictures=False),
+        *(
+            functools.partial(bench.row_of, f"{share:.0%}: {fit}", share, fit)
+            for share in (before.MOST, before.MIDDLE)
+            for fit in fits
+        ),
+        lambda: bench.row_of("42%: calibration seed 1", before.MIDDLE, case=Case(seed=1)),
+        lambda: bench.row_of("42%: fitted on Shapes captions", before.MIDDLE, case=Case("Shapes captions")),
     )
 
 
-PRECISIONS = ("bf16", "fp8", "Q8_0", "Q5_0", "Q4_0")
-BUDGETS = (0.25, 0.42, 0.50, 0.60)
+TUNED = (150, 16)
+"""Steps of tuning, and prompts in each."""
+MOVES = {
+    "exchanges: a width back here, one less there": ("wider",),
+    f"rank {refine.WIDE} where it costs least, paid for by units": ("rank",),
+    f"exchanges and rank {refine.WIDE}": ("wider", "rank"),
+    "another place run again where no unit is left": ("again", "again, bare"),
+}
+"""What is tried after the allocation -> the kinds of moves that it takes."""
+
+
+def tried(bench: Bench, share: float) -> list[dict]:
+    """What could be added to the method, around what it finds at a share."""
+
+    @functools.cache
+    def found() -> tuple[widths.Search, Assignment, dict, list[refine.Move]]:
+        run, table = bench.table(Case())
+        base, more = bench.narrowed(share)
+        start = time.monotonic()
+        made = refine.moves(run, table, base)
+        log(f"{len(made)} moves at {share:.0%}", time.monotonic() - start, True)
+        print(refine.counts_of(made), flush=True)
+        return run, base, more, made
+
+    def moved(kinds: Sequence[str]) -> tuple[Assignment, dict]:
+        run, base, more, made = found()
+        chosen = refine.traded(run, base, made, kinds)
+        print(kinds, [(m.place, m.kind, m.lost) for m in chosen], flush=True)
+        freed = sum(m.freed for m in chosen)
+        assigned = refine.filled_again(run, refine.with_moves(base, chosen))
+        return assigned, {**more, "bytes": more["bytes"] - freed, "accepted": len(chosen)}
+
+    def tuned() -> tuple[Assignment, dict]:
+        base, more = bench.narrowed(share)
+        start = time.monotonic()
+        made = refine.tuned(bench.fitted("all kinds", FITTED, 0), base, bench.lab.studio.projection, *TUNED)
+        log(f"tuned at {share:.0%}", time.monotonic() - start, True)
+        return made, more
+
+    name = f"stand-ins tuned on D, {TUNED[0]} steps of {TUNED[1]} prompts"
+    return there(
+        lambda: bench.row_of("as found", share),
+        lambda: bench.judged(name, (share, "tuned", *TUNED), tuned),
+        *(
+            lambda name=name, kinds=kinds: bench.judged(name, (share, "moved", kinds), lambda: moved(kinds), False)
+            for name, kinds in MOVES.items()
+        ),
+    )
+
+
+PRECISIONS = ("Q8_0", "Q5_0", "Q4_0", "fp8", "bf16")
+PICTURED = [("Q8_0", 0.42), ("Q5_0", 0.0), ("Q5_0", 0.25), ("Q5_0", 0.42), ("Q4_0", 0.0)]
+"""Precisions and shares that are judged by pictures, too."""
+EQUAL, EQUAL_EACH = (0.25, 0.42, 0.60, 0.70), 6
+"""Shares, and unseen prompts of each kind, at which precisions are compared."""
 
 
 def kept_bytes(row, sizes: dict[str, int], removed: Assignment, again: int = 34) -> int:
@@ -332,33 +365,47 @@ def kept_bytes(row, sizes: dict[str, int], removed: Assignment, again: int = 34)
     return total
 
 
-def equal(bench: Bench, budgets: Sequence[float] = BUDGETS) -> list[dict]:
-    """Quantised encoders, whole and narrowed: bytes, discrepancy to the float32 encoder, pictures."""
+def equal(bench: Bench) -> list[dict]:
+    """Quantised encoders, whole and narrowed: bytes, and discrepancy to the float32 encoder on unseen prompts of all
+    kinds; of some, pictures."""
+    module, kinds = bench.lab.studio.encoder.module, ("shapes", *before.KINDS)
+    texts = [text for kind in kinds for text in before.of_kind(kind)[:EQUAL_EACH]]
+    fits = [(share, Fit()) for share in EQUAL] + [(before.MOST, Fit(64))]
     rows = []
     for precision in PRECISIONS:
-        wide = equal_bytes.EMBEDDING.get(precision, precision)
-        twin, sizes = equal_bytes.quantised(
-            bench.lab.studio.encoder.module, equal_bytes.PRECISIONS[precision], equal_bytes.PRECISIONS[wide]
-        )
-        row = families.find(twin)
-        for share in (0.0, *budgets):
+        own, wide = (equal_bytes.PRECISIONS[p] for p in (precision, equal_bytes.EMBEDDING.get(precision, precision)))
+        twin = functools.cache(lambda own=own, wide=wide: equal_bytes.quantised(module, own, wide))
 
-            def find(share=share, twin=twin, sizes=sizes, row=row, precision=precision) -> dict:
-                removed, more = bench.narrowed(share) if share else ({}, {"removed": 0.0})
-                verdict = asdict(bench.lab.studio.judge(removed, twin)[0])
-                blocks = 34 if precision.startswith("Q") else 0
-                return {**verdict, **more, "bytes": kept_bytes(row, sizes, removed, blocks)}
+        def find(twin=twin, precision=precision) -> dict:
+            encoder, sizes = twin()
+            row, blocks = families.find(encoder), 34 if precision.startswith("Q") else 0
+            made = [({}, {"removed": 0.0}), *(bench.narrowed(share, fit) for share, fit in fits)]
+            batches, null = bench.calibration_of(module, texts).batches()
+            calibration = Calibration(module, Tracer(encoder, row), batches, null)
+            meter = Meter(calibration, bench.lab.studio.projection, against=bench.lab.studio.tracer)
+            found = meter.measure([removed for removed, _ in made], stack=True)
+            return {
+                "D": [d.total for d in found],
+                "removed": [more["removed"] for _, more in made],
+                "bytes": [kept_bytes(row, sizes, removed, blocks) for removed, _ in made],
+            }
 
-            found = there(
-                lambda find=find, precision=precision, share=share: bench.lab.kept(
-                    ("widths equal bytes", precision, share, Case(), Fit()), find
-                )
-            )
-            rows += [{**r, "name": precision, "D": r["D_cond"] + r["D_null"]} for r in found]
-    for key, better in (("D", 1), ("lpips", 1)):
-        front = equal_bytes.front([(r["bytes"], better * r[key]) for r in rows])
-        for number, r in enumerate(rows):
-            r[f"front by {key}"] = "●" if number in front else ""
+        def judge(share: float, fit: Fit, twin=twin) -> dict:
+            return asdict(bench.lab.studio.judge(bench.narrowed(share, fit)[0] if share else {}, twin()[0])[0])
+
+        key = ("widths equal bytes", precision, tuple(fits), Case(), EQUAL_EACH, before.UNSEEN)
+        for found in there(lambda find=find, key=key: bench.lab.kept(key, find)):
+            for number, (share, fit) in enumerate([(0.0, Fit()), *fits]):
+                name = precision + (f", rank {fit.rank}" if fit.rank != Fit().rank else "")
+                rows.append({k: found[k][number] for k in ("D", "removed", "bytes")} | {"name": name})
+                if (precision, share) in PICTURED and fit == Fit():
+                    what = ("widths equal bytes, pictures", precision, share, Case(), fit)
+                    for verdict in there(lambda w=what, s=share, f=fit, j=judge: bench.lab.kept(w, lambda: j(s, f))):
+                        rows[-1] |= {k: verdict[k] for k in before.PICTURES}
+    for key in ("D", "lpips"):
+        known = [number for number, r in enumerate(rows) if key in r]
+        for number in equal_bytes.front([(rows[n]["bytes"], rows[n][key]) for n in known]):
+            rows[known[number]][f"front by {key}"] = "●"
     return rows
 
 
@@ -426,101 +473,102 @@ class Bare:
         return {**found, "null": null}
 
 
-def second(folder: str, name: str, levels_: Sequence[float] = LEVELS) -> list[dict]:
-    """The same curves on an encoder without a denoiser: as printed (racing), whole parts with stand-ins, widths."""
+SECOND = (0.25, 0.42, 0.60)
+SECOND_FITTED, SECOND_RANKED, SECOND_BEAM = 128, 16, 1
+"""Levels, prompts to fit on and to judge by, and the beam search's width, on the second encoder."""
+
+
+def second(folder: str, name: str, measuring: bool) -> list[dict]:
+    """The same curves on an encoder without a denoiser: as printed (racing), and widths."""
+    if not measuring:
+        paths = [state_path(f"{name} {how} {at}") for at in SECOND for how in ("as printed, racing", "widths, rank 16")]
+        known = [(path, json.loads(path.read_text())) for path in paths if path.exists()]
+        return [{**row, "name": "widths, rank 16" if "widths" in path.name else "as printed"} for path, row in known]
     lab = Bare(folder, name)
     row, share = lab.row, sum(lab.row.parameter_counts) / lab.row.total
-    texts = prompts.broad(FITTED, 0)
-    judged_on = prompts.broad(RANKED, RANKED_SEED)
-    rows = []
+    judged_on = prompts.broad(SECOND_RANKED, RANKED_SEED)
+    fitted, targets = lab.calibration(prompts.broad(SECOND_FITTED, 0)), [level * share for level in SECOND]
 
-    def row_of(how: str, at: float, make) -> None:
-        path = state_path(f"{name} {how} {at}")
-        if not path.exists():
-            removed, gone, bytes_ = make()
-            path.write_text(json.dumps({"removed": gone / share, "bytes": bytes_, **lab.errors(removed)}))
-        rows.append({**json.loads(path.read_text()), "name": how})
+    def keep(how: str, at: float, removed: Assignment, gone: float) -> None:
+        numbers = sum(4 * len(a.units) for a in removed.values() if a.units is not None)
+        bytes_ = 2 * row.total * (1 - gone) + sum(a.nbytes for a in removed.values()) + numbers
+        found = {"removed": gone / share, "bytes": bytes_, **lab.errors(removed)}
+        state_path(f"{name} {how} {at}").write_text(json.dumps(found))
 
-    def timed(how: str, make):
-        path = state_path(f"{name} {how}")
-        if not path.exists():
-            start = time.monotonic()
-            found = make()
-            log(f"{name}: {how}", time.monotonic() - start, True)
-            path.write_text(json.dumps(found))
-        return json.loads(path.read_text())
-
-    targets = [level * share for level in levels_]
-    meter = functools.cache(lambda race: Meter(lab.calibration(judged_on, race)))
-    fitted = functools.cache(lambda: lab.calibration(texts))
-
-    def printed() -> dict:
-        entry = paper.search(meter(True), Settings(targets[-1], tuple(targets[:-1])))
-        return {
-            "order": entry.order,
-            "levels": [[x.skipped, {str(i): j for i, j in x.reuse.items()}] for x in entry.levels],
-        }
-
-    def aware() -> list[int]:
-        run = with_standins.Search(fitted(), meter(True), Settings(targets[-1]), Fitting(), lambda progress: None)
-        return list(run.run(SkipList((), 0.0), lambda beam: None).order)
-
-    run = widths.Search(fitted(), meter(False), Settings(0.1), Fitting())
-    state, start = State(state_path(f"{name} widths"), name), time.monotonic()
+    run = widths.Search(fitted, Meter(lab.calibration(judged_on)), Settings(0.1), Fitting())
+    state, start = State(state_path(f"{name} widths"), f"{name} {SECOND_FITTED} {SECOND_RANKED}"), time.monotonic()
     table = run.measure(state.save, state.load(len(row)) or Table())
     log(f"{name}: widths", time.monotonic() - start, True)
-    known, order = timed("as printed, racing", printed), timed("whole parts with stand-ins", aware)
     steps = run.steps(table)
-    for at, target in zip(levels_, targets, strict=True):
-
-        def of_widths(target=target):
-            chosen = steps[: run.reaching(steps, target)]
+    for at, target in zip(SECOND, targets, strict=True):
+        chosen = steps[: run.reaching(steps, target)]
+        if not state_path(f"{name} widths, rank 16 {at}").exists():
             removed = filled(run.fitted, run.bare(chosen, table), run.fitting)
-            gone = row.sparsity(run.shares(chosen))
-            numbers = sum(4 * len(a.units) for a in removed.values() if a.units is not None)
-            return removed, gone, 2 * row.total * (1 - gone) + sum(a.nbytes for a in removed.values()) + numbers
+            keep("widths, rank 16", at, removed, row.sparsity(run.shares(chosen)))
+    if not state_path(f"{name} as printed, racing {SECOND[-1]}").exists():
+        start = time.monotonic()
+        settings = Settings(targets[-1], tuple(targets[:-1]), SECOND_BEAM)
+        entry = paper.search(Meter(lab.calibration(judged_on, race=True)), settings)
+        log(f"{name}: as printed, racing", time.monotonic() - start, True)
+        for at, level in zip(SECOND, entry.levels, strict=True):
+            order = entry.order[: level.skipped]
+            keep("as printed, racing", at, assignment(order, level.reuse), row.sparsity(order))
+    return second(folder, name, False)
 
-        def of_parts(target=target):
-            chosen = order[: skip.reaching(order, row.parameter_counts, row.total, target)]
-            found, _ = standin.fit(fitted(), assignment(chosen), Fitting())
-            gone = row.sparsity(chosen)
-            return found, gone, 2 * row.total * (1 - gone) + sum(a.nbytes for a in found.values())
 
-        def as_printed(target=target):
-            end = skip.reaching(known["order"], row.parameter_counts, row.total, target)
-            reuse = next({int(i): j for i, j in pairs.items()} for length, pairs in known["levels"] if length == end)
-            gone = row.sparsity(known["order"][:end])
-            return assignment(known["order"][:end], reuse), gone, 2 * row.total * (1 - gone)
-
-        row_of("as printed, racing", at, as_printed)
-        row_of("whole parts with stand-ins, rank 16", at, of_parts)
-        row_of("widths, rank 16", at, of_widths)
-    return rows
+SLICE = 8
+"""Blocks of the encoder that is timed: its first ones."""
 
 
 def timed_beside(bench: Bench) -> list[dict]:
     """Seconds of the racing beam search and of the measurement, allocation and fit of widths, in one run of one
-    process, to the same target."""
-    target, rows = bench.target(0.42), []
+    process, to the same target, on the encoder's first blocks: with all of them it takes hours."""
+
+    @functools.cache
+    def module():
+        twin = copy.deepcopy(bench.lab.studio.encoder.module)
+        layers = next(m for m in twin.modules() if isinstance(m, torch.nn.ModuleList))
+        del layers[SLICE:]
+        twin.config.num_hidden_layers = SLICE
+        return twin
+
+    def meter(texts: Sequence[str], race: bool) -> Meter:
+        encoder = replace(bench.lab.studio.encoder, module=module(), row=families.find(module()))
+        batches, null = encoder.batches(texts, race=race), encoder.batch([encoder.tokenize("")])
+        calibration = Calibration(module(), Tracer(module(), encoder.row), batches, null)
+        return Meter(calibration, bench.lab.studio.projection)
+
+    def target(row) -> float:
+        return before.MIDDLE * sum(row.parameter_counts) / row.total
 
     def race() -> None:
-        paper.search(bench.lab.studio.meter(prompts.broad(RACED, 0), race=True), Settings(target))
+        found = meter(prompts.broad(RACED, 0), True)
+        paper.search(found, Settings(target(found.row)))
 
     def best() -> None:
-        run = bench.search(Case())
+        fitted = bench.calibration_of(module(), prompts.broad(FITTED, 0))
+        run = widths.Search(fitted, meter(prompts.broad(RANKED, RANKED_SEED), False), Settings(0.1), Fitting())
         table = run.measure(lambda table: None)
         steps = run.steps(table)
-        filled(run.fitted, run.bare(steps[: run.reaching(steps, target)], table), run.fitting)
+        filled(run.fitted, run.bare(steps[: run.reaching(steps, target(run.row))], table), run.fitting)
 
-    for name, act in (("racing beam search, 3 wide, with re-use", race), ("widths: measured, allocated, fitted", best)):
+    ways = {
+        f"racing beam search, 3 wide, {RACED} prompts, with re-use": race,
+        f"widths: measured, allocated, fitted; {FITTED} prompts and {RANKED}": best,
+    }
 
-        def find(act=act) -> dict:
+    def find() -> dict:
+        found = {}
+        for name, act in ways.items():
             start, used = time.monotonic(), time.process_time()
             act()
-            return {"seconds": time.monotonic() - start, "processor seconds": time.process_time() - used}
+            found[name] = [time.monotonic() - start, time.process_time() - used]
+            print(name, found[name], flush=True)
+        return found
 
-        found = there(lambda find=find, n=name: bench.lab.kept(("widths time", n, RANKED, RACED), find))
-        rows += [{**r, "name": name} for r in found]
+    rows = []
+    for found in there(lambda: bench.lab.kept(("widths time", RANKED, RACED, FITTED, SLICE), find)):
+        rows += [{"name": n, "seconds": found[n][0], "processor seconds": found[n][1]} for n in ways]
     return rows
 
 
@@ -535,19 +583,20 @@ def sections(bench: Bench, wanted: Sequence[str], measuring: bool, chosen: Seque
         if name == "levels":
             found[name] = before.table(levels(bench, chosen), SHOWN, "how")
         elif name == "variants":
-            found[name] = before.table(variants(bench, before.MIDDLE), SHOWN, "widths at 42 %")
+            found[name] = before.table(variants(bench), SHOWN, "widths at")
         elif name == "equal":
             columns = ("removed", "bytes", "D", *before.PICTURES, "front by D", "front by lpips")
             found[name] = before.table(equal(bench), columns, "precision")
         elif name == "changed":
             found[name] = before.table(changed(bench), ("as it is", "stand-ins fitted anew"), "D_cond at 42 %")
         elif name == "time":
-            found[name] = before.table(timed_beside(bench), ("seconds", "processor seconds"), "to 42 %, one thread")
+            found[name] = before.table(
+                timed_beside(bench), ("seconds", "processor seconds"), f"the first {SLICE} blocks, to 42 %, one thread"
+            )
         elif name == "tried":
-            found[name] = before.table(tried(bench, before.MIDDLE), ("removed", *before.ERRORS), "at 42 %")
+            found[name] = before.table(tried(bench, before.MOST), ("accepted", *SHOWN), "at 60 %")
         elif name == "second":
-            known = measuring or any(CACHE.glob("gemma270m*"))
-            rows = second(str(gemma270m.ensure()), "gemma270m") if known else []
+            rows = second(str(gemma270m.ensure()) if measuring else "", "gemma270m", measuring)
             found[name] = before.table(rows, ("removed", "bytes", *before.KINDS, "null"), "Gemma 3 270M")
         if found[name].count("\n") < 2:
             found[name] = "*Not measured yet.*"

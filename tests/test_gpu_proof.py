@@ -64,23 +64,25 @@ def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path):
 
 
 def test_the_real_comfyui(tmp_path):
-    lines = rehearse(tmp_path, "comfy:fp16,comfy:scaled-fp8,nodes")
+    lines = rehearse(tmp_path, "comfy:fp16,comfy:scaled-fp8,widths,nodes")
     assert not errors(lines)
-    first, second = of(lines, "memory")
+    first, second, narrow = of(lines, "memory")
     states = {state["state"]: state for state in first["lines"]}
     assert set(states) == {
         "dense", "plan", "dense again", "dense, LoRA", "plan, LoRA", "dense after LoRA", "plan after LoRA",
         "loaded pruned",
     }  # fmt: skip
-    for found in (first, second):
+    for found in (first, second, narrow):
         assert all(state["finite"] and state.get("same_output", True) for state in found["lines"])
         counted = {state["state"]: state["loaded_gb"] for state in found["lines"]}
         assert counted["plan"] == counted["loaded pruned"] == pytest.approx(found["kept"] * counted["dense"], rel=0.01)
     time = of(lines, "time")[0]
     assert 0.5 < time["kept_bytes"] < time["kept_work"] < 1 and time["ratios"]["loaded pruned"]["one_s"] > 0
+    (beside,) = of(lines, "widths")
+    assert beside["off"] < 1e-5 and beside["changed"] > 0.1 and narrow["kept"] != first["kept"]
     (node,) = of(lines, "node")
     assert node["skipped"] > 0 and node["D"] > 0
-    written(tmp_path, "T5-XXL fp16 in ComfyUI", "| loaded pruned |", "Skrr Prune on a small T5")
+    written(tmp_path, "T5-XXL fp16 in ComfyUI", "| loaded pruned |", "Skrr Prune on a small T5", "on the CPU")
 
 
 def test_the_time_ends_it(tmp_path):

@@ -154,6 +154,33 @@ class Comfy:
         entry = plan.encoder("t5xxl").model_copy(update={"width": width})
         return plans.Plan(encoders={"t5xxl": entry}, provenance=plan.provenance)
 
+    def narrowing(self, sizes: common.T5, folder: Path):
+        """A plan with widths: half of most attentions' heads, a third of most feed-forwards' neurons, of both some
+        whole and some gone, a stand-in at each place; its companion file goes into `folder`, which ComfyUI then
+        knows."""
+        import torch
+
+        plans, companion = self.module("skrr_engine.plan.model"), self.module("skrr_engine.files.companion")
+        standin = self.module("skrr_engine.encoder.standin").StandIn
+        counts, draw = (sizes.heads, sizes.ffn), torch.Generator().manual_seed(4)
+        left = {i: 0 if i % 12 > 9 else counts[i % 2] // (2 + i % 2) for i in range(2 * sizes.blocks) if i % 12 > 1}
+        order = tuple((i, n) if n else i for i, n in left.items())
+        entry = plans.EncoderPlan(
+            family="t5", blocks=sizes.blocks, width=sizes.width, order=order,
+            units=plans.Units(sha256="0" * 64, attention=counts[0], feed_forward=counts[1]),
+            levels=(plans.Level(skipped=len(order), reuse={}, sparsity=common.SPARSITY),),
+        )  # fmt: skip
+        rank = max(1, sizes.heads // 4)
+        shapes = ((rank, sizes.width), (sizes.width, rank), (sizes.width,))
+        maps = {i: [torch.randn(shape, generator=draw) * 0.01 for shape in shapes] for i in left}
+        standins = {i: standin("rms", down.half(), up.half(), bias) for i, (down, up, bias) in maps.items()}
+        orders = {i: torch.randperm(counts[i % 2], generator=draw) for i, n in left.items() if n}
+        plan = plans.Plan(encoders={"t5xxl": entry}, provenance=plans.Provenance(source="manual"))
+        plan, data = companion.encoded(plan, {"t5xxl": {len(order): standins}}, {"t5xxl": orders})
+        companion.write(folder / f"widths-{sizes.width}-{sizes.ffn}.standins.safetensors", data)
+        self.folders.add_model_folder_path("skrr_plans", str(folder))
+        return plan
+
     def pruned(self, clip, plan):
         """What Load Skrr Plan makes of a CLIP."""
         encoders, apply = self.module("nodes.host.clip.views"), self.module("nodes.host.clip.derive")
@@ -265,14 +292,15 @@ def lora_on(comfy: Comfy, clip, work: Work):
     return comfy.comfy.sd.load_lora_for_models(None, clip, lora, 1.0, 1.0)[1]
 
 
-def t5_part(work: Work, comfy: Comfy, kind: str, lora: bool = False) -> None:
-    """T5-XXL: dense, by Load Skrr Plan, dense again, with a LoRA, and by Load CLIP (Skrr)."""
+def t5_part(work: Work, comfy: Comfy, kind: str, lora: bool = False, widths: bool = False) -> None:
+    """T5-XXL: dense, by Load Skrr Plan, dense again, with a LoRA, and by Load CLIP (Skrr). widths: with a plan that
+    narrows, not the shipped one."""
     card, sizes = work.card, work.sizes.t5
     path = common.t5_file(card, sizes, kind, common.scratch(12 * 10**9 if card.cuda else 5 * 10**7))
     if work.rehearse:
         comfy.sized(t5xxl_model_config=sizes.config)
     comfy.show(path.parent)
-    plan = comfy.plan(sizes.width)
+    plan = comfy.narrowing(sizes, path.parent) if widths else comfy.plan(sizes.width)
     with open(path, "rb") as file:  # warm, as the second time a workflow runs
         while file.read(1 << 26):
             pass
@@ -301,11 +329,12 @@ def t5_part(work: Work, comfy: Comfy, kind: str, lora: bool = False) -> None:
         del with_lora, both
     seen = comfy.module("nodes.host.clip.views")
     pruning, views = seen.pruning(small), seen.views(clip)
-    shape, gone = views["t5xxl"].shape, pruning["t5xxl"].removed
-    kept = 1 - shape.bytes_of(list(gone)) / shape.total_bytes
-    lost = sum(shape.parameter_counts[i] for i, by in gone.items() if by.through(i) is None)
-    work_kept = 1 - lost / sum(shape.parameter_counts)
-    del clip, small, pruning, views
+    shape, entry = views["t5xxl"].shape, pruning["t5xxl"]
+    shares = entry.shares
+    kept = 1 - (shape.bytes_of(shares) - entry.standin_bytes) / shape.total_bytes
+    lost = sum(shape.parameter_counts[i] * (1 - shares[i]) for i, by in entry.removed.items() if by.through(i) is None)
+    work_kept = 1 - float(lost) / sum(shape.parameter_counts)
+    del clip, small, pruning, views, entry
     comfy.unload(work)
     left_behind = (card.allocated() - bench.tensors) / GB
 
@@ -327,12 +356,37 @@ def t5_part(work: Work, comfy: Comfy, kind: str, lora: bool = False) -> None:
         state: {key: by[state][key] / dense[key] for key in ("load_s", "one_s", "eight_s") if key in by[state]}
         for state in ("plan", "loaded pruned")
     }
-    report(comfy, "memory", f"T5-XXL {kind}", lines, kept, left_behind_gb=left_behind, file_gb=path.stat().st_size / GB)
-    emit(what="time", name=f"T5-XXL {kind}", way=comfy.way, kept_bytes=kept, kept_work=work_kept, apply_s=apply_s,
+    name = f"T5-XXL {kind}" + (", widths" if widths else "")
+    report(comfy, "memory", name, lines, kept, left_behind_gb=left_behind, file_gb=path.stat().st_size / GB)
+    emit(what="time", name=name, way=comfy.way, kept_bytes=kept, kept_work=work_kept, apply_s=apply_s,
          dense={key: dense[key] for key in ("load_s", "one_s", "eight_s")}, ratios=times,
          targets=card.targets(
              target("encoding 8 prompts, of the kept work's share", times["loaded pruned"]["eight_s"] / work_kept, 1.1,
                     at_most=True)))  # fmt: skip
+
+
+def widths_part(work: Work, comfy: Comfy) -> None:
+    """T5-XXL with widths; and a small narrowed T5 on the card beside the same on the CPU, both in float32."""
+    import torch
+
+    t5_part(work, comfy, "fp16", widths=True)
+    card, sizes, init = work.card, common.SMALL["old"], comfy.comfy.sd.CLIP.__init__
+    path = common.t5_file(card, sizes, "fp16", common.scratch(5 * 10**7))
+    plan, given = comfy.narrowing(sizes, path.parent), prompts("t5xxl", 4, work.sizes.tokens, sizes.vocab)
+    comfy.sized(t5xxl_model_config=sizes.config)
+    try:
+        outs = []
+        for device in (card.device, torch.device("cpu")):
+            options = {"load_device": device, "offload_device": torch.device("cpu"), "dtype": torch.float32}
+            kind = comfy.comfy.sd.CLIPType.MOCHI
+            clip = comfy.comfy.sd.load_clip([str(path)], clip_type=kind, model_options=options)
+            outs += [c.encode_from_tokens(given).float().cpu() for c in (clip, comfy.pruned(clip, plan))]
+    finally:
+        comfy.comfy.sd.CLIP.__init__ = init
+    dense, small, _, wanted = outs
+    off, changed = (float((a - b).norm() / b.norm()) for a, b in ((small, wanted), (small, dense)))
+    emit(what="widths", name="a narrowed T5 on the card and on the CPU, float32", off=off, changed=changed,
+         targets=[target("relative distance to the CPU's", off, 1e-3, at_most=True)])  # fmt: skip
 
 
 def crowded_part(work: Work, comfy: Comfy, kind: str = "fp16") -> None:
@@ -489,6 +543,7 @@ PARTS = {
     "fp16": functools.partial(t5_part, kind="fp16", lora=True),
     "fp8": functools.partial(t5_part, kind="fp8"),
     "scaled-fp8": functools.partial(t5_part, kind="scaled_fp8"),
+    "widths": widths_part,
     "in-part": crowded_part,
     "nodes": nodes_search_part,
     "klein": klein_part,

@@ -142,7 +142,7 @@ def searches(runs: Sequence[Run]) -> str:
     return table(heads, rows) if rows else ""
 
 
-OTHERS = ("rates", "re-use", "python", "stand-ins", "out of memory", "nccl", "precision", "node")
+OTHERS = ("rates", "re-use", "python", "stand-ins", "widths", "out of memory", "nccl", "precision", "node")
 SKIPPED = {"part", "at_s", "what", "name", "targets", "plans", "order"}
 
 

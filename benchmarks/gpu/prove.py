@@ -47,6 +47,7 @@ PARTS = (
     Part("fp16", "comfy", 110),
     Part("fp8", "comfy", 60),
     Part("scaled-fp8", "comfy", 60),
+    Part("widths", "comfy", 70),
     Part("fp16", "newer-dynamic", 100),
     Part("rates", "engine", 20),
     Part("failing", "engine", 1),
