@@ -247,7 +247,7 @@ def levels(bench: Bench, chosen: Sequence[float] = LEVELS) -> list[dict]:
     rows += there(*(functools.partial(bench.row_of, f"widths, {fit}", before.MOST, fit) for fit in BETTER))
     names = ("as printed", "as printed, without re-use", "aware order, rank 16")
     rows += [row for row in published(before.PAGE) if row["name"] in names]
-    return sorted(rows, key=lambda row: (round(row["removed"], 1), row["bytes"]))
+    return sorted(rows, key=lambda row: -row["bytes"])
 
 
 def published(page: Path) -> list[dict]:
