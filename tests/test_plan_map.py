@@ -232,7 +232,7 @@ def test_map_survives(page):
     wait_for_map(page, 2)
     drawn, saved = cells(page, 2), workflow(page)
     values = {node["id"]: node.get("widgets_values") for node in saved["nodes"]}
-    assert values[2] == [f"{SHIPPED} (shipped)", SPARSITY, "", 0], "nothing but the inputs' values"
+    assert values[2] == [f"{SHIPPED} (shipped)", SPARSITY, "", 0, False], "nothing but the inputs' values"
     load(page, {**saved, "nodes": [], "links": []})
     load(page, saved)
     wait_for_map(page, 2)
