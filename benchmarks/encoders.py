@@ -54,7 +54,6 @@ REASONS = {
     "BertModel": "its norms stand behind the sums, so a part can't go without its norm, which the next part expects",
     "XLMRobertaModel": "its norms stand behind the sums, so a part can't go without its norm",
     "Qwen35_": "three of four attentions are linear ones, which hand a state from token to token",
-    "Gemma4": "later attentions use keys and values of earlier ones, and each block has a third part",
 }
 """Why an encoder is loaded whole, by its class."""
 

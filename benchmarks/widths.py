@@ -33,9 +33,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import equal_bytes, gemma270m, refine
+from benchmarks import equal_bytes, gemma270m, pages, refine
 from benchmarks import standins as before
-from benchmarks.pages import fill
 from skrr_engine import __version__
 from skrr_engine.encoder import families
 from skrr_engine.encoder.actions import SKIP, Action, Assignment, Narrow, assignment
@@ -252,13 +251,14 @@ def levels(bench: Bench, chosen: Sequence[float] = LEVELS) -> list[dict]:
 
 def published(page: Path) -> list[dict]:
     """The rows of a page's table of levels."""
-    text = page.read_text(encoding="utf-8").partition("<!-- levels -->")[2].partition("<!-- end -->")[0]
-    heads, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines())
-    rows = []
-    for name, *cells in lines:
-        row = {head: float(cell.rstrip("%")) for head, cell in zip(heads[1:], cells, strict=True) if cell}
-        rows.append({**row, "name": name, "removed": row["removed"] / 100, "bytes": 1e6 * row["kept MB"]})
-    return rows
+    found = []
+    for row in pages.rows(page, "levels"):
+        name, *cells = row.items()
+        numbers = {head: float(cell.rstrip("%")) for head, cell in cells if cell}
+        found.append(
+            {**numbers, "name": name[1], "removed": numbers["removed"] / 100, "bytes": 1e6 * numbers["kept MB"]}
+        )
+    return found
 
 
 def there(*makes) -> list[dict]:
@@ -624,7 +624,7 @@ def main() -> None:
         return
     found = sections(bench, options.only, not options.page, shares)
     if options.page:
-        fill(PAGE, found)
+        pages.fill(PAGE, found)
         names = {
             "as printed": "as printed",
             "aware order, rank 16": "whole parts, stand-ins",

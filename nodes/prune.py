@@ -150,29 +150,26 @@ class SkrrPrune(io.ComfyNode):
             plan = find_together(clip, model, settings, size_gb, texts, plan_name, node, fitting)
             known = views(clip)
             pruned, lines = Choice(plan, sparsity, size_gb).all_pruned(known, match(known, plan))
-            for name, entry in pruned.items():
-                pruned[name] = trimmed(clip, known[name], entry)
-            say("\n".join([*lines, *([] if model else [WITHOUT])]), node)
-            out = derive(clip, pruned)
-            return io.NodeOutput(out, plan, ui=shown(out, cls.hidden, plan))
-        view = choose(clip, encoder.strip())
-        _ = view.row  # refuses an encoder that was loaded pruned
-        if size_gb > 0:
-            sparsity = sparsity_for(size_gb * 1e9, view.shape, rank if fitting else 0)
-        if quality == BEST:
-            settings = Settings(sparsity, further=LEVELS, at_least=size_gb > 0)
+            pruned = {name: trimmed(clip, known[name], entry) for name, entry in pruned.items()}
         else:
-            settings = Settings(sparsity, (), beam, reuse, 0.0 if exact else Settings.delta)
-        plan = find_plan(clip, model, view, settings, texts, plan_name, node, fitting, METHODS[quality])
-        entry = plan.encoder(view.name)
-        if quality != BEST:  # its one level may be above what was asked for by as much as a part
-            sparsity, size_gb = entry.levels[-1].sparsity, 0.0
-        pruned, lines = Choice(plan, sparsity, size_gb).pruned(view.name, view, entry)
-        pruned = trimmed(clip, view, pruned)
-        if pruned.unread:
-            lines.append(f"{len(pruned.unread)} more that no conditioning reads left out")
+            view = choose(clip, encoder.strip())
+            _ = view.row  # refuses an encoder that was loaded pruned
+            if size_gb > 0:
+                sparsity = sparsity_for(size_gb * 1e9, view.shape, rank if fitting else 0)
+            if quality == BEST:
+                settings = Settings(sparsity, further=LEVELS, at_least=size_gb > 0)
+            else:
+                settings = Settings(sparsity, (), beam, reuse, 0.0 if exact else Settings.delta)
+            plan = find_plan(clip, model, view, settings, texts, plan_name, node, fitting, METHODS[quality])
+            entry = plan.encoder(view.name)
+            if quality != BEST:  # its one level may be above what was asked for by as much as a part
+                sparsity, size_gb = entry.levels[-1].sparsity, 0.0
+            pruned, lines = Choice(plan, sparsity, size_gb).pruned(view.name, view, entry)
+            pruned = {view.name: trimmed(clip, view, pruned)}
+            if unread := pruned[view.name].unread:
+                lines.append(f"{len(unread)} more that no conditioning reads left out")
         if model is None:
             lines.append(WITHOUT)
         say("\n".join(lines), node)
-        out = derive(clip, {view.name: pruned})
+        out = derive(clip, pruned)
         return io.NodeOutput(out, plan, ui=shown(out, cls.hidden, plan))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.pages import END, fill
+from benchmarks.pages import fill, rows
 
 from .scenes import TASKS
 
@@ -78,13 +78,6 @@ def write(tables: dict[str, str]) -> None:
     plots()
 
 
-def section(name: str) -> list[dict[str, str]]:
-    """The rows of a table in RESULTS.md, each by its columns' heads; empty where it is not filled yet."""
-    text = PAGE.read_text(encoding="utf-8").partition(f"<!-- {name} -->")[2].partition(END)[0]
-    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.strip().splitlines()]
-    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
-
-
 def number(cell: str) -> tuple[float, float]:
     """A cell's mean and spread: "0.895 ± 0.030", "42.5 %", "9.49"."""
     mean, _, spread = cell.removesuffix("%").partition("±")
@@ -101,23 +94,23 @@ def plots() -> None:
 
     folder = HERE / "images"
     folder.mkdir(exist_ok=True)
-    rows = section("table")
+    table = rows(PAGE, "table")
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
     for method in ORDER:
-        own = [row for row in rows if row["method"] == method]
+        own = [row for row in table if row["method"] == method]
         overall = [number(row["overall"]) for row in own]
         mean, spread = zip(*overall, strict=True)
         removed = [number(row["removed"])[0] for row in own]
         axes.errorbar(removed, mean, spread, marker="o", capsize=3, label=method)
-    axes.axhline(number(rows[0]["overall"])[0], color="grey", linestyle=":", label="dense")
+    axes.axhline(number(table[0]["overall"])[0], color="grey", linestyle=":", label="dense")
     axes.set(xlabel="removed, % of the parameters in blocks", ylabel="overall score", ylim=(0, 1.03))
     finish(figure, axes, folder / "scores.png")
 
-    if section("bytes"):
+    if rows(PAGE, "bytes"):
         figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
-        for precision in dict.fromkeys(row["precision"] for row in section("bytes")):
-            own = [row for row in section("bytes") if row["precision"] == precision]
+        for precision in dict.fromkeys(row["precision"] for row in rows(PAGE, "bytes")):
+            own = [row for row in rows(PAGE, "bytes") if row["precision"] == precision]
             points = [(number(row["kept MB"])[0], number(row["overall"])[0]) for row in own]
             axes.plot(*zip(*points, strict=True), marker="o", label=precision)
         axes.set(xlabel="kept MB (from the right: dense, 24, 32, 42 %)", ylabel="overall score", ylim=(0, 1.03))
@@ -131,7 +124,7 @@ def plots() -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
     for method in ORDER:
-        own = [row for row in rows if row["method"] == method]
+        own = [row for row in table if row["method"] == method]
         errors = [number(row["D_cond"])[0] + number(row["D_null"])[0] for row in own]
         axes.scatter(errors, [number(row["overall"])[0] for row in own], label=method)
     axes.set(xlabel="D on the evaluation prompts", ylabel="overall score", xscale="log", ylim=(0, 1.03))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import comfy.model_management
 
 from ...skrr_engine import __version__
-from ...skrr_engine.encoder.row import EncoderError
+from ...skrr_engine.encoder.row import EncoderError, Numbers
 from ...skrr_engine.encoder.trace import Tracer
 from ...skrr_engine.errors import SearchError, SkrrError
 from ...skrr_engine.files import companion
@@ -25,7 +25,7 @@ from ...skrr_engine.standins.fit import Fitting, meter_bytes
 from ...skrr_engine.standins.widths import TARGETS
 from .clip.prompts import Conditioning
 from .clip.views import TRANSFORMER, View, dense_model, views
-from .model import from_model
+from .model import Projection, from_model
 from .plans import folder, searched
 from .talk import Reporter, say
 
@@ -52,12 +52,20 @@ def find_plan(
     """The plan for these inputs: the saved one where they were searched before, else a new one, saved as `name`.
     fitting: of linear stand-ins; None for the paper's plan. method: one of search.METHODS, "" for the usual one."""
     job, key = prepared(clip, model, view, settings, prompts, name, node_id, fitting, method)
-    known = searched.searched(key)
-    if known is not None:
-        say(f'found the plan "{known[0]}" of an earlier search with these inputs', node_id)
-        return known[1]
+    if plan := found_before(key, "of an earlier search", node_id):
+        return plan
     found = searching(clip, view, job, key, name, node_id)
     return kept(job.plan(found.entry), {view.name: found}, name, key, node_id)
+
+
+def found_before(key: str, how: str, node_id: str | None) -> Plan | None:
+    """The saved plan that was made with the inputs behind this key, where there is one. how: it was, to tell."""
+    known = searched.searched(key)
+    if known is None:
+        return None
+    name, plan = known
+    say(f'found the plan "{name}" {how} with these inputs', node_id)
+    return plan
 
 
 def find_together(
@@ -73,10 +81,11 @@ def find_together(
     """The plan with widths for all encoders of a CLIP on one budget, found and saved as `find_plan` does it. settings:
     whose targets are shares of all encoders' parameters; gigabytes: that they are brought to together instead, 10**9
     bytes, 0 for none."""
-    alone, jobs, known_views = Settings(0.01), {}, views(clip)
-    for view in known_views.values():
+    known = views(clip)
+    jobs = {}
+    for view in known.values():
         try:
-            jobs[view.name] = prepared(clip, model, view, alone, prompts, name, node_id, fitting, "widths")
+            jobs[view.name] = prepared(clip, model, view, Settings(0.01), prompts, name, node_id, fitting, "widths")
         except EncoderError as error:
             if view.whole is None:
                 raise
@@ -87,30 +96,19 @@ def find_together(
         )
     asked = [sorted({*settings.targets, *settings.further}), gigabytes, "together"]
     key = resume.fingerprint([own for _, own in jobs.values()], asked)
-    known = searched.searched(key)
-    if known is not None:
-        say(f'found the plan "{known[0]}" of an earlier search with these inputs', node_id)
-        return known[1]
+    if plan := found_before(key, "of an earlier search", node_id):
+        return plan
     members, tables = {}, {}
     for encoder, (job, _) in jobs.items():
-        state = searched.state(fingerprint(clip, known_views[encoder], job, job.state_facts()))
+        state = searched.state(fingerprint(clip, known[encoder], job, job.state_facts()))
         with stoppable(node_id):
             search = width_search(job, node_id)
             tables[encoder] = search.measure(state.save, saved_table(state, job, encoder, node_id))
-            steps, shape = search.steps(tables[encoder]), known_views[encoder].shape
-            members[encoder] = joint.Member(steps, search.counts, shape, job.meter.nothing())
+            steps = search.steps(tables[encoder])
+            members[encoder] = joint.Member(steps, search.counts, known[encoder].shape, job.meter.nothing())
         job.release()  # its streams are as large as the memory allows
-    whole = sum(view.shape.total for name, view in known_views.items() if name not in members)
-    taken = []
-    if gigabytes > 0:
-        beside = sum(view.shape.total_bytes for name, view in known_views.items() if name not in members)
-        taken.append(joint.at_bytes(members, gigabytes * 1e9 - beside, fitting.rank))
-    total = whole + sum(member.shape.total for member in members.values())
-    for target in sorted({*settings.further, *(() if gigabytes > 0 else settings.targets)}):
-        with contextlib.suppress(SearchError):  # too small a share for any part, where it was not asked for
-            taken.append(joint.at_sparsity(members, target * total / (total - whole)))
-    if not taken:
-        raise SearchError("no part of these encoders is as small as what is to be removed: ask for more")
+    whole = [view.shape for encoder, view in known.items() if encoder not in members]
+    taken = budgets(members, whole, settings, gigabytes, fitting.rank)
     found = {}
     for encoder, (job, _) in jobs.items():
         ends = {group[encoder] for group in taken} - {0}
@@ -118,6 +116,44 @@ def find_together(
             with stoppable(node_id):
                 found[encoder] = width_search(job, node_id).found(tables[encoder], ends)
         job.release()
+    first, _ = jobs[next(iter(found))]
+    plan = Plan(
+        encoders={encoder: own.entry for encoder, own in found.items()},
+        provenance=first.plan(found[first.name].entry).provenance,
+        together=belonging(members, whole, taken, found),
+    )
+    return kept(plan, found, name, key, node_id)
+
+
+def budgets(
+    members: Mapping[str, joint.Member], whole: Sequence[Numbers], settings: Settings, gigabytes: float, rank: int
+) -> list[dict[str, int]]:
+    """What each of the budgets that are asked for takes: encoder -> how many of its steps, 0 for none. whole: encoders
+    that stay so, and count. Raises SearchError where none takes anything."""
+    taken, targets = [], {*settings.further}
+    if gigabytes > 0:
+        beside = sum(shape.total_bytes for shape in whole)
+        taken.append(joint.at_bytes(members, gigabytes * 1e9 - beside, rank))
+    else:
+        targets |= {*settings.targets}
+    own = sum(member.shape.total for member in members.values())
+    total = own + sum(shape.total for shape in whole)
+    for target in sorted(targets):
+        with contextlib.suppress(SearchError):  # too small a share for any part, where it was not asked for
+            taken.append(joint.at_sparsity(members, target * total / own))
+    if not taken:
+        raise SearchError("no part of these encoders is as small as what is to be removed: ask for more")
+    return taken
+
+
+def belonging(
+    members: Mapping[str, joint.Member],
+    whole: Sequence[Numbers],
+    taken: Sequence[Mapping[str, int]],
+    found: Mapping[str, Found],
+) -> tuple[Together, ...]:
+    """What a plan says of the levels that belong together, the weakest first. taken: see `budgets`."""
+    total = sum(shape.total for shape in (*whole, *(member.shape for member in members.values())))
     groups = {}
     for ends in taken:
         levels = {encoder: end for encoder, end in ends.items() if end}
@@ -125,13 +161,7 @@ def find_together(
         d = None if any(own is None for own, _ in parts) else sum(own / nothing for own, nothing in parts)
         gone = sum(members[n].removed(end) for n, end in levels.items()) / total
         groups[tuple(ends.values())] = Together(sparsity=round(gone, 6), levels=levels, discrepancy=d)
-    first, _ = jobs[next(iter(found))]
-    plan = Plan(
-        encoders={encoder: own.entry for encoder, own in found.items()},
-        provenance=first.plan(found[first.name].entry).provenance,
-        together=tuple(sorted(groups.values(), key=lambda group: group.sparsity)),
-    )
-    return kept(plan, found, name, key, node_id)
+    return tuple(sorted(groups.values(), key=lambda group: group.sparsity))
 
 
 def width_search(job: Job, node_id: str | None) -> widths.Search:
@@ -142,14 +172,19 @@ def width_search(job: Job, node_id: str | None) -> widths.Search:
 
 def saved_table(state: resume.State, job: Job, encoder: str, node_id: str | None) -> Table:
     """What was measured of an encoder before, nothing where that is damaged."""
-    try:
-        table = state.load(job.meter.readable())
-    except resume.StateError:
-        table = None
+    table = loaded(state, job)
     if not isinstance(table, Table):
         return Table()
     say(f"{encoder}: going on with {len(table.curves)} parts that were measured before", node_id)
     return table
+
+
+def loaded(state: resume.State, job: Job):
+    """What an interrupted search has left, nothing where that is damaged: the next step writes over it."""
+    try:
+        return state.load(job.meter.readable())
+    except resume.StateError:
+        return []
 
 
 @contextlib.contextmanager
@@ -191,10 +226,8 @@ def repair_plan(
         settings, method = (sizes_of(plan.encoder(entry_name)), "widths") if widths else (Settings(), REPAIR)
         jobs[entry_name] = prepared(clip, model, view, settings, prompts, name, node_id, fitting, method)
     key = resume.fingerprint([own for _, own in jobs.values()], plan.to_json())
-    known = searched.searched(key)
-    if known is not None:
-        say(f'found the plan "{known[0]}" that was repaired with these inputs', node_id)
-        return known[1]
+    if before := found_before(key, "that was repaired", node_id):
+        return before
     read = {} if widths else matched
     orders = {entry: companion.of_entry(folder.folders(), entry, plan.encoder(entry)) for entry in read}
     found = {}
@@ -221,13 +254,7 @@ def prepared(
     folder.folder_to_write(folder.FOLDER)
     _ = view.row  # refuses an encoder that was loaded pruned
     conditioning = Conditioning(clip, view)
-    projection, why = None, ""
-    if model is not None:
-        try:
-            projection = from_model(model, view, conditioning.width, conditioning.hidden, conditioning.pooled)
-            projection.to(clip.patcher.load_device)
-        except UnknownError as error:
-            why = f"{view.name}: {error}; "
+    projection, why = projecting(clip, model, conditioning)
     if projection is None and method != REPAIR:  # fits look at no projection
         say(why + BARE, node_id)
     targets = TARGETS if method == "widths" else 1
@@ -235,6 +262,19 @@ def prepared(
     named = "standins" if method == REPAIR else method
     job = Job(view.name, calibration, prompts, settings, projection, fitting, named)
     return job, fingerprint(clip, view, job, [*job.facts(), *([REPAIR] if method == REPAIR else [])])
+
+
+def projecting(clip, model, conditioning: Conditioning) -> tuple[Projection | None, str]:
+    """A MODEL's projection of what is read of an encoder, on the device that encodes; None, and why, where there is
+    none. Raises ProjectionError where it is for embeddings of another width."""
+    view = conditioning.view
+    if model is None:
+        return None, ""
+    try:
+        found = from_model(model, view, conditioning.width, conditioning.hidden, conditioning.pooled)
+    except UnknownError as error:
+        return None, f"{view.name}: {error}; "
+    return found.to(clip.patcher.load_device), ""
 
 
 def kept(plan: Plan, found: Mapping[str, Found], name: str, key: str, node_id: str | None) -> Plan:
@@ -273,11 +313,7 @@ def calibrating(conditioning: Conditioning, view: View, fitting: Fitting | None,
 def run(job: Job, state: resume.State, key: str, name: str, node_id: str | None):
     """What a job finds; it goes on where an interrupted one stopped. One that is interrupted now leaves what it has as
     a plan, named after `name`; of one with widths only its measurements."""
-    row = job.meter.row
-    try:
-        beam = state.load(job.meter.readable())
-    except resume.StateError:
-        beam = []  # damaged: the next step writes over it
+    row, beam = job.meter.row, loaded(state, job)
     if isinstance(beam, Table):
         places = len(beam.curves)
         whole = places == job.meter.readable()

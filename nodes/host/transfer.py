@@ -3,15 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 from ...skrr_engine.measure.meter import Meter
-from ...skrr_engine.measure.projection import UnknownError
 from ...skrr_engine.measure.prompts import broad, generate
 from ...skrr_engine.measure.prompts import sha256 as prompts_sha256
 from ...skrr_engine.plan.model import Plan, Provenance
 from ...skrr_engine.standins.fit import halved
 from .clip.prompts import Conditioning
 from .clip.views import Pruned, View
-from .model import from_model
-from .search import calibrating
+from .search import calibrating, projecting
 
 PROMPTS = 24
 """How many it is measured on."""
@@ -44,13 +42,7 @@ def told(clip, model, plan: Plan, matched: Mapping[str, View], pruned: Mapping[s
 def discrepancy(clip, model, view: View, entry: Pruned, texts: Sequence[str]) -> tuple[float, float]:
     """D of what is left out of an encoder, and that of an encoder that says nothing."""
     conditioning = Conditioning(clip, view)
-    projection = None
-    if model is not None:
-        try:
-            projection = from_model(model, view, conditioning.width, conditioning.hidden, conditioning.pooled)
-            projection.to(clip.patcher.load_device)
-        except UnknownError:
-            pass  # as the search does it
+    projection, _ = projecting(clip, model, conditioning)
     meter = Meter(calibrating(conditioning, view, None)(texts, False), projection)
     (found,) = meter.measure([entry.removed])
     return found.total, meter.nothing()

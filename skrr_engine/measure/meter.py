@@ -124,9 +124,7 @@ class Meter:
             for piece in range(len(pieces)):
                 dense = self._dense_features(batch, piece)
                 zeros = [(torch.zeros_like(t), mask) for t, mask in dense]
-                errors = self.criterion.errors(dense, zeros)
-                scales = self._scale[batch]
-                total += sum(float(e.sum()) / max(n, 1) for e, n in zip(errors, scales, strict=True))
+                total += float(self._shares(batch, dense, zeros).sum())
         return total
 
     def measure(
@@ -260,12 +258,16 @@ class Meter:
         found: list = [None] * len(candidates)
         for member, reading in self._walk(trace, candidates, limit, step, shelf, together):
             pruned = features(reading, self.projection)
-            errors = self.criterion.errors(dense, pruned)
-            # A prompt of which nothing is read contributes nothing.
-            values = sum(e.numpy() / max(n, 1) for e, n in zip(errors, self._scale[batch], strict=True))
+            values = self._shares(batch, dense, pruned)
             values[np.isnan(values)] = np.inf  # NaN would say that it was not measured
             found[member] = values, token_norm(pruned) if batch == 0 else float("nan")
         return found
+
+    def _shares(self, batch: int, dense: Reading, other: Reading) -> np.ndarray:
+        """What each prompt of a piece of a batch adds to the discrepancy of another reading."""
+        errors = self.criterion.errors(dense, other)
+        # A prompt of which nothing is read contributes nothing.
+        return sum(e.numpy() / max(n, 1) for e, n in zip(errors, self._scale[batch], strict=True))
 
     def _guarded(self, batch: int, act: Callable):
         """What `act` returns; where the device runs out of memory, the batch is halved, and it is tried again."""

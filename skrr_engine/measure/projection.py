@@ -30,12 +30,12 @@ class UnknownError(ProjectionError):
 @dataclass(frozen=True)
 class Recipe:
     """One kind of projection. denoiser: whose; name: the module; stages: `("linear", key)`, `("rms", key, epsilon)`,
-    `("layer", key, epsilon)`, `("unit", epsilon)` (a root-mean-square norm without weights), `("gelu",)` or `("silu",)`
-    in turn, a leading "?" marking a stage that may be missing, or `("stack", pattern)` alone: all that the pattern
-    fits; marks: other tensors of such a denoiser; gone: tensors that it has not. In a key, `*` is the highest number
-    that there is. widened: whether the linear layer's output is brought to the scale of its input's width (LTX-2);
-    columns: (encoder, first, how many) for those whose embeddings are joined with others' on the feature axis;
-    encoders: whose embeddings it is for, empty for all."""
+    `("layer", key, epsilon)`, `("joined", key, epsilon)` (root-mean-square norms key.0, key.1, ... of joined states) or
+    one of PLAIN in turn, a leading "?" marking a stage that may be missing, or `("stack", pattern)` alone: all that
+    the pattern fits; marks: other tensors of such a denoiser; gone: tensors that it has not. In a key, `*` is the
+    highest number that there is. widened: whether the linear layer's output is brought to the scale of its input's
+    width (LTX-2); columns: (encoder, first, how many) for those whose embeddings are joined with others' on the
+    feature axis; encoders: whose embeddings it is for, empty for all."""
 
     denoiser: str
     name: str
@@ -48,13 +48,16 @@ class Recipe:
 
     def fits(self, names: set[str]) -> bool:
         """Whether a denoiser with tensors of these names is of this kind."""
-        needed = [*self.marks]
         for kind, *rest in self.stages:
-            if kind == "stack":
-                needed.append(next((name for name in sorted(names) if re.fullmatch(rest[0], name)), ""))
-            elif rest and isinstance(rest[0], str) and kind != "joined" and not kind.startswith("?"):
-                needed.append(f"{highest(rest[0], names)}.weight")
-        return all(name in names for name in needed) and not any(name in names for name in self.gone)
+            if kind == "stack" and not any(re.fullmatch(rest[0], name) for name in names):
+                return False
+            if kind in NAMED and f"{highest(rest[0], names)}.weight" not in names:
+                return False
+        return names.issuperset(self.marks) and names.isdisjoint(self.gone)
+
+
+NAMED = ("linear", "rms", "layer")
+"""Stages that a denoiser must have by their names."""
 
 
 def highest(key: str, names: Iterable[str]) -> str:
@@ -325,21 +328,21 @@ def stacked(found: Iterable[str], fetch: Callable[[str], torch.Tensor | None]) -
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     """A linear layer of these."""
-    layer = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
-    layer.load_state_dict({"weight": weight, **({} if bias is None else {"bias": bias})}, assign=True)
-    return layer
+    return with_weights(nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta"), weight, bias)
 
 
 def rms(weight: torch.Tensor, epsilon: float) -> nn.RMSNorm:
     """A root-mean-square norm with this weight."""
-    layer = nn.RMSNorm(len(weight), eps=epsilon, device="meta")
-    layer.load_state_dict({"weight": weight}, assign=True)
-    return layer
+    return with_weights(nn.RMSNorm(len(weight), eps=epsilon, device="meta"), weight)
 
 
 def layer_norm(weight: torch.Tensor, bias: torch.Tensor | None, epsilon: float) -> nn.LayerNorm:
     """A layer norm of these."""
-    layer = nn.LayerNorm(len(weight), eps=epsilon, bias=bias is not None, device="meta")
+    return with_weights(nn.LayerNorm(len(weight), eps=epsilon, bias=bias is not None, device="meta"), weight, bias)
+
+
+def with_weights(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Module:
+    """A layer that has none yet with these."""
     layer.load_state_dict({"weight": weight, **({} if bias is None else {"bias": bias})}, assign=True)
     return layer
 

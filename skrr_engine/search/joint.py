@@ -7,7 +7,8 @@ price (see allocate.py), are one list in the order of that relative discrepancy 
 budget is a prefix of it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..encoder.row import Numbers
@@ -59,46 +60,45 @@ def order(members: Mapping[str, Member]) -> list[str]:
     return [name for *_, name in sorted(prices)]
 
 
-def ends_at(members: Mapping[str, Member], within: Callable[[Mapping[str, int]], bool]) -> dict[str, int]:
-    """Encoder -> how many of its steps the budget takes, 0 for none: as long as `within` says that the budget bears
-    so many. Raises SearchError where it bears no step at all."""
+def prefixes(
+    members: Mapping[str, Member], amount: Callable[[Member, int], float]
+) -> Iterator[tuple[dict[str, int], float]]:  # fmt: skip
+    """After no step, and after each in turn: encoder -> how many of its steps are taken, and the sum over encoders of
+    `amount(member, steps)`."""
     ends = dict.fromkeys(members, 0)
+    amounts = {name: amount(member, 0) for name, member in members.items()}
+    yield ends, sum(amounts.values())
     for name in order(members):
-        longer = {**ends, name: ends[name] + 1}
-        if not within(longer):
-            break
-        ends = longer
+        ends = {**ends, name: ends[name] + 1}
+        amounts[name] = amount(members[name], ends[name])
+        yield ends, sum(amounts.values())
+
+
+def at_sparsity(members: Mapping[str, Member], sparsity: float) -> dict[str, int]:
+    """Encoder -> how many of its steps stay at or below a share of all encoders' parameters, 0 for none. Raises
+    SearchError where not even one does."""
+    limit = sparsity * sum(member.shape.total for member in members.values()) + 1e-6
+    within = itertools.takewhile(lambda step: step[1] <= limit, prefixes(members, Member.removed))
+    ends = [ends for ends, _ in within][-1]
     if not any(ends.values()):
         raise SearchError("no part of these encoders is as small as what is to be removed: ask for more")
     return ends
 
 
-def at_sparsity(members: Mapping[str, Member], sparsity: float) -> dict[str, int]:
-    """The steps that stay at or below a share of all encoders' parameters. Raises SearchError."""
-    total = sum(member.shape.total for member in members.values())
-    return ends_at(
-        members, lambda ends: sum(members[n].removed(end) for n, end in ends.items()) <= sparsity * total + 1e-6
-    )
-
-
 def at_bytes(members: Mapping[str, Member], limit: float, rank: int) -> dict[str, int]:
     """The least steps that bring all encoders together to so many bytes. Raises SearchError where none do, or none is
     needed."""
-
-    def size(ends: Mapping[str, int]) -> float:
-        return sum(members[name].bytes_left(end, rank) for name, end in ends.items())
-
-    ends = dict.fromkeys(members, 0)
-    if size(ends) <= limit:
+    steps = prefixes(members, lambda member, end: member.bytes_left(end, rank))
+    _, size = next(steps)
+    if size <= limit:
         raise SearchError(
-            f"these encoders take {size(ends) / 1e9:.2f} GB as they are, no more than the {limit / 1e9:.2f} GB asked"
+            f"these encoders take {size / 1e9:.2f} GB as they are, no more than the {limit / 1e9:.2f} GB asked"
             " for: nothing to remove"
         )
-    for name in order(members):
-        ends[name] += 1
-        if size(ends) <= limit:
+    for ends, size in steps:  # noqa: B007 - the last one is told
+        if size <= limit:
             return ends
     raise SearchError(
         f"{limit / 1e9:.2f} GB can't be reached: with nothing left in their blocks these encoders take"
-        f" {size(ends) / 1e9:.2f} GB; ask for more, or load files of lower precision"
+        f" {size / 1e9:.2f} GB; ask for more, or load files of lower precision"
     )

@@ -3,12 +3,13 @@
 Its feed-forward is router and experts together: they go or stay as one, and have no units that could be narrowed.
 """
 
+import dataclasses
 import re
 
 from torch import nn
 
-from .family import Family
-from .residual import file_heads, from_transformers, key_value_heads, module_at, pairs
+from .llama import LLAMA
+from .residual import from_transformers, module_at, pairs
 
 ATTENTION, FEED_FORWARD = ("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")
 
@@ -20,35 +21,24 @@ def find_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return found if all(hasattr(b.self_attn, "sinks") and hasattr(b.mlp, "router") for b in found[1]) else None
 
 
-def width(block: nn.Module) -> int:
-    return block.input_layernorm.weight.shape[0]
-
-
 def sub_blocks(blocks: nn.ModuleList, path: str):
     tuples = from_transformers(blocks[0].self_attn)
     return pairs(blocks, path, ATTENTION, FEED_FORWARD, (tuples, tuples))
 
 
-GPT_OSS = Family(
+GPT_OSS = dataclasses.replace(
+    LLAMA,
     name="gpt_oss",
-    norm="rms",
     find_blocks=find_blocks,
-    width=width,
     sub_blocks=sub_blocks,
-    bodies=lambda block: iter((block,)),
-    children=frozenset((*ATTENTION, *FEED_FORWARD)),
-    attention=lambda block: block.self_attn,
     arguments=frozenset(("hidden_states", "attention_mask", "freqs_cis")),
     ins=frozenset(("q_proj", "k_proj", "v_proj")),
     outs=frozenset(("o_proj",)),
-    heads=key_value_heads,
     file_key=re.compile(
         r"(?P<prefix>(?:.*\.)?)model\.layers\.(?P<block>\d+)\.(?:"
         r"(?:(?P<attention>self_attn|input_layernorm)"
         r"|(?P<feed_forward>mlp(?=\.(?:router|experts)\.)|post_attention_layernorm))\.(?P<rest>.+)"
         r"|(?P<other>.+))"
     ),
-    file_width="input_layernorm.weight",
     file_unused=re.compile(r"lm_head\..+"),
-    file_heads=file_heads,
 )
