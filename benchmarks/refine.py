@@ -1,11 +1,9 @@
 """What could be added to widths after the allocation: other moves at single places, D measured with the whole
-assignment in place, and stand-ins tuned end to end. benchmarks/widths.py measures what these are worth.
+assignment in place. benchmarks/widths.py measures what these are worth.
 """
 
 from __future__ import annotations
 
-import copy
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,13 +12,10 @@ import torch
 from skrr_engine.encoder import families
 from skrr_engine.encoder import units as unit_level
 from skrr_engine.encoder.actions import KEEP, SKIP, Action, Assignment
-from skrr_engine.encoder.rewire import rewire
-from skrr_engine.encoder.standin import StandIn, StandInModule
-from skrr_engine.measure.calibration import Calibration
-from skrr_engine.measure.discrepancy import Projection
+from skrr_engine.encoder.standin import StandIn, standin_of
 from skrr_engine.search.allocate import Table
 from skrr_engine.search.widths import Search
-from skrr_engine.standins.fit import DTYPE, Fitting, Streams, fit_here
+from skrr_engine.standins.fit import Fitting, Streams, fit_here
 from skrr_engine.standins.widths import Survey, fits, units_at
 
 WIDE = 64
@@ -186,57 +181,6 @@ def filled_again(run: Search, assigned: Assignment) -> dict[int, Action]:
             found[place] = action = bare
         streams.go_on(action)
     return found
-
-
-def standin_of(action: Action) -> StandIn | None:
-    """An action's stand-in, which may be the action itself."""
-    return getattr(action, "standin", action)
-
-
-def tuned(
-    calibration: Calibration, removed: Assignment, projection: Projection | None, steps: int, prompts: int = 16,
-    rate: float = 0.02,
-) -> Assignment:  # fmt: skip
-    """An assignment whose stand-ins were tuned together on D by Adam, so many prompts a step drawn by lot; no weight of
-    the encoder changes. rate: of each tensor, relative to the median size of its numbers; it falls to 0 in the end."""
-    lot, twin = random.Random(0), copy.deepcopy(calibration.encoder).requires_grad_(False)
-    # Modules are made around these tensors, so that what is learned there is found here.
-    loose = {place: retyped(action, torch.float32) for place, action in removed.items()}
-    rewire(twin, families.find(twin), loose)
-    batches, null = calibration.batches()
-
-    def read(module, batch) -> torch.Tensor:
-        (tokens, _), *_ = batch.run(module)
-        return (tokens if projection is None else projection(tokens)).float()
-
-    goals = {id(batch): read(calibration.encoder, batch) for batch in (null, *batches)}
-    learned = [p for module in twin.modules() if isinstance(module, StandInModule) for p in module.parameters()]
-    sizes = [float(p.abs().median()) for p in learned]
-    adam = torch.optim.Adam([{"params": [p], "lr": 0.0} for p in learned])
-    with torch.enable_grad():
-        for p in learned:
-            p.requires_grad_(True)
-        for step in range(steps):
-            for group, size in zip(adam.param_groups, sizes, strict=True):
-                group["lr"] = rate * size * (1 - step / steps) * min(1.0, (step + 1) / 10)
-            chosen = []
-            while sum(batch.prompts for batch in chosen) < prompts:
-                chosen.append(lot.choices(batches, [batch.prompts for batch in batches])[0])
-            adam.zero_grad()
-            total = sum(goals[id(batch)].numel() for batch in chosen)
-            for batch, count in [*((batch, total) for batch in chosen), (null, goals[id(null)].numel())]:
-                ((read(twin, batch) - goals[id(batch)]).square().sum() / count).backward()
-            adam.step()
-    for p in learned:
-        p.requires_grad_(False)
-    return {place: retyped(action, DTYPE) for place, action in loose.items()}
-
-
-def retyped(action: Action, dtype: torch.dtype) -> Action:
-    """An action whose stand-in has factors of another type, all tensors its own."""
-    old = standin_of(action)
-    made = StandIn(old.norm, old.down.to(dtype, copy=True), old.up.to(dtype, copy=True), old.bias.clone())
-    return made if old is action else action.repaired(made)
 
 
 def counts_of(found: Sequence[Move]) -> Mapping[str, int]:

@@ -53,6 +53,7 @@ from skrr_engine.search.repair import filled
 from skrr_engine.search.resume import State
 from skrr_engine.search.settings import Settings
 from skrr_engine.standins import fit as standin
+from skrr_engine.standins import tune
 from skrr_engine.standins.fit import Fitting
 from skrr_engine.standins.refit import refit
 
@@ -90,6 +91,21 @@ class Fit:
 
     def __str__(self) -> str:
         return f"rank {self.rank}, {self.count} prompts" + (", out-projections refitted" if self.refit else "")
+
+
+@dataclass(frozen=True)
+class Tuned(Fit):
+    """The same, and all stand-ins tuned together at the end, in so many steps."""
+
+    steps: int = tune.STEPS
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, tuned"
+
+    @property
+    def before(self) -> Fit:
+        """What is tuned."""
+        return Fit(self.rank, self.count, self.refit)
 
 
 BETTER = (Fit(64), Fit(refit=True), Fit(64, refit=True))
@@ -160,8 +176,13 @@ class Bench(before.Bench):
         if path.exists():
             removed = read_fit(path, bare)
             return removed, self.counted(run.shares(chosen), removed)
-        fitted, start = self.fitted(case.kind, fit.count, case.seed), time.monotonic()
-        if fit.refit:
+        fitted = self.fitted(case.kind, fit.count, case.seed)
+        if isinstance(fit, Tuned):
+            base, _ = self.at(run, table, steps, share, fit.before, case)
+        start = time.monotonic()
+        if isinstance(fit, Tuned):
+            removed = tune.tuned(fitted, self.lab.studio.projection, base, fit.steps)
+        elif fit.refit:
             removed = refit(fitted, bare, Fitting(rank=fit.rank))
         else:
             found, _ = standin.fit(fitted, bare, Fitting(rank=fit.rank))
@@ -243,6 +264,7 @@ def levels(bench: Bench, chosen: Sequence[float] = LEVELS) -> list[dict]:
     """Widths, and what they stand beside: as printed, and whole parts with stand-ins, as benchmarks/standins.py has
     measured them on the same prompts and pictures."""
     rows = there(*(functools.partial(bench.row_of, "widths, rank 16", share) for share in chosen))
+    rows += there(*(functools.partial(bench.row_of, "widths, tuned", share, Tuned()) for share in sorted(chosen)[::-1]))
     rows += there(*(functools.partial(bench.row_of, f"widths, {fit}", before.MOST, fit) for fit in BETTER))
     names = ("as printed", "as printed, without re-use", "aware order, rank 16")
     rows += [row for row in published(before.PAGE) if row["name"] in names]
@@ -274,7 +296,7 @@ def there(*makes) -> list[dict]:
 
 def variants(bench: Bench) -> list[dict]:
     """Ranks, prompts, refit."""
-    fits = (Fit(), Fit(64), Fit(refit=True), Fit(64, refit=True), Fit(16, 1024), Fit(64, 1024, True))
+    fits = (Fit(), Tuned(), Fit(64), Tuned(64), Fit(refit=True), Fit(64, refit=True), Tuned(refit=True), Fit(16, 1024))
     return there(
         *(
             functools.partial(bench.row_of, f"{share:.0%}: {fit}", share, fit)
@@ -286,8 +308,6 @@ def variants(bench: Bench) -> list[dict]:
     )
 
 
-TUNED = (150, 16)
-"""Steps of tuning, and prompts in each."""
 MOVES = {
     "exchanges: a width back here, one less there": ("wider",),
     f"rank {refine.WIDE} where it costs least, paid for by units": ("rank",),
@@ -318,17 +338,8 @@ def tried(bench: Bench, share: float) -> list[dict]:
         assigned = refine.filled_again(run, refine.with_moves(base, chosen))
         return assigned, {**more, "bytes": more["bytes"] - freed, "accepted": len(chosen)}
 
-    def tuned() -> tuple[Assignment, dict]:
-        base, more = bench.narrowed(share)
-        start = time.monotonic()
-        made = refine.tuned(bench.fitted("all kinds", FITTED, 0), base, bench.lab.studio.projection, *TUNED)
-        log(f"tuned at {share:.0%}", time.monotonic() - start, True)
-        return made, more
-
-    name = f"stand-ins tuned on D, {TUNED[0]} steps of {TUNED[1]} prompts"
     return there(
         lambda: bench.row_of("as found", share),
-        lambda: bench.judged(name, (share, "tuned", *TUNED), tuned),
         *(
             lambda name=name, kinds=kinds: bench.judged(name, (share, "moved", kinds), lambda: moved(kinds), False)
             for name, kinds in MOVES.items()

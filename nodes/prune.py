@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from .host import versions as features
 from .host.plans.inputs import Choice, size_gb_input
-from .types import CATEGORY, SkrrPlan, advanced, own_prompts_input, rank_input
+from .types import CATEGORY, SkrrPlan, advanced, own_prompts_input, rank_input, tuning_input
 
 BEST, PARTS, PAPER = "best", "whole parts with stand-ins", "as in the paper"
 METHODS = {BEST: "widths", PARTS: "standins", PAPER: "skrr"}
@@ -105,6 +105,7 @@ class SkrrPrune(io.ComfyNode):
                 ),
                 rank_input(),
                 size_gb_input(),
+                tuning_input(150, "for the size that you ask for (best quality)"),
             ],
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="The smaller text encoders."),
@@ -123,7 +124,7 @@ class SkrrPrune(io.ComfyNode):
     @classmethod
     def execute(
         cls, clip, encoder, sparsity, beam, reuse, prompts, plan_name, model=None, own_prompts="", exact=False,
-        quality=PAPER, rank=16, size_gb=0.0,
+        quality=PAPER, rank=16, size_gb=0.0, tuning=0,
     ) -> io.NodeOutput:  # fmt: skip
         from ..skrr_engine.measure.prompts import broad, from_text, generate
         from ..skrr_engine.plan.text import PlanError
@@ -139,7 +140,7 @@ class SkrrPrune(io.ComfyNode):
         from .host.talk import say
 
         quality = BEFORE.get(quality, quality)
-        fitting = None if quality == PAPER else Fitting(rank=rank)
+        fitting = None if quality == PAPER else Fitting(rank=rank, tuning=tuning if quality == BEST else 0)
         count = prompts or ENOUGH[quality]
         texts = from_text(own_prompts) if own_prompts.strip() else (broad if fitting else generate)(count)
         node = cls.hidden.unique_id

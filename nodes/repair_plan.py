@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from .host import versions as features
 from .host.plans.inputs import Choice, at_most_input
-from .types import CATEGORY, SkrrPlan, advanced, own_prompts_input, rank_input
+from .types import CATEGORY, SkrrPlan, advanced, own_prompts_input, rank_input, tuning_input
 
 
 class SkrrRepairPlan(io.ComfyNode):
@@ -49,6 +49,7 @@ class SkrrRepairPlan(io.ComfyNode):
                 ),
                 own_prompts_input(),
                 rank_input(),
+                tuning_input(0, "at each level"),
             ],
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="The smaller text encoders."),
@@ -59,7 +60,7 @@ class SkrrRepairPlan(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip, plan, sparsity, widths, plan_name, model=None, prompts=256, own_prompts="", rank=16
+        cls, clip, plan, sparsity, widths, plan_name, model=None, prompts=256, own_prompts="", rank=16, tuning=0
     ) -> io.NodeOutput:
         from ..skrr_engine.measure.prompts import broad, from_text
         from ..skrr_engine.standins.fit import Fitting
@@ -75,7 +76,9 @@ class SkrrRepairPlan(io.ComfyNode):
         matched = match(views(clip), plan)
         for name in matched:
             plan.encoder(name).choose(sparsity)  # refuses, before any work, what no level answers for
-        made = repair_plan(clip, model, matched, plan, texts, plan_name, node, Fitting(rank=rank), widths)
+        made = repair_plan(
+            clip, model, matched, plan, texts, plan_name, node, Fitting(rank=rank, tuning=tuning), widths
+        )
         for name, view in matched.items():
             pruned[view.name], told = Choice(made, sparsity, 0.0).pruned(name, view, made.encoder(name))
             lines += told

@@ -27,6 +27,21 @@ def own_prompts_input() -> io.Input:
     )
 
 
+def tuning_input(steps: int, levels: str) -> io.Input:
+    """Of linear stand-ins, together. steps: the default; levels: of which levels, for the tooltip."""
+    return advanced(
+        io.Int.Input(
+            "tuning",
+            default=steps,
+            min=0,
+            max=2000,
+            optional=True,
+            tooltip=f"Steps in which all stand-ins are improved together at the end, {levels}. 150 are enough; 0: none,"
+            " which is quicker.",
+        )
+    )
+
+
 def rank_input() -> io.Input:
     """Of linear stand-ins."""
     return advanced(

@@ -180,7 +180,7 @@ def test_two_processes_that_race_find_the_same_plan(folder, raced, tmp_path):
         assert a.pop("discrepancy") == pytest.approx(b.pop("discrepancy"), rel=1e-5) and a == b
 
 
-BEST = "--quality", "best", "--standins", "4", "--sparsity", "0.3"
+BEST = "--quality", "best", "--standins", "4", "--sparsity", "0.3", "--tune", "3"
 
 
 def wide(folder: Path, out: Path, *options: str) -> list[str]:
@@ -307,7 +307,10 @@ def test_repair_with_widths_has_the_plans_sizes(folder, raced, tmp_path, capsys)
     assert all(own <= size + 1e-6 for own, size in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("quality", ["best", "parts", "paper"])
+FEW = {"best": ("--standins", "2", "--tune", "0"), "parts": ("--standins", "2"), "paper": ()}
+
+
+@pytest.mark.parametrize("quality", FEW)
 def test_a_size_in_gigabytes(folder, tmp_path, quality, capsys):
     """The file that is left takes no more; the embedding is of another precision than the blocks."""
     made = tmp_path / "encoder"
@@ -320,9 +323,7 @@ def test_a_size_in_gigabytes(folder, tmp_path, quality, capsys):
     limit, out = whole - 0.4 * blocks, tmp_path / "plan.json"
     search = ["search", "--encoder", made, "--prompts", made / "many.txt", "--out", out, "--quiet", "--gb", limit / 1e9]
     with torch.no_grad():
-        assert (
-            main([*map(str, search), "--quality", quality, *(() if quality == "paper" else ("--standins", "2"))]) == 0
-        )
+        assert main([*map(str, search), "--quality", quality, *FEW[quality]]) == 0
         assert main([*map(str, search), "--sparsity", "0.4"]) == 1
         assert main([*map(str, search[:-1]), str(whole / 1e9)]) == 1
         assert main([*map(str, search[:-1]), str((whole - blocks) / 1e9)]) == 1

@@ -156,8 +156,8 @@ def test_widths_and_repair_are_the_same_streamed(tmp_path, capsys, monkeypatch):
 
     with torch.no_grad():
         for name in ("plenty", "little"):
-            plan = run(name, "search", "--quality", "best", "--sparsity", "0.02")
-            plans = [plan, run(name, "repair", "--plan", plan)]
+            plan = run(name, "search", "--quality", "best", "--sparsity", "0.02", "--tune", "2")
+            plans = [plan, run(name, "repair", "--plan", plan, "--tune", "2")]
             found[name] = [(p.read_text(), companion.sha256(companion.beside(p))) for p in plans]
             found[name] += [load_file(companion.beside(p)) for p in plans]
             assert bool(streams) == (name == "little")

@@ -321,7 +321,7 @@ def progress_of(server, prompt_id: str, node: str) -> list[float]:
     ]
 
 
-NARROW = {"prompts": 40, "quality": "best", "rank": 4}
+NARROW = {"prompts": 40, "quality": "best", "rank": 4, "tuning": 3}
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +340,7 @@ def narrowed(server) -> dict:
 
 def test_best_quality(server, narrowed):
     """Plan and companion, what they do, and a bar that only goes forward."""
+    assert "level 1 of 1: tuning " in server.log() and "not tuned" not in server.log()
     plan = narrowed["plan"]
     entry = plan["encoders"]["t5xxl"]
     assert plan["version"] == 2 and plan["provenance"]["prompts"] == 40

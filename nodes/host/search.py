@@ -94,8 +94,8 @@ def find_together(
         raise EncoderError(
             "the conditioning reads nothing of this CLIP's encoders that Skrr knows: connect another CLIP"
         )
-    asked = [sorted({*settings.targets, *settings.further}), gigabytes, "together"]
-    key = resume.fingerprint([own for _, own in jobs.values()], asked)
+    wanted = [sorted({*settings.targets, *settings.further}), gigabytes, "together"]
+    key = resume.fingerprint([own for _, own in jobs.values()], wanted)
     if plan := found_before(key, "of an earlier search", node_id):
         return plan
     members, tables = {}, {}
@@ -108,13 +108,13 @@ def find_together(
             members[encoder] = joint.Member(steps, search.counts, known[encoder].shape, job.meter.nothing())
         job.release()  # its streams are as large as the memory allows
     whole = [view.shape for encoder, view in known.items() if encoder not in members]
-    taken = budgets(members, whole, settings, gigabytes, fitting.rank)
+    asked, *_ = taken = budgets(members, whole, settings, gigabytes, fitting.rank)
     found = {}
     for encoder, (job, _) in jobs.items():
         ends = {group[encoder] for group in taken} - {0}
         if ends:
             with stoppable(node_id):
-                found[encoder] = width_search(job, node_id).found(tables[encoder], ends)
+                found[encoder] = width_search(job, node_id).found(tables[encoder], ends, {asked[encoder]})
         job.release()
     first, _ = jobs[next(iter(found))]
     plan = Plan(
@@ -128,17 +128,17 @@ def find_together(
 def budgets(
     members: Mapping[str, joint.Member], whole: Sequence[Numbers], settings: Settings, gigabytes: float, rank: int
 ) -> list[dict[str, int]]:
-    """What each of the budgets that are asked for takes: encoder -> how many of its steps, 0 for none. whole: encoders
-    that stay so, and count. Raises SearchError where none takes anything."""
-    taken, targets = [], {*settings.further}
+    """What each of the budgets that are asked for takes: encoder -> how many of its steps, 0 for none; further ones
+    come last. whole: encoders that stay so, and count. Raises SearchError where none takes anything."""
+    taken, targets = [], sorted({*settings.further})
     if gigabytes > 0:
         beside = sum(shape.total_bytes for shape in whole)
         taken.append(joint.at_bytes(members, gigabytes * 1e9 - beside, rank))
     else:
-        targets |= {*settings.targets}
+        targets = [*settings.targets, *targets]
     own = sum(member.shape.total for member in members.values())
     total = own + sum(shape.total for shape in whole)
-    for target in sorted(targets):
+    for target in targets:
         with contextlib.suppress(SearchError):  # too small a share for any part, where it was not asked for
             taken.append(joint.at_sparsity(members, target * total / own))
     if not taken:
@@ -255,7 +255,7 @@ def prepared(
     _ = view.row  # refuses an encoder that was loaded pruned
     conditioning = Conditioning(clip, view)
     projection, why = projecting(clip, model, conditioning)
-    if projection is None and method != REPAIR:  # fits look at no projection
+    if projection is None and (method != REPAIR or fitting.tuning):  # fits alone look at no projection
         say(why + BARE, node_id)
     targets = TARGETS if method == "widths" else 1
     calibration = calibrating(conditioning, view, fitting, targets)

@@ -46,9 +46,13 @@ class UsageError(SkrrError):
 
 def run_search(options) -> None:
     """Search a plan for an encoder and write it."""
+    from ..standins.tune import STEPS
+
     method = method_of(options)
-    fitting = parsed_standins(options.standins or ("16" if method in ("widths", "standins") else None))
     check_search(options, method)
+    usual = STEPS if method == "widths" else 0
+    rank = options.standins or ("16" if method in ("widths", "standins") else None)
+    fitting = parsed_standins(rank, usual if options.tune is None else options.tune)
     settings = settings_of(options, method, fitting)
     bench = prepare(options, fitting, method == "widths")
     job = job_of(options, bench, settings, fitting, method)
@@ -122,6 +126,8 @@ def check_search(options, method: str) -> None:
         raise UsageError("--method standins: fits stand-ins; give their rank with --standins, like 16")
     if options.standins == "auto" and method == "widths":
         raise UsageError("--standins auto: narrowed sub-blocks have stand-ins of one rank; give it, like 16")
+    if options.tune and method != "widths":
+        raise UsageError("--tune: goes with --quality best; tune the stand-ins of other plans with repair --tune")
     if options.resume and method not in RESUMABLE:
         raise UsageError(f"--resume: --method {method} takes one step; leave it out")
     check_writable(options.out, "--out")
@@ -162,8 +168,8 @@ def write_plan(out: str, plan: Plan, standins, orders=None) -> tuple[Plan, str]:
     return plan, f"{out}, its stand-ins to {companion.beside(out)} ({len(data) / 1e6:.1f} MB)"
 
 
-def parsed_standins(text: str | None):
-    """`--standins` as a Fitting, None where there is none."""
+def parsed_standins(text: str | None, tuning: int = 0):
+    """`--standins` and `--tune` as a Fitting, None where there are no stand-ins."""
     from ..standins.fit import Fitting
 
     if text is None:
@@ -174,7 +180,7 @@ def parsed_standins(text: str | None):
         rank = int(text)
     except ValueError:
         raise UsageError(f"--standins {text}: give a rank, like 16, or auto") from None
-    return Fitting(rank=rank)
+    return Fitting(rank=rank, tuning=tuning)
 
 
 def resumed(options, bench: "Bench", job, inputs: str):
@@ -280,7 +286,7 @@ def run_repair(options) -> None:
     from ..search.settings import Settings, sizes_of
 
     check_writable(options.out, "--out")
-    plan, fitting = Plan.read(options.plan), parsed_standins(options.standins)
+    plan, fitting = Plan.read(options.plan), parsed_standins(options.standins, options.tune)
     if fitting.ranks:
         raise UsageError("--standins auto: repair fits one rank; give it, like 16")
     levels = parsed_levels(options.levels)

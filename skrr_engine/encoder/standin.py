@@ -70,6 +70,12 @@ class StandIn(Action):
         return StandIn(self.norm, self.down.to(device), self.up.to(device), self.bias.to(device))
 
 
+def standin_of(action: Action) -> StandIn | None:
+    """An action's stand-in, which may be the action itself; None where it has none."""
+    found = getattr(action, "standin", action)
+    return found if isinstance(found, StandIn) else None
+
+
 class Linear(nn.Linear):
     """A linear layer whose weights may be of another type than what goes through it, as ComfyUI's are."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -83,7 +83,9 @@ class Job:
 
     def state_facts(self) -> list:
         """The same of what is saved after each step: a table of widths serves every size."""
-        return [__version__, "widths", repr(self.fitting)] if self.method == "widths" else self.facts()
+        if self.method != "widths":
+            return self.facts()
+        return [__version__, "widths", repr(replace(self.fitting, tuning=0))]
 
     def run(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ from . import allocate
 from .allocate import Curve, Step, Table
 from .entry import Found, entry_of, level_of
 from .progress import Clock, Progress
-from .repair import fit_level, within
+from .repair import fit_level, level_line, within
 from .settings import Settings
 from .skip import SkipList, check_reach
 
@@ -38,8 +39,8 @@ LEVELS = (0.25, 0.33, 0.42, 0.50, 0.60)
 BYTES = 2
 """Of a parameter, where bytes are weighed against stand-ins': what most files have, or twice that of 8 bits."""
 
-MEASURING = 0.9
-"""The share of all work that measuring places is; fitting levels comes after it."""
+MEASURING, BEFORE_TUNING = 0.9, 0.5
+"""The share of all work that measuring places is; fitting levels comes after it, and tuning one takes long."""
 
 Report = Callable[[Progress], None]
 
@@ -66,7 +67,7 @@ class Search:
     ):
         self.fitted, self.meter, self.settings, self.fitting, self.report = fitted, meter, settings, fitting, report
         self.row, self.length, self.base = meter.row, meter.readable(), dict(base or {})
-        self.clock = Clock()
+        self.clock, self.measuring = Clock(), BEFORE_TUNING if fitting.tuning else MEASURING
         self.line, self.place = "", 0
         self.counts = {place: count_at(self.row, place) for place in range(self.length)}
 
@@ -130,7 +131,7 @@ class Search:
         # Places that were measured before are passed by: what is done stays done.
         self.clock.worked = max(self.clock.worked, here + share * (after - here))
         left = self.clock.left(1 - self.clock.worked)
-        done = self.clock.worked * MEASURING
+        done = self.clock.worked * self.measuring
         self.report(Progress(self.place + 1, self.length, 0, 0, done, left, self.line, NONE))
 
     def cost(self, place: int, units: int) -> float:
@@ -169,23 +170,27 @@ class Search:
         left = allocate.left(steps)
         return assignment(left, units={place: units_kept(table, place, n) for place, n in left.items() if n})
 
-    def found(self, table: Table, ends: Iterable[int] | None = None) -> Found:
+    def found(self, table: Table, ends: Iterable[int] | None = None, asked: Iterable[int] | None = None) -> Found:
         """The plan's entry: all steps to the largest target, and a fitted level for each target. ends: how many steps
-        the levels have, instead."""
+        the levels have, instead; asked: how many those have that are tuned, where any are."""
         steps = self.steps(table)
-        ends = sorted({self.reaching(steps, target) for target in self.targets()} if ends is None else set(ends))
+        if ends is None:
+            ends = {self.reaching(steps, target) for target in self.targets()}
+        asked = {self.reaching(steps, target) for target in self.settings.targets} if asked is None else set(asked)
+        ends = sorted(ends)
         levels, standins, clock = [], {}, Clock()
         for number, end in enumerate(ends):
-            self.line = f"level {number + 1} of {len(ends)}: fitting {len(allocate.left(steps[:end]))} places"
+            fitting = self.fitting if end in asked else replace(self.fitting, tuning=0)
 
-            def tick(share: float, number=number) -> None:
+            def tick(share: float, doing: str, number=number, end=end) -> None:
+                self.line = level_line(number, len(ends), doing, len(allocate.left(steps[:end])))
                 clock.worked = (number + share) / len(ends)
-                done = MEASURING + (1 - MEASURING) * clock.worked
+                done = self.measuring + (1 - self.measuring) * clock.worked
                 left = clock.left(1 - clock.worked)
                 self.report(Progress(self.length, self.length, 0, 0, min(done, 0.999), left, self.line, NONE))
 
             taken = steps[:end]
-            standins[end], d = fit_level(self.fitted, self.meter, self.bare(taken, table), self.fitting, tick)
+            standins[end], d = fit_level(self.fitted, self.meter, self.bare(taken, table), fitting, tick)
             levels.append(level_of(self.row, end, self.shares(taken), d))
         order = [(step.place, step.units) if step.units else step.place for step in steps[: ends[-1]]]
         narrowed = {step.place for step in steps[: ends[-1]] if step.units}
@@ -193,6 +198,7 @@ class Search:
         told = {
             "mode": "widths",
             "rank": self.fitting.rank,
+            "tuning": self.fitting.tuning,
             "steps": [float(f"{step.discrepancy:.6g}") for step in steps[: ends[-1]]],
         }
         return Found(entry_of(self.row, levels, order, told, self.unit_counts(narrowed)), standins, orders)

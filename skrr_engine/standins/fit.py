@@ -37,12 +37,16 @@ DTYPE = torch.float16
 """What the two factors are stored as; the bias is float32 (T5 has channels that float16 can't hold)."""
 
 
+MAX_TUNING = 10_000
+
+
 @dataclass(frozen=True)
 class Fitting:
     """How stand-ins are fitted. rank: of each; ranks: where there are any, those to choose from at the end; ridges:
     tried, relative to the mean eigenvalue of the Gram matrix, the one best on held-out prompts is taken; null: share of
     the null prompt in all weight; held_out: every so many-th prompt chooses the ridge and is fitted on only after that
-    (0: the first ridge is taken); swaps: exchanges that a search tries at its end (see search/with_standins.py)."""
+    (0: the first ridge is taken); swaps: exchanges that a search tries at its end (see search/with_standins.py);
+    tuning: steps in which all of a level are then tuned together (see tune.py)."""
 
     RANKS: ClassVar[tuple[int, ...]] = (4, 8, 16, 32, 64)
 
@@ -52,10 +56,13 @@ class Fitting:
     null: float = 0.1
     held_out: int = 5
     swaps: int = 2
+    tuning: int = 0
 
     def __post_init__(self):
         if not 1 <= self.rank <= MAX_RANK:
             raise SearchError(f"a rank of {self.rank} makes no sense for stand-ins: use 1 to {MAX_RANK}, like 16")
+        if not 0 <= self.tuning <= MAX_TUNING:
+            raise SearchError(f"{self.tuning} steps of tuning: use 0 (none) to {MAX_TUNING}, like 150")
 
 
 MAX_MEASURED = 64
