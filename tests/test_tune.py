@@ -96,6 +96,29 @@ def test_the_gradient_is_that_of_the_encoders_own_forward(name):
                 assert b.norm() > 0 and (a - b).norm() < 1e-3 * b.norm()
 
 
+def test_tokens_that_are_not_read_do_not_count(fitted):
+    """Whatever they hold of the encoder."""
+    plain, actions = fitted
+
+    def batch(ids: list, hidden: int) -> Batch:
+        def run(module, times: int = 1):
+            ((t, _),) = small.batch("llama", ids).run(module, times)
+            more = 3 * t[:, :1].expand(-1, hidden, -1)
+            mask = torch.ones(t.shape[0], t.shape[1] + hidden)
+            mask[:, t.shape[1] :] = 0
+            return [(torch.cat([t, more], dim=1), mask)] if hidden else [(t, None)]
+
+        return Batch(run, len(ids))
+
+    found = []
+    for hidden in (0, 5):
+        ids = [[own for (own,) in small.prompts([length] * 2)] for length in (7, 9)]
+        batches, null = [batch(own, hidden) for own in ids], batch([[2]], hidden)
+        found.append(gradients(Calibration(plain.encoder, plain.tracer, batches, null), actions))
+    for place, grads in found[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(grads, found[1][place], strict=True))
+
+
 @pytest.fixture(scope="module")
 def fitted():
     """An encoder, its calibration, and an assignment with fitted stand-ins."""

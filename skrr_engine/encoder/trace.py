@@ -21,6 +21,18 @@ Reading = list[tuple[torch.Tensor, torch.Tensor | None]]
 tokens that count, or None where all do."""
 
 
+def without_gradient(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """A hook before a hollow block: what it is given is read where it was put, and what it hands on is not. Newer
+    ComfyUIs write into it, which a gradient does not bear."""
+    if not torch.is_grad_enabled():
+        return None
+
+    def plain(value):
+        return value.detach().clone() if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+    return tuple(map(plain, args)), {key: plain(value) for key, value in kwargs.items()}
+
+
 class Run(Protocol):
     """Runs an encoder's own forward on one batch of prompts, all of one length, on the module tree it is given. times:
     on so many copies of the batch, one behind the other (one that takes no `times` is never asked for more)."""
@@ -55,6 +67,7 @@ class Tracer:
         self._states: dict[int, torch.Tensor] = {}
         for i, path in enumerate(row.block_paths):
             block = self.hollow.get_submodule(prefix + path)
+            block.register_forward_pre_hook(without_gradient, with_kwargs=True)
             block.register_forward_hook(lambda module, args, out, behind=i + 1: self._put(behind, out))
         self.boundaries: tuple[int, ...] | None = None
 

@@ -62,7 +62,7 @@ class TuningError(SearchError):
 
 
 class Tuning:
-    """A tuning under way; see `tuned`."""
+    """A tuning under way; see `tuned`. prompts: in each step."""
 
     def __init__(
         self,
@@ -70,9 +70,10 @@ class Tuning:
         projection: Projection | None,
         removed: Assignment,
         tick: Callable[[float], None],
+        prompts: int = PROMPTS,
     ):
         self.calibration, self.tracer, self.projection = calibration, calibration.tracer, projection
-        self.row, self.tick = self.tracer.row, tick
+        self.row, self.tick, self.prompts = self.tracer.row, tick, prompts
         self.last = 2 * max(self.tracer.know_boundaries(calibration.trace(0)))
         self.walk, self.goals = Walk(self.tracer), Store(calibration.memory // 4)
         self.step, self.steps, self.passed, self.passes = 0, 1, 0, 1
@@ -103,7 +104,7 @@ class Tuning:
                 p.grad = torch.zeros_like(p)
         lot, numbers = random.Random(self.step), range(1, len(self.pieces))
         chosen: list[int] = []
-        while sum(self.pieces[n].prompts for n in chosen) < PROMPTS:
+        while sum(self.pieces[n].prompts for n in chosen) < self.prompts:
             chosen += lot.choices(numbers, [self.pieces[n].prompts for n in numbers])
         self.passed, self.passes = 0, 2 * self.last * (1 + len(chosen))
         traces = [self._trace(number) for number in (0, *chosen)]
