@@ -15,7 +15,10 @@ from skrr_engine.encoder.units import units_of
 from skrr_engine.measure.calibration import Batch, Calibration
 from skrr_engine.measure.meter import Meter
 from skrr_engine.search import repair
+from skrr_engine.search.job import Job
 from skrr_engine.search.repair import filled
+from skrr_engine.search.resume import State
+from skrr_engine.search.settings import Settings
 from skrr_engine.standins import tune
 from skrr_engine.standins.fit import Fitting
 
@@ -231,3 +234,75 @@ def test_a_level_that_can_not_be_tuned_or_gains_nothing_stays_as_fitted(fitted, 
     monkeypatch.setattr(repair, "tuned", lambda *args: shifted)
     same, d = level(8)
     assert d == before and torch.equal(same[1].bias, plain[1].bias)
+
+
+class Stop(Exception):
+    """Whoever watches the work ends it."""
+
+
+def test_an_interrupted_tuning_goes_on_where_it_stood(fitted, tmp_path):
+    calibration, actions = fitted
+    whole = tune.tuned(calibration, None, actions, 12)
+    kept = tune.Kept(tmp_path / "it.tuning", "key")
+
+    def stopping(share: float) -> None:
+        if share > 0.7:
+            raise Stop
+
+    with pytest.raises(Stop):
+        tune.tuned(calibration, None, actions, 12, stopping, kept)
+    shares = []
+    again = tune.tuned(calibration, None, actions, 12, shares.append, kept)
+    assert shares[0] >= 5 / 12, "it began anew"
+    for place in (1, 2, 3, 4):
+        for part in ("down", "up", "bias"):
+            assert torch.equal(*(getattr(standin_of(made[place]), part) for made in (whole, again)))
+    shares.clear()
+    tune.tuned(calibration, None, actions, 12, shares.append, kept)
+    assert not shares, "all steps were done"
+    kept.forget()
+    assert not kept.path.exists()
+
+
+@pytest.mark.parametrize("damage", ["another key", "cut short", "not finite", "other shapes", "no numbers"])
+def test_what_is_kept_of_another_tuning_is_not_gone_on_with(fitted, tmp_path, damage):
+    calibration, actions = fitted
+    path = tmp_path / "it.tuning"
+    tune.tuned(calibration, None, actions, 5, kept=tune.Kept(path, "another key" if damage == "another key" else "key"))
+    data = path.read_bytes()
+    if damage == "cut short":
+        path.write_bytes(data[:-7])
+    elif damage == "not finite":
+        path.write_bytes(data[:-4] + torch.tensor([float("nan")]).numpy().tobytes())
+    elif damage == "no numbers":
+        path.write_bytes(b"{}")
+    elif damage == "other shapes":
+        actions = {place: action for place, action in actions.items() if place != 1}
+    plain = tune.tuned(calibration, None, actions, 2)
+    found = tune.tuned(calibration, None, actions, 2, kept=tune.Kept(path, "key"))
+    for place in (2, 3, 4):
+        assert torch.equal(standin_of(found[place]).up, standin_of(plain[place]).up)
+
+
+def test_a_search_goes_on_with_its_tuning(fitted, tmp_path):
+    """Beside its state; what was kept is gone when all levels are there."""
+    calibration, _ = fitted
+    fitting = Fitting(rank=2, tuning=10)
+    texts = [str(number) for number in range(16)]
+    job = Job("it", lambda prompts, race: calibration, texts, Settings(0.3), None, fitting, "widths")
+    state, tables, seen = State(tmp_path / "state.json", "key"), [], []
+
+    def stopping(progress) -> None:
+        if "tuning" in progress.line:
+            seen.append(progress)
+            if list(tmp_path.glob("*.tuning")):
+                raise Stop
+
+    with pytest.raises(Stop):
+        job.run(stopping, tables.append, (), state)
+    first = len(seen)
+    found = job.run(lambda p: seen.append(p) if "tuning" in p.line else None, tables.append, tables[-1], state)
+    assert 0 < len(seen) - first < 1.5 * first and not list(tmp_path.glob("*.tuning"))
+    plain = job.run(lambda p: None, tables.append, tables[-1])
+    (end,) = found.standins
+    assert all(torch.equal(own.up, plain.standins[end][place].up) for place, own in found.standins[end].items())

@@ -98,9 +98,9 @@ def find_together(
     key = resume.fingerprint([own for _, own in jobs.values()], wanted)
     if plan := found_before(key, "of an earlier search", node_id):
         return plan
-    members, tables = {}, {}
+    members, tables, states = {}, {}, {}
     for encoder, (job, _) in jobs.items():
-        state = searched.state(fingerprint(clip, known[encoder], job, job.state_facts()))
+        state = states[encoder] = searched.state(fingerprint(clip, known[encoder], job, job.state_facts()))
         with stoppable(node_id):
             search = width_search(job, node_id)
             tables[encoder] = search.measure(state.save, saved_table(state, job, encoder, node_id))
@@ -114,7 +114,9 @@ def find_together(
         ends = {group[encoder] for group in taken} - {0}
         if ends:
             with stoppable(node_id):
-                found[encoder] = width_search(job, node_id).found(tables[encoder], ends, {asked[encoder]})
+                found[encoder] = width_search(job, node_id).found(
+                    tables[encoder], ends, {asked[encoder]}, job.kept(states[encoder])
+                )
         job.release()
     first, _ = jobs[next(iter(found))]
     plan = Plan(
@@ -333,7 +335,7 @@ def run(job: Job, state: resume.State, key: str, name: str, node_id: str | None)
         best = None if isinstance(found, Table) else found[0]
 
     try:
-        return job.run(Reporter(node_id, row, job.settings.sparsity), save, beam)
+        return job.run(Reporter(node_id, row, job.settings.sparsity), save, beam, state)
     except comfy.model_management.InterruptProcessingException:
         if best is not None:
             try:

@@ -63,7 +63,9 @@ def run_search(options) -> None:
     state, save, beam = resumed(options, bench, job, inputs)
     facts = [*job.facts(), options.dtype, bench.encoder.row.parameter_counts, bench.tokens, inputs, beam]
     bench.team.agree(repr(facts))
-    found = job.run((lambda progress: None) if options.quiet or not leads else Reporter(), save, beam)
+    found = job.run(
+        (lambda progress: None) if options.quiet or not leads else Reporter(), save, beam, state if leads else None
+    )
     if leads:
         plan, written = write_plan(
             options.out, job.plan(found.entry), {job.name: found.standins}, {job.name: found.orders}

@@ -17,11 +17,13 @@ from ..measure.projection import TextProjection
 from ..measure.prompts import sha256 as prompts_sha256
 from ..plan.model import EncoderPlan, Plan, Provenance
 from ..standins.fit import Fitting, halved
+from ..standins.tune import Kept
 from . import baselines, run, widths, with_standins
 from . import repair as repairing
 from .allocate import Table
 from .entry import Found
 from .progress import Progress
+from .resume import State
 from .settings import Settings
 from .skip import SkipList
 
@@ -92,12 +94,16 @@ class Job:
         report: Report = lambda progress: None,
         save: Save = lambda beam: None,
         beam: Saved = (),
+        state: State | None = None,
     ) -> Found:
         """Search. report: called before every sub-block's forward, what it raises ends the search; save: called with
-        the beam, or the table of widths, after each step; beam: a saved one to go on from. Raises SearchError."""
+        the beam, or the table of widths, after each step; beam: a saved one to go on from; state: of the search, beside
+        whose file a tuning is kept. Raises SearchError."""
         if self.method == "widths":
             table = beam if isinstance(beam, Table) else Table()
-            return widths.search(self.fitted, self.meter, self.settings, self.fitting, report, save, table)
+            return widths.search(
+                self.fitted, self.meter, self.settings, self.fitting, report, save, table, self.kept(state)
+            )
         if self.method == "standins":
             return with_standins.search(self.fitted, self.meter, self.settings, self.fitting, report, save, beam)
         if self.method == "skrr":
@@ -108,6 +114,14 @@ class Job:
             return Found(entry)
         told = entry.extensions["search"]
         return with_standins.best_rank(self.fitted, self.meter, entry.order, self.settings, self.fitting, told)
+
+    def kept(self, state: State | None) -> Callable[[int], Kept] | None:
+        """Where the tuning of a level with so many steps is kept, beside the state of the search."""
+        if state is None or not self.fitting.tuning:
+            return None
+        return lambda end: Kept(
+            state.path.with_name(f"{state.path.name}.{end}.tuning"), f"{state.key} {end} {self.fitting.tuning}"
+        )
 
     def _baseline(self, report: Report, save: Save, beam: Sequence[SkipList]) -> EncoderPlan:
         """Another method's order; its levels' discrepancies are Skrr's."""

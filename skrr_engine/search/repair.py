@@ -19,7 +19,7 @@ from ..measure.meter import Meter
 from ..plan.model import EncoderPlan
 from ..standins import fit as standin
 from ..standins.fit import Fitting
-from ..standins.tune import TuningError, tuned
+from ..standins.tune import Kept, TuningError, tuned
 from .entry import Found, level_of
 from .progress import Clock, Progress
 from .skip import NOT_FINITE, SkipList
@@ -107,18 +107,23 @@ def level_line(number: int, levels: int, doing: str, places: int) -> str:
 
 
 def fit_level(
-    fitted: Calibration, meter: Meter, bare: Assignment, fitting: Fitting, tick: Tick
+    fitted: Calibration, meter: Meter, bare: Assignment, fitting: Fitting, tick: Tick, kept: Kept | None = None
 ) -> tuple[dict[int, StandIn], float]:
     """The stand-ins of a level, and its discrepancy with them; tuned together, where that is asked for and makes it
-    less on the meter's prompts. bare: what the level does without. Raises SearchError where the discrepancy is not
-    finite."""
+    less on the meter's prompts. bare: what the level does without; kept: see `tuned`. Raises SearchError where the
+    discrepancy is not finite."""
     fits = 0.2 if fitting.tuning else 0.9
     found = [filled(fitted, bare, fitting, lambda share: tick(fits * share, "fitting"))]
     doing = "fitting"
     if fitting.tuning:
         try:
             more = tuned(
-                fitted, meter.projection, found[0], fitting.tuning, lambda share: tick(fits + 0.7 * share, "tuning")
+                fitted,
+                meter.projection,
+                found[0],
+                fitting.tuning,
+                lambda share: tick(fits + 0.7 * share, "tuning"),
+                kept,
             )
             found.append(more)
         except TuningError as error:  # after a search of hours, what is fitted is not lost

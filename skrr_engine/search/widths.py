@@ -24,6 +24,7 @@ from ..measure.calibration import Calibration
 from ..measure.meter import Meter
 from ..plan.model import Units as UnitCounts
 from ..standins.fit import Fitting, Streams
+from ..standins.tune import Kept
 from ..standins.widths import SHARES, Survey, count_at, fits, ladder, ranking, units_at
 from . import allocate
 from .allocate import Curve, Step, Table
@@ -170,9 +171,16 @@ class Search:
         left = allocate.left(steps)
         return assignment(left, units={place: units_kept(table, place, n) for place, n in left.items() if n})
 
-    def found(self, table: Table, ends: Iterable[int] | None = None, asked: Iterable[int] | None = None) -> Found:
+    def found(
+        self,
+        table: Table,
+        ends: Iterable[int] | None = None,
+        asked: Iterable[int] | None = None,
+        kept: Callable[[int], Kept] | None = None,
+    ) -> Found:
         """The plan's entry: all steps to the largest target, and a fitted level for each target. ends: how many steps
-        the levels have, instead; asked: how many those have that are tuned, where any are."""
+        the levels have, instead; asked: how many those have that are tuned, where any are; kept: where the tuning of
+        one with so many steps is kept while it lasts."""
         steps = self.steps(table)
         if ends is None:
             ends = {self.reaching(steps, target) for target in self.targets()}
@@ -190,8 +198,12 @@ class Search:
                 self.report(Progress(self.length, self.length, 0, 0, min(done, 0.999), left, self.line, NONE))
 
             taken = steps[:end]
-            standins[end], d = fit_level(self.fitted, self.meter, self.bare(taken, table), fitting, tick)
+            standins[end], d = fit_level(
+                self.fitted, self.meter, self.bare(taken, table), fitting, tick, kept and kept(end)
+            )
             levels.append(level_of(self.row, end, self.shares(taken), d))
+        for end in ends if kept else ():
+            kept(end).forget()
         order = [(step.place, step.units) if step.units else step.place for step in steps[: ends[-1]]]
         narrowed = {step.place for step in steps[: ends[-1]] if step.units}
         orders = {place: torch.tensor(table.curves[place].order) for place in sorted(narrowed)}
@@ -235,8 +247,9 @@ def search(
     report: Report = lambda progress: None,
     save: Callable[[Table], None] = lambda table: None,
     table: Table = Table(),  # noqa: B008 - frozen
+    kept: Callable[[int], Kept] | None = None,
 ) -> Found:
     """Search one encoder's plan with widths. save: called with the table after each place; table: a saved one, to go on
-    from. Raises SearchError."""
+    from; kept: see Search.found. Raises SearchError."""
     run = Search(fitted, meter, settings, fitting, report)
-    return run.found(run.measure(save, table))
+    return run.found(run.measure(save, table), kept=kept)

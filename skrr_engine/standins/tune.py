@@ -10,11 +10,16 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
+from ..disk.atomic import replacing
 from ..encoder.actions import KEEP, Action, Assignment
 from ..encoder.row import Call
 from ..encoder.standin import StandIn, standin_of
@@ -24,7 +29,7 @@ from ..measure.calibration import Batch, Calibration
 from ..measure.discrepancy import Projection, features, read_only, tokens_read
 from ..measure.walk import Walk
 from ..memory import Store, out_of_memory, retried
-from .fit import DTYPE
+from .fit import DTYPE, MAX_TUNING
 
 STEPS = 150
 """That are enough, where nothing else is asked."""
@@ -34,6 +39,8 @@ RATE = 0.02
 """How far a step takes a tensor, relative to the median size of its numbers; it falls to 0 in the end."""
 WARM = 10
 """Steps until the rate is reached."""
+EVERY = 5
+"""After so many steps a tuning is kept."""
 LARGE = 1e6
 """The discrepancy times this has a gradient that half precision holds where it is read."""
 
@@ -44,14 +51,15 @@ def tuned(
     removed: Assignment,
     steps: int = STEPS,
     tick: Callable[[float], None] = lambda share: None,
+    kept: Kept | None = None,
 ) -> dict[int, Action]:
     """An assignment with its stand-ins tuned, all of them its own. calibration: the prompts to tune on; projection:
     what reads them, None for the bare embeddings. tick: called before every sub-block's forward with the share of the
-    work that is done; what it raises ends it. Raises TuningError."""
+    work that is done; what it raises ends it. kept: where it is, to go on from after that. Raises TuningError."""
     # Tensors of inference mode, which ComfyUI runs nodes in, can't be part of a gradient.
     try:
         with torch.inference_mode(False), torch.no_grad():
-            return Tuning(calibration, projection, removed, tick).run(steps)
+            return Tuning(calibration, projection, removed, tick).run(steps, kept)
     except RuntimeError as error:  # kernels of quantised weights may have no derivative
         reason = "there is too little memory" if out_of_memory(error) else str(error).partition("\n")[0]
         raise TuningError(f"the gradient can't be taken: {reason}") from None
@@ -84,17 +92,19 @@ class Tuning:
         # One by one: what is drawn must not depend on how many fit into memory together.
         self.pieces = [null, *(piece for batch in batches for piece in singly(batch))]
 
-    def run(self, steps: int) -> dict[int, Action]:
-        """All steps."""
+    def run(self, steps: int, kept: Kept | None = None) -> dict[int, Action]:
+        """All steps that are left."""
         flat = [p.requires_grad_(True) for own in self.learned.values() for p in own]
         sizes = [float(p.detach().abs().median()) for p in flat]
         adam = torch.optim.Adam([{"params": [p], "lr": 0.0} for p in flat or [torch.zeros(1)]])
         self.steps = max(steps, 1)
-        for self.step in range(steps):
+        for self.step in range(kept.load(flat, adam) if kept else 0, steps):
             for group, size in zip(adam.param_groups, sizes, strict=False):
                 group["lr"] = RATE * size * (1 - self.step / steps) * min(1.0, (self.step + 1) / WARM)
             retried(self.gradient, self._shrink)
             adam.step()
+            if kept and ((self.step + 1) % EVERY == 0 or self.step + 1 == steps):
+                kept.save(self.step + 1, flat, adam)
         return {place: retyped(action, DTYPE) for place, action in self.loose.items()}
 
     def gradient(self) -> None:
@@ -187,6 +197,52 @@ class Tuning:
         found = {behind: grad.float() for behind, grad in zip(leaves, grads, strict=True) if grad is not None}
         size = max(float(grad.abs().max()) for grad in found.values()) or 1.0
         return {behind: (grad / size).to(taps[behind].dtype) for behind, grad in found.items()}, size / LARGE
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a tuning under way is kept. path: its file; key: of all that decides what comes out."""
+
+    path: Path
+    key: str
+
+    PARTS: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    def save(self, step: int, learned: Sequence[torch.Tensor], adam: torch.optim.Adam) -> None:
+        """After so many steps. Raises WriteError."""
+        tensors = {f"{n}.value": p.detach().cpu() for n, p in enumerate(learned)}
+        for n, p in enumerate(learned):
+            tensors |= {f"{n}.{part}": adam.state[p][part].cpu() for part in self.PARTS}
+        with replacing(self.path) as file:
+            file.write(save(tensors, {"key": self.key, "step": str(step)}))
+
+    def load(self, learned: Sequence[torch.Tensor], adam: torch.optim.Adam) -> int:
+        """Put what is kept into these tensors and their optimiser; how many steps were done. 0, and nothing is put
+        anywhere, where there is none, or not of this tuning."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                told = file.metadata() or {}
+                step = int(told.get("step", 0))
+                names = [f"{n}.{part}" for n in range(len(learned)) for part in ("value", *self.PARTS)]
+                tensors = {name: file.get_tensor(name) for name in names} if {*names} == {*file.keys()} else {}
+        except (OSError, ValueError, SafetensorError):
+            return 0
+        whole = bool(tensors) and all(
+            tensors[name].shape == learned[int(name.partition(".")[0])].shape for name in names
+        )
+        whole = whole and all(t.dtype == torch.float32 and bool(t.isfinite().all()) for t in tensors.values())
+        if told.get("key") != self.key or not whole or not 0 < step <= MAX_TUNING:
+            return 0
+        for n, p in enumerate(learned):
+            p.data.copy_(tensors[f"{n}.value"])
+            parts = {part: tensors[f"{n}.{part}"].to(p.device) for part in self.PARTS}
+            adam.state[p] = {"step": torch.tensor(float(step)), **parts}
+        return step
+
+    def forget(self) -> None:
+        """It has ended."""
+        with contextlib.suppress(OSError):  # one that can't go spoils nothing
+            self.path.unlink(missing_ok=True)
 
 
 def singly(batch: Batch) -> list[Batch]:
