@@ -31,15 +31,9 @@ def table(seed: int):
 
 
 @pytest.mark.parametrize("width", [1, 3])
-def table(seed: int):
-    """A discrepancy without any order in it: of each set, drawn by lot."""
-    return lambda orders: [random.Random(f"{seed} {sorted(order)}").random() * len(order) for order in orders]
-
-
-@pytest.mark.parametrize("width", [1, 3])
 def test_beam_is_the_printed_one_with_merging(measure, width):
-    found = choices.beam(measure, COSTS, 24, width)
-    order, d = naive.skip(lambda removed: measure([tuple(removed)])[0], COSTS, sum(COSTS), 24 / sum(COSTS), width)
+    found = choices.beam(measure, COSTS, 15, width)
+    order, d = naive.skip(lambda removed: measure([tuple(removed)])[0], COSTS, sum(COSTS), 15 / sum(COSTS), width)
     assert list(found.order) == order and found.trail[-1] == pytest.approx(d)
     assert found.trail[:-1] == pytest.approx(measure([found.order[:n] for n in range(1, len(order))]))
 

@@ -1,0 +1,126 @@
+"""What D should be: with and without the projection, as squared error and as angle, per sub-block and per parameter;
+and skips against skips with re-uses (the paper's ablations)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks.reproduce.lab import IMAGES, LEVELS, Cut, Lab, Method, known
+from benchmarks.shapes.scenes import TASKS
+from skrr_engine.encoder.actions import assignment
+
+METHODS = {
+    "MSE, projection (as printed)": Method(),
+    "MSE, no projection": Method(projection=False),
+    "MSE, projection, per parameter": Method(per_parameter=True),
+    "MSE, no projection, per parameter": Method(projection=False, per_parameter=True),
+    "cosine, projection": Method(cosine=True),
+    "cosine, no projection": Method(projection=False, cosine=True),
+    "cosine, projection, per parameter": Method(cosine=True, per_parameter=True),
+}
+PRINTED = "MSE, projection (as printed)"
+
+
+def judged(lab: Lab, cut: Cut, name: str, method: Method, share: float, seed: int, reuse: bool = False) -> dict:
+    """A row: one plan at one level."""
+    order = lab.prefix(lab.search(method, cut, seed).order, share)
+    mapping = lab.reused(order, method, cut.captions, seed) if reuse else {}
+    found = lab.verdict(assignment(order, mapping), cut.per_task)
+    own = {"name": name, "level": share, "seed": seed, "removed": lab.removed(order), "reuses": len(mapping)}
+    return {**own, "attentions": sum(i % 2 == 0 for i in order), "feed_forwards": sum(i % 2 for i in order), **found}
+
+
+def measure(lab: Lab, cut: Cut) -> list[dict]:
+    """Rows, the most telling first."""
+    return known(
+        *(
+            functools.partial(judged, lab, cut, name, method, share, seed)
+            for seed in cut.seeds
+            for name, method in METHODS.items()
+            for share in reversed(LEVELS)
+        )
+    )
+
+
+def measure_reuse(lab: Lab, cut: Cut) -> list[dict]:
+    """Rows of skips alone, and with re-uses."""
+    return known(
+        *(
+            functools.partial(judged, lab, cut, name, METHODS[PRINTED], share, seed, reuse)
+            for seed in cut.seeds
+            for share in LEVELS
+            for name, reuse in (("skip", False), ("skip and re-use", True))
+        )
+    )
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    text = f"{np.mean(values):.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def grouped(rows: Sequence[dict]) -> dict[tuple[float, str], list[dict]]:
+    """(level, name) -> its rows, one for each seed."""
+    keys = sorted({(row["level"], name) for row in rows for name in [row["name"]]}, key=lambda key: key[0])
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    keys.sort(key=lambda key: (key[0], names.index(key[1])))
+    return {key: [row for row in rows if (row["level"], row["name"]) == key] for key in keys}
+
+
+def line(cells: Sequence) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def show(rows: Sequence[dict]) -> str:
+    """The criteria's table."""
+    lines = [
+        line(("level", "D is", "seeds", "attentions, feed-forwards removed", "overall", "all details", "LPIPS", "D_cond"
+              " unseen", "D_null")),
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for (level, name), own in grouped(rows).items():
+        mean = {key: np.mean([row[key] for row in own]) for key in ("lpips", "D_c", "D_0", "attentions")}
+        cells = [f"{level:.0%}", name, len(own), f"{mean['attentions']:.1f},"]
+        cells[-1] += f" {np.mean([row['feed_forwards'] for row in own]):.1f}"
+        cells += [spread([row[key] for row in own]) for key in ("overall", "exact")]
+        lines.append(line([*cells, f"{mean['lpips']:.3f}", f"{mean['D_c']:.3g}", f"{mean['D_0']:.3g}"]))
+    return "\n".join(lines)
+
+
+def show_reuse(rows: Sequence[dict]) -> str:
+    """Per task."""
+    lines = [line(("level", "how", "seeds", "re-uses", "overall", *TASKS, "D_cond unseen")), "|---|---|" + 9 * "---:|"]
+    lines[1] += "---:|"
+    for (level, name), own in grouped(rows).items():
+        cells = [f"{level:.0%}", name, len(own), f"{np.mean([row['reuses'] for row in own]):.1f}"]
+        cells.append(spread([row["overall"] for row in own]))
+        cells += [spread([row["scores"][task] for row in own]) for task in TASKS]
+        lines.append(line([*cells, f"{np.mean([row['D_c'] for row in own]):.3g}"]))
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict]) -> None:
+    """Score over what is removed, and over D."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+        groups = [own for (_, key), own in grouped(rows).items() if key == name]
+        removed = [100 * np.mean([row["removed"] for row in own]) for own in groups]
+        scores = [[row["overall"] for row in own] for own in groups]
+        bars = [np.std(s, ddof=1) if len(s) > 1 else 0 for s in scores]
+        style = {"marker": "o", "color": f"C{number}", "linestyle": "--" if "per parameter" in name else "-"}
+        axes[0].errorbar(removed, [np.mean(s) for s in scores], bars, capsize=3, label=name, **style)
+        own = [row for row in rows if row["name"] == name]
+        axes[1].scatter([row["D"] for row in own], [row["overall"] for row in own], s=20, color=f"C{number}")
+    axes[0].set(xlabel="removed, % of the parameters in blocks", ylabel="score of the pictures", ylim=(0, 1.03))
+    axes[1].set(xlabel="D on unseen captions (MSE, projection)", ylabel="score of the pictures", xscale="log")
+    axes[0].legend(fontsize=7)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(IMAGES / "reproduction_criterion.png", dpi=110)
