@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.reproduce.lab import IMAGES, LEVELS, Cut, Lab, Method, known
+from benchmarks.reproduce.lab import IMAGES, LEVELS, Lab, Method, known, line, spread
 from benchmarks.shapes.scenes import TASKS
 from skrr_engine.encoder.actions import assignment
 
@@ -16,51 +16,45 @@ METHODS = {
     "MSE, projection (as printed)": Method(),
     "MSE, no projection": Method(projection=False),
     "MSE, projection, per parameter": Method(per_parameter=True),
-    "MSE, no projection, per parameter": Method(projection=False, per_parameter=True),
     "cosine, projection": Method(cosine=True),
     "cosine, no projection": Method(projection=False, cosine=True),
+    "MSE, no projection, per parameter": Method(projection=False, per_parameter=True),
     "cosine, projection, per parameter": Method(cosine=True, per_parameter=True),
 }
 PRINTED = "MSE, projection (as printed)"
 
 
-def judged(lab: Lab, cut: Cut, name: str, method: Method, share: float, seed: int, reuse: bool = False) -> dict:
+def judged(lab: Lab, name: str, method: Method, share: float, seed: int, reuse: bool = False) -> dict:
     """A row: one plan at one level."""
-    order = lab.prefix(lab.search(method, cut, seed).order, share)
-    mapping = lab.reused(order, method, cut.captions, seed) if reuse else {}
-    found = lab.verdict(assignment(order, mapping), cut.per_task)
+    order = lab.prefix(lab.search(method, seed).order, share)
+    mapping = lab.reused(order, method, seed) if reuse else {}
+    found = lab.verdict(assignment(order, mapping))
     own = {"name": name, "level": share, "seed": seed, "removed": lab.removed(order), "reuses": len(mapping)}
     return {**own, "attentions": sum(i % 2 == 0 for i in order), "feed_forwards": sum(i % 2 for i in order), **found}
 
 
-def measure(lab: Lab, cut: Cut) -> list[dict]:
+def measure(lab: Lab) -> list[dict]:
     """Rows, the most telling first."""
     return known(
         *(
-            functools.partial(judged, lab, cut, name, method, share, seed)
-            for seed in cut.seeds
-            for name, method in METHODS.items()
+            functools.partial(judged, lab, name, method, share, seed)
+            for seed in lab.cut.seeds
             for share in reversed(LEVELS)
+            for name, method in METHODS.items()
         )
     )
 
 
-def measure_reuse(lab: Lab, cut: Cut) -> list[dict]:
+def measure_reuse(lab: Lab) -> list[dict]:
     """Rows of skips alone, and with re-uses."""
     return known(
         *(
-            functools.partial(judged, lab, cut, name, METHODS[PRINTED], share, seed, reuse)
-            for seed in cut.seeds
+            functools.partial(judged, lab, name, METHODS[PRINTED], share, seed, reuse)
+            for seed in lab.cut.seeds
             for share in LEVELS
             for name, reuse in (("skip", False), ("skip and re-use", True))
         )
     )
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean, and the standard deviation over seeds where there are several."""
-    text = f"{np.mean(values):.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def grouped(rows: Sequence[dict]) -> dict[tuple[float, str], list[dict]]:
@@ -69,10 +63,6 @@ def grouped(rows: Sequence[dict]) -> dict[tuple[float, str], list[dict]]:
     names = list(dict.fromkeys(row["name"] for row in rows))
     keys.sort(key=lambda key: (key[0], names.index(key[1])))
     return {key: [row for row in rows if (row["level"], row["name"]) == key] for key in keys}
-
-
-def line(cells: Sequence) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 def show(rows: Sequence[dict]) -> str:

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks import standins
 from benchmarks.reproduce import choices
-from benchmarks.shapes import evaluate, scenes, table
+from benchmarks.shapes import encoder, evaluate, scenes, table
 from skrr_engine.encoder.actions import Assignment, assignment
+from skrr_engine.files.folder import Encoder, load
 from skrr_engine.measure.discrepancy import COSINE, Criterion
 from skrr_engine.measure.meter import Meter
 from skrr_engine.search import reuse
@@ -46,8 +49,8 @@ class Cut:
 
 FULL, SHORT, QUICK = (
     Cut(16, 0, (0, 1, 2), 60),
-    Cut(8, 12, (0, 1, 2), 12),
-    Cut(8, 6, (0,), 4, (1, 3)),
+    Cut(8, 6, (0, 1, 2), 8),
+    Cut(8, 4, (0,), 4, (1, 3)),
 )
 """Many hours, two hours, a quarter of an hour on 2 cores."""
 
@@ -79,16 +82,20 @@ class Unknown(Exception):
 class Lab:
     """measuring: whether what is not there is measured."""
 
-    def __init__(self, measuring: bool = True):
-        self.measuring = measuring
+    def __init__(self, cut: Cut, measuring: bool = True):
+        self.cut, self.measuring = cut, measuring
         files = (evaluate.DENOISER, evaluate.DECODER)
         self.basis = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-        self.studio = functools.cache(evaluate.Studio)
 
-    @property
-    def encoder(self):
-        """The encoder; nothing is painted for it."""
-        return self.studio(QUICK.per_task).encoder
+    @functools.cached_property
+    def studio(self) -> evaluate.Studio:
+        """Painter and judge."""
+        return evaluate.Studio(self.cut.per_task)
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """The encoder; without the painter where nothing is measured."""
+        return self.studio.encoder if self.measuring else load(str(encoder.ensure()))
 
     @property
     def row(self):
@@ -113,12 +120,12 @@ class Lab:
 
     def meter(self, method: Method, count: int, seed: int) -> Meter:
         """On the captions of a seed."""
-        return self.studio(QUICK.per_task).meter(self.captions(method.kind, count, seed), **method.options)
+        return self.studio.meter(self.captions(method.kind, count, seed), **method.options)
 
     @functools.cached_property
     def unseen(self) -> Meter:
         """D on captions that no search has seen: the evaluation's."""
-        return self.studio(QUICK.per_task).meter([p.caption for p in scenes.evaluation(8)])
+        return self.studio.meter([p.caption for p in scenes.evaluation(8)])
 
     def target(self, share: float) -> float:
         """Parameters that a share of those in blocks is."""
@@ -139,22 +146,23 @@ class Lab:
         """Of lists of skipped sub-blocks."""
         return lambda orders: [d.total for d in meter.measure([assignment(order) for order in orders], stack=True)]
 
-    def search(self, method: Method, cut: Cut, seed: int, share: float = LEVELS[-1], count: int = 0) -> choices.Found:
+    def search(self, method: Method, seed: int, share: float = LEVELS[-1], count: int = 0) -> choices.Found:
         """The order that a method finds. count: of captions, where they are not the cut's."""
-        count = count or cut.captions
+        count = count or self.cut.captions
 
         def find() -> dict:
             measure = self.measure(self.meter(method, count, seed))
             costs, target = self.row.parameter_counts, self.target(share)
-            options = {"shortlist": cut.shortlist, "per_parameter": method.per_parameter}
+            options = {"shortlist": self.cut.shortlist, "per_parameter": method.per_parameter}
             return asdict(choices.beam(measure, costs, target, method.width, method.merged, **options))
 
-        what = ("search", method, count, cut.shortlist, seed, share, LENGTHS)
+        what = ("search", method, count, self.cut.shortlist, seed, share, LENGTHS)
         found = self.kept(what, find)
         return choices.Found(tuple(found["order"]), tuple(found["trail"]), found["evaluations"])
 
-    def reused(self, order: Sequence[int], method: Method, count: int, seed: int) -> dict[int, int]:
+    def reused(self, order: Sequence[int], method: Method, seed: int) -> dict[int, int]:
         """The re-use map of a level (algorithm 2)."""
+        count = self.cut.captions
 
         def find() -> dict:
             meter = self.meter(method, count, seed)
@@ -167,16 +175,16 @@ class Lab:
 
         return dict(self.kept(("reuse", tuple(order), method, count, seed, LENGTHS), find)["mapping"])
 
-    def verdict(self, removed: Assignment, per_task: int) -> dict:
+    def verdict(self, removed: Assignment) -> dict:
         """The verdict on pictures (see evaluate.Verdict), and D on captions that no search has seen."""
         key = sorted((place, action.target) for place, action in removed.items())
 
         def find() -> dict:
-            found, _ = self.studio(per_task).judge(removed)
+            found, _ = self.studio.judge(removed)
             (d,) = self.unseen.measure([removed])
             return {**asdict(found), "D": d.total, "D_c": d.conditional, "D_0": d.null}
 
-        return self.kept(("verdict", key, per_task), find)
+        return self.kept(("verdict", key, self.cut.per_task), find)
 
 
 def known(*makes: Callable[[], dict]) -> list[dict]:
@@ -188,3 +196,14 @@ def known(*makes: Callable[[], dict]) -> list[dict]:
         except Unknown:
             continue
     return found
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    text = f"{np.mean(values):.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def line(cells: Sequence) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"

@@ -1,0 +1,76 @@
+"""The beam's width, with and without merging equal sets; random search and evolution with as many evaluations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from benchmarks.reproduce import choices
+from benchmarks.reproduce.lab import LEVELS, Lab, Method, known, line, spread
+from skrr_engine.encoder.actions import assignment
+
+SHARES = (LEVELS[0], LEVELS[-1])
+RIVALS = {"random search": choices.random_search, "evolution": choices.evolution}
+
+
+def row_of(lab: Lab, name: str, found: choices.Found, share: float, seed: int, evaluations: int) -> dict:
+    """A plan's row: D where it was searched, and on captions that no search has seen."""
+    (unseen,) = lab.kept(("unseen D", found.order), lambda: {"d": [d.total for d in lab.unseen.measure(
+        [assignment(found.order)])]})["d"]  # fmt: skip
+    own = {"name": name, "level": share, "seed": seed, "removed": lab.removed(found.order), "D": found.trail[-1]}
+    return {**own, "unseen": unseen, "evaluations": evaluations, "set": sorted(found.order)}
+
+
+def of_beam(lab: Lab, width: int, merged: bool, share: float, seed: int) -> dict:
+    """A beam's row at a level, a prefix of its list at the strongest."""
+    whole = lab.search(Method(width=width, merged=merged), seed)
+    order = lab.prefix(whole.order, share)
+    found = choices.Found(order, whole.trail[: len(order)], whole.evaluations)
+    name = f"beam {width}" + ("" if merged else ", not merged")
+    return row_of(lab, name, found, share, seed, whole.evaluations)
+
+
+def of_rival(lab: Lab, name: str, share: float, seed: int) -> dict:
+    """With as many evaluations as the beam of 1 took for all levels."""
+    count = lab.search(Method(), seed).evaluations
+
+    def find() -> dict:
+        measure = lab.measure(lab.meter(Method(), lab.cut.captions, seed))
+        costs, target = lab.row.parameter_counts, lab.target(share)
+        return asdict(RIVALS[name](measure, costs, target, count, seed))
+
+    made = lab.kept(("rival", name, share, seed, count, lab.cut.captions), find)
+    found = choices.Found(tuple(made["order"]), tuple(made["trail"]), made["evaluations"])
+    return row_of(lab, name, found, share, seed, made["evaluations"])
+
+
+def measure(lab: Lab) -> list[dict]:
+    """Rows, the cheapest first."""
+    seeds = lab.cut.seeds
+    makes = [functools.partial(of_beam, lab, 1, True, share, seed) for seed in seeds for share in SHARES]
+    for seed in seeds:
+        makes += [functools.partial(of_rival, lab, name, share, seed) for share in SHARES for name in RIVALS]
+        makes += [
+            functools.partial(of_beam, lab, width, merged, share, seed)
+            for width in lab.cut.beams
+            if width > 1
+            for merged in (True, False)
+            for share in SHARES
+        ]
+    return known(*makes)
+
+
+def show(rows: Sequence[dict]) -> str:
+    """D by way and level."""
+    lines = [line(("level", "how", "seeds", "evaluations", "D as searched", "D unseen")), "|---|---|" + 4 * "---:|"]
+    names = sorted({row["name"] for row in rows}, key=lambda name: ("beam" not in name, name))
+    for level in SHARES:
+        for name in names:
+            own = [row for row in rows if (row["level"], row["name"]) == (level, name)]
+            if own:
+                cells = [f"{level:.0%}", name, len(own), f"{np.mean([row['evaluations'] for row in own]):.0f}"]
+                lines.append(line([*cells, *(spread([row[key] for row in own]) for key in ("D", "unseen"))]))
+    return "\n".join(lines)
