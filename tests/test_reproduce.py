@@ -51,7 +51,7 @@ def test_what_the_condition_says():
         for place, theta, moved, gain in [(0, 0.9, 0.5, 0.5), (2, 1.4, 0.9, 0.9), (4, 1.3, 2, 2), (6, 0.8, 3, 3)]
     ]
     rows += [{"where": "plan 0", "place": 1, "theta": 1.4, "moved": 1, "gain": 1.5}]
-    found = {s["name"]: s for s in theory.summary(rows) if s["tries"]}
+    found = {s["name"]: s for s in theory.summary(rows)}
     alone = found["attention, alone"]
     assert (alone["tries"], alone["accepted"], alone["held accepted"], alone["held refused"]) == (4, 2, 1, 1)
     assert alone["moved"] == pytest.approx(1) and alone["moved tells"] == 1 and alone["theta tells"] == 0.5

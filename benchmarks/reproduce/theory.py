@@ -121,6 +121,8 @@ def summary(rows: Sequence[dict]) -> list[dict]:
     found = []
     for name, chosen in kinds.items():
         own = [t for t in rows if chosen(t)]
+        if not own:
+            continue
         gains, accepted = [t["gain"] for t in own], [t["gain"] < 1 for t in own]
         made = {"name": name, "tries": len(own), "accepted": sum(accepted)}
         made["held accepted"] = sum(t["theta"] < 1 for t, a in zip(own, accepted, strict=True) if a)
