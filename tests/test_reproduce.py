@@ -4,10 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
+import small
+import torch
 
 from benchmarks import pages
 from benchmarks.reproduce import __main__ as reproduce
 from benchmarks.reproduce import criterion, lab, null_term, pairs, theory
+from skrr_engine.encoder.actions import SKIP, Reuse
+from skrr_engine.search import naive
 
 
 def test_frechet():
@@ -54,8 +58,29 @@ def test_what_the_condition_says():
     found = {s["name"]: s for s in theory.summary(rows)}
     alone = found["attention, alone"]
     assert (alone["tries"], alone["accepted"], alone["held accepted"], alone["held refused"]) == (4, 2, 1, 1)
-    assert alone["moved"] == pytest.approx(1) and alone["moved tells"] == 1 and alone["theta tells"] == 0.5
+    assert alone["moved"] == pytest.approx(1) and alone["moved tells"] == 1 and alone["theta tells"] == 0.25
     assert found["all"]["tries"] == 5 and found["within skip lists"]["accepted"] == 0
+
+
+def test_tries_are_those_of_the_printed_algorithm():
+    """Every sub-block alone against both neighbours; and along a skip list as algorithm 2 goes: what it accepts is what
+    lowers D here, in turn."""
+    with torch.no_grad():
+        meter = small.meter("llama", small.build("llama"), small.prompts([6, 6]), [2])
+        order = [2, 5, 1]
+        rows = theory.tries(meter, [order])
+        alone = [t for t in rows if t["where"] == "alone"]
+        assert [(t["place"], t["target"]) for t in alone[:4]] == [(0, 2), (1, 3), (2, 0), (2, 4)] and len(alone) == 12
+        skipped, reused = (meter.measure([{2: action}])[0].total for action in (SKIP, Reuse(4)))
+        assert alone[3]["gain"] == pytest.approx(reused / skipped, rel=1e-4)
+        mapping, _ = naive.reuse(lambda removed: meter.measure([removed])[0].total, order, 8)
+        best = {}
+        for t in (t for t in rows if t["where"] != "alone"):
+            best[t["place"]] = min(best.get(t["place"], t), t, key=lambda t: t["gain"])
+        assert mapping == {place: t["target"] for place, t in best.items() if t["gain"] < 1}
+        slopes, *made = theory.bounds(meter, {"skip list at 42%": order})
+        assert len(slopes["slopes"]) == 8 and all(row["holds"] for row in made)
+        assert theory.show_bounds(made).count("\n") == 4
 
 
 def test_what_is_not_there_is_left_out(tmp_path, monkeypatch):

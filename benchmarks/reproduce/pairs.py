@@ -15,7 +15,7 @@ from benchmarks.shapes import evaluate
 from skrr_engine.encoder.actions import assignment
 
 CAPTIONS = 4
-SHOWN = 6
+SHOWN = 4
 """Pairs of each kind that are judged by pictures."""
 
 

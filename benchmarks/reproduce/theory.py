@@ -18,7 +18,7 @@ STRIDE = 6
 """Every how manieth sub-block's single skip and re-use is held against the bound."""
 
 
-def bounds(lab: Lab, meter: Meter, plans: dict[str, Sequence[int]]) -> list[dict]:
+def bounds(meter: Meter, plans: dict[str, Sequence[int]]) -> list[dict]:
     """The bound beside the true error, both beside the dense stream's length behind the last sub-block: of single skips
     and re-uses, and of plans' orders. Means over the prompts of one length."""
     row = meter.row
@@ -84,7 +84,7 @@ def measure(lab: Lab) -> dict:
         return lab.meter(method, lab.cut.captions, seed)
 
     makes: dict[str, Callable[[], list[dict]]] = {
-        "bounds": lambda: bounds(lab, meter(), orders()),
+        "bounds": lambda: bounds(meter(), orders()),
         "tries": lambda: tries(meter(), list(orders().values())),
     }
     found = {}
