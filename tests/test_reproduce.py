@@ -39,13 +39,14 @@ def test_pairs_to_paint():
     rows = [
         {"pair": pair, "cosine": c, "null_norm": n, "mse": m, "null": 0.0}
         for m, (pair, c, n) in enumerate(
-            [((1, 3), 0.9, 1.1), ((1, 5), 0.9, 4.0), ((3, 5), 0.85, 0.1), ((1, 7), 0.85, 1.0), ((3, 7), 0.5, 90.0)]
+            [((1, 3), 0.9, 1.1), ((7, 9), 0.9, 4.0), ((3, 5), 0.85, 0.1), ((5, 7), 0.85, 1.0), ((3, 7), 0.5, 90.0)]
         )
     ]
     found = pairs.chosen(rows)
-    assert [row["pair"] for row in found["null norm as it was"]] == [(1, 7), (1, 3)]
-    assert [row["pair"] for row in found["null norm far off"]] == [(3, 5), (1, 5)]
-    assert {row["pair"] for row in found["any"]} == {row["pair"] for row in rows}
+    assert [row["pair"] for row in found["null norm as it was"]] == [(5, 7), (1, 3)]
+    assert [row["pair"] for row in found["null norm far off"]] == [(3, 5), (7, 9)]
+    assert {row["pair"] for row in found["any"]} == {row["pair"] for row in rows[: pairs.SHOWN]}
+    assert [row["pair"] for row in pairs.disjoint([*rows[:1], {"pair": (3, 9)}, *rows[1:]])] == [(1, 3), (7, 9)]
 
 
 def test_what_the_condition_says():

@@ -34,11 +34,13 @@ MISSING = "*Not measured yet.*"
 @dataclass(frozen=True)
 class Experiment:
     """measure: a lab's rows, as one list or as lists by name; tables: mark on the page -> table of what was measured;
-    plot: draws what was measured, where there is something to draw."""
+    plot: draws what was measured, where there is something to draw; sliced: whether it is measured on the cut's first
+    blocks alone."""
 
     measure: Callable[[Lab], list | dict]
     tables: dict[str, Callable]
     plot: Callable | None = None
+    sliced: bool = False
 
 
 def part(name: str, show: Callable) -> Callable:
@@ -55,13 +57,13 @@ EXPERIMENTS = {
     "pairs": Experiment(pairs.measure, {"pairs": pairs.show, "predictors": pairs.show_predictors}, pairs.plot),
     "criterion": Experiment(criterion.measure, {"criterion": criterion.show}, criterion.plot),
     "reuse": Experiment(criterion.measure_reuse, {"reuse": criterion.show_reuse}),
-    "beams": Experiment(beams.measure, {"beams": beams.show}),
+    "beams": Experiment(beams.measure, {"beams": beams.show}, sliced=True),
     "null": Experiment(
         null_term.measure,
         {"guidance": part("guidance", null_term.show_guidance), "noise": part("noise", null_term.show_noise)},
         null_term.plot,
     ),
-    "calibration": Experiment(calibration.measure, {"calibration": calibration.show}),
+    "calibration": Experiment(calibration.measure, {"calibration": calibration.show}, sliced=True),
     "sizes": Experiment(sizes.measure, {"sizes": sizes.show}),
 }
 
@@ -73,10 +75,12 @@ def size(found: list | dict) -> int:
 
 def written(experiment: Experiment, found: list | dict, lab: Lab) -> dict[str, str]:
     """The tables of what was measured, each under its cut."""
-    tables = {}
+    tables, cut = {}, str(lab.cut)
+    if experiment.sliced and lab.cut.blocks:
+        cut = f"The encoder's first {lab.cut.blocks} blocks alone, no pictures; {lab.slice().cut.searched}"
     for mark, show in experiment.tables.items():
         try:
-            tables[mark] = f"*{lab.cut}*\n\n{show(found)}"
+            tables[mark] = f"*{cut}*\n\n{show(found)}"
         except (KeyError, ValueError):  # a part that was not measured
             tables[mark] = MISSING
     return tables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -13,10 +14,14 @@ import numpy as np
 from benchmarks import standins
 from benchmarks.reproduce import choices
 from benchmarks.shapes import encoder, evaluate, scenes, table
+from skrr_engine.encoder import families
 from skrr_engine.encoder.actions import Assignment, assignment
+from skrr_engine.encoder.trace import Tracer
 from skrr_engine.files.folder import Encoder, load
+from skrr_engine.measure.calibration import Calibration
 from skrr_engine.measure.discrepancy import COSINE, Criterion
 from skrr_engine.measure.meter import Meter
+from skrr_engine.measure.projection import from_file
 from skrr_engine.search import reuse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,27 +35,31 @@ LENGTHS = (8, 11)  # tokens of the calibration captions: few lengths make large 
 class Cut:
     """How much is measured. captions: to search on, half of them of each length; shortlist: candidates of each list and
     step, those that added least when last measured (0: all); seeds: of the captions; per_task: pictures of each of six
-    tasks; beams: widths."""
+    tasks; beams: widths; blocks: the first so many of the encoder, where its searches are the subject and not its
+    pictures (0: all)."""
 
     captions: int
     shortlist: int
     seeds: tuple[int, ...]
     per_task: int
     beams: tuple[int, ...] = (1, 2, 3, 4)
+    blocks: int = 0
+
+    @property
+    def searched(self) -> str:
+        """How it searches, in words."""
+        likeliest = f"the {self.shortlist} likeliest" if self.shortlist else "all"
+        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
+        return f"{self.captions} captions to search on, {likeliest} candidates in each step, at most {seeds}"
 
     def __str__(self) -> str:
-        likeliest = f" the {self.shortlist} likeliest" if self.shortlist else " all"
-        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
-        return (
-            f"{self.captions} captions to search on,{likeliest} candidates in each step, {seeds},"
-            f" {6 * self.per_task} pictures each"
-        )
+        return f"{self.searched}; {6 * self.per_task} pictures each"
 
 
 FULL, SHORT, QUICK = (
     Cut(16, 0, (0, 1, 2), 60),
-    Cut(8, 6, (0, 1, 2), 8),
-    Cut(8, 4, (0,), 4, (1, 3)),
+    Cut(8, 6, (0, 1, 2), 8, blocks=8),
+    Cut(8, 4, (0,), 4, (1, 3), 5),
 )
 """Many hours, two hours, a quarter of an hour on 2 cores."""
 
@@ -80,12 +89,19 @@ class Unknown(Exception):
 
 
 class Lab:
-    """measuring: whether what is not there is measured."""
+    """measuring: whether what is not there is measured. sliced: whether the encoder is the cut's first blocks alone,
+    which nothing can be painted by."""
 
-    def __init__(self, cut: Cut, measuring: bool = True):
-        self.cut, self.measuring = cut, measuring
+    def __init__(self, cut: Cut, measuring: bool = True, sliced: bool = False):
+        self.cut, self.measuring, self.sliced = cut, measuring, sliced
         files = (evaluate.DENOISER, evaluate.DECODER)
         self.basis = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+    def slice(self) -> Lab:
+        """The lab of the cut's first blocks alone, few enough to measure all candidates; itself where they are all."""
+        if not self.cut.blocks:
+            return self
+        return Lab(replace(self.cut, shortlist=0), self.measuring, sliced=True)
 
     @functools.cached_property
     def studio(self) -> evaluate.Studio:
@@ -95,7 +111,8 @@ class Lab:
     @functools.cached_property
     def encoder(self) -> Encoder:
         """The encoder; without the painter where nothing is measured."""
-        return self.studio.encoder if self.measuring else load(str(encoder.ensure()))
+        whole = self.studio.encoder if self.measuring and not self.sliced else load(str(encoder.ensure()))
+        return first_blocks(whole, self.cut.blocks) if self.sliced else whole
 
     @property
     def row(self):
@@ -107,6 +124,7 @@ class Lab:
         def refuse() -> dict:
             raise Unknown(repr(what)[:80])
 
+        what = (*what, "blocks", self.cut.blocks) if self.sliced else what
         return table.kept(CACHE, self.basis, what, make if self.measuring else refuse)
 
     def captions(self, kind: str, count: int, seed: int) -> list[str]:
@@ -120,12 +138,18 @@ class Lab:
 
     def meter(self, method: Method, count: int, seed: int) -> Meter:
         """On the captions of a seed."""
-        return self.studio.meter(self.captions(method.kind, count, seed), **method.options)
+        return self.meter_on(self.captions(method.kind, count, seed), method)
+
+    def meter_on(self, captions: Sequence[str], method: Method = Method()) -> Meter:  # noqa: B008 - frozen
+        """On some captions."""
+        batches, null = self.encoder.batches(captions), self.encoder.batch([self.encoder.tokenize("")])
+        calibration = Calibration(self.encoder.module, Tracer(self.encoder.module, self.row), batches, null)
+        return Meter(calibration, **{"projection": from_file(evaluate.DENOISER), **method.options})
 
     @functools.cached_property
     def unseen(self) -> Meter:
         """D on captions that no search has seen: the evaluation's."""
-        return self.studio.meter([p.caption for p in scenes.evaluation(8)])
+        return self.meter_on([p.caption for p in scenes.evaluation(8)])
 
     def target(self, share: float) -> float:
         """Parameters that a share of those in blocks is."""
@@ -181,10 +205,24 @@ class Lab:
 
         def find() -> dict:
             found, _ = self.studio.judge(removed)
-            (d,) = self.unseen.measure([removed])
-            return {**asdict(found), "D": d.total, "D_c": d.conditional, "D_0": d.null}
+            return {**asdict(found), **self._unseen(removed)}
 
         return self.kept(("verdict", key, self.cut.per_task), find)
+
+    def error(self, order: Iterable[int]) -> dict:
+        """D on captions that no search has seen, of skips."""
+        return self.kept(("unseen", tuple(order)), lambda: self._unseen(assignment(order)))
+
+    def _unseen(self, removed: Assignment) -> dict:
+        (d,) = self.unseen.measure([removed])
+        return {"D": d.total, "D_c": d.conditional, "D_0": d.null}
+
+
+def first_blocks(encoder: Encoder, blocks: int) -> Encoder:
+    """An encoder of the same modules that ends behind so many blocks, with the final norm."""
+    twin = copy.copy(encoder.module)
+    twin._modules = {**encoder.module._modules, "layers": encoder.module.layers[:blocks]}
+    return replace(encoder, module=twin, row=families.find(twin))
 
 
 def known(*makes: Callable[[], dict]) -> list[dict]:

@@ -45,13 +45,27 @@ def change(row: dict) -> float:
     return max(row["null_norm"], 1 / row["null_norm"])
 
 
+def disjoint(rows: Sequence[dict]) -> list[dict]:
+    """The first SHOWN of these that have no sub-block in common."""
+    found, seen = [], set()
+    for row in rows:
+        if len(found) < SHOWN and not seen & set(row["pair"]):
+            found.append(row)
+            seen |= set(row["pair"])
+    return found
+
+
 def chosen(rows: Sequence[dict]) -> dict[str, list[dict]]:
     """Pairs to paint: of those with a cosine of 0.8 to 0.95, where the null norm changes most and least; and others,
     evenly over the squared error."""
     near = sorted((row for row in rows if 0.8 <= row["cosine"] <= 0.95), key=change)
+    half = len(near) // 2
     rest = sorted(rows, key=lambda row: row["mse"])[:: max(1, len(rows) // SHOWN)][:SHOWN]
-    half = min(SHOWN, len(near) // 2)
-    return {"null norm as it was": near[:half], "null norm far off": near[len(near) - half :][::-1], "any": rest}
+    return {
+        "null norm as it was": disjoint(near[:half]),
+        "null norm far off": disjoint(near[half:][::-1]),
+        "any": rest,
+    }
 
 
 def measure(lab: Lab) -> dict:
