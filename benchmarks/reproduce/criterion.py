@@ -1,5 +1,5 @@
 """What D should be: with and without the projection, as squared error and as angle, per sub-block and per parameter;
-and skips against skips with re-uses (the paper's ablations)."""
+and skips against skips with re-uses: the paper's ablations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from benchmarks import pages
 from benchmarks.reproduce.lab import IMAGES, LEVELS, Lab, Method, known, line, spread
+from benchmarks.shapes import report
 from benchmarks.shapes.scenes import TASKS
 from skrr_engine.encoder.actions import assignment
 
@@ -24,12 +26,11 @@ METHODS = {
 PRINTED = "MSE, projection (as printed)"
 
 
-def judged(lab: Lab, name: str, method: Method, share: float, seed: int, reuse: bool = False) -> dict:
+def judged(lab: Lab, name: str, method: Method, share: float, seed: int) -> dict:
     """A row: one plan at one level."""
     order = lab.prefix(lab.search(method, seed).order, share)
-    mapping = lab.reused(order, method, seed) if reuse else {}
-    found = lab.verdict(assignment(order, mapping))
-    own = {"name": name, "level": share, "seed": seed, "removed": lab.removed(order), "reuses": len(mapping)}
+    found = lab.verdict(assignment(order))
+    own = {"name": name, "level": share, "seed": seed, "removed": lab.removed(order)}
     return {**own, "attentions": sum(i % 2 == 0 for i in order), "feed_forwards": sum(i % 2 for i in order), **found}
 
 
@@ -41,18 +42,6 @@ def measure(lab: Lab) -> list[dict]:
             for seed in lab.cut.seeds
             for share in reversed(LEVELS)
             for name, method in METHODS.items()
-        )
-    )
-
-
-def measure_reuse(lab: Lab) -> list[dict]:
-    """Rows of skips alone, and with re-uses."""
-    return known(
-        *(
-            functools.partial(judged, lab, name, METHODS[PRINTED], share, seed, reuse)
-            for seed in lab.cut.seeds
-            for share in LEVELS
-            for name, reuse in (("skip", False), ("skip and re-use", True))
         )
     )
 
@@ -81,15 +70,17 @@ def show(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def show_reuse(rows: Sequence[dict]) -> str:
+def published(lab: Lab) -> list[dict[str, str]]:
+    """Skips alone and with re-uses: rows of benchmarks/shapes/RESULTS.md, which benchmarks/shapes/table.py measured."""
+    return [row for row in pages.rows(report.PAGE, "table") if row["method"].startswith("Skrr")]
+
+
+def show_reuse(rows: Sequence[dict[str, str]]) -> str:
     """Per task."""
-    lines = [line(("level", "how", "seeds", "re-uses", "overall", *TASKS, "D_cond unseen")), "|---|---|" + 9 * "---:|"]
-    lines[1] += "---:|"
-    for (level, name), own in grouped(rows).items():
-        cells = [f"{level:.0%}", name, len(own), f"{np.mean([row['reuses'] for row in own]):.1f}"]
-        cells.append(spread([row["overall"] for row in own]))
-        cells += [spread([row["scores"][task] for row in own]) for task in TASKS]
-        lines.append(line([*cells, f"{np.mean([row['D_c'] for row in own]):.3g}"]))
+    columns = ("removed", "overall", "all details", *TASKS, "LPIPS", "D_cond", "D_null")
+    lines = [line(("how", *columns)), "|---|" + len(columns) * "---:|"]
+    names = {"Skrr without re-use": "skip", "Skrr": "skip and re-use"}
+    lines += [line([names[row["method"]], *(row[column] for column in columns)]) for row in rows]
     return "\n".join(lines)
 
 

@@ -22,7 +22,6 @@ from skrr_engine.measure.calibration import Calibration
 from skrr_engine.measure.discrepancy import COSINE, Criterion
 from skrr_engine.measure.meter import Meter
 from skrr_engine.measure.projection import from_file
-from skrr_engine.search import reuse
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "reproduce"
@@ -183,21 +182,6 @@ class Lab:
         what = ("search", method, count, self.cut.shortlist, seed, share, LENGTHS)
         found = self.kept(what, find)
         return choices.Found(tuple(found["order"]), tuple(found["trail"]), found["evaluations"])
-
-    def reused(self, order: Sequence[int], method: Method, seed: int) -> dict[int, int]:
-        """The re-use map of a level (algorithm 2)."""
-        count = self.cut.captions
-
-        def find() -> dict:
-            meter = self.meter(method, count, seed)
-
-            def lowest(candidates: list[dict], keep: int) -> list[float]:
-                return [d.total for d in meter.measure(candidates)]
-
-            mapping, d = reuse.search(lowest, tuple(order), len(self.row))
-            return {"mapping": sorted(mapping.items()), "d": d}
-
-        return dict(self.kept(("reuse", tuple(order), method, count, seed, LENGTHS), find)["mapping"])
 
     def verdict(self, removed: Assignment) -> dict:
         """The verdict on pictures (see evaluate.Verdict), and D on captions that no search has seen."""
