@@ -10,11 +10,12 @@ there, and leaves out the rest.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -24,28 +25,28 @@ import torch
 
 from benchmarks import pages
 from benchmarks.reproduce import beams, calibration, criterion, null_term, pairs, sizes, theory
-from benchmarks.reproduce.lab import FULL, IMAGES, QUICK, ROOT, SHORT, Lab
+from benchmarks.reproduce.lab import FULL, IMAGES, QUICK, ROOT, SHORT, Cut, Lab
 from skrr_engine.plan.words import duration
 
 PAGE = ROOT / "docs" / "reproduction.md"
 MISSING = "*Not measured yet.*"
-PUBLISHED = (
-    "16 captions to search on, all candidates, beam 3, means over three seeds; 360 pictures each: measured by"
-    " benchmarks/shapes/table.py"
-)
 
 
 @dataclass(frozen=True)
 class Experiment:
     """measure: a lab's rows, as one list or as lists by name; tables: mark on the page -> table of what was measured;
-    plot: draws what was measured, where there is something to draw; sliced: whether it is measured on the cut's first
-    blocks alone; cut: it in words, where it isn't the lab's."""
+    plot: draws what was measured, where there is something to draw; cut: how it was measured, in words."""
 
     measure: Callable[[Lab], list | dict]
     tables: dict[str, Callable]
     plot: Callable | None = None
-    sliced: bool = False
-    cut: str = ""
+    cut: Callable[[Cut], str] = str
+
+
+def on_first_blocks(cut: Cut) -> str:
+    """Of what needs no pictures."""
+    where = f"the encoder's first {cut.blocks} blocks alone" if cut.blocks else "all blocks"
+    return f"{where}, no pictures; {replace(cut, shortlist=0 if cut.blocks else cut.shortlist).searched}"
 
 
 def part(name: str, show: Callable) -> Callable:
@@ -58,18 +59,28 @@ EXPERIMENTS = {
         theory.measure,
         {"bounds": part("bounds", theory.show_bounds), "tries": part("tries", theory.show_tries)},
         theory.plot,
+        lambda cut: f"{cut.captions} captions, the bounds on those of one length; one seed",
     ),
-    "pairs": Experiment(pairs.measure, {"pairs": pairs.show, "predictors": pairs.show_predictors}, pairs.plot),
+    "pairs": Experiment(
+        pairs.measure,
+        {"pairs": pairs.show, "predictors": pairs.show_predictors},
+        pairs.plot,
+        lambda cut: f"{pairs.CAPTIONS} captions; {6 * cut.per_task} pictures of each painted pair",
+    ),
     "criterion": Experiment(criterion.measure, {"criterion": criterion.show}, criterion.plot),
-    "reuse": Experiment(criterion.published, {"reuse": criterion.show_reuse}, cut=PUBLISHED),
-    "beams": Experiment(beams.measure, {"beams": beams.show}, sliced=True),
+    "reuse": Experiment(criterion.published, {"reuse": criterion.show_reuse}, cut=lambda cut: criterion.PUBLISHED),
+    "beams": Experiment(beams.measure, {"beams": beams.show}, cut=on_first_blocks),
     "null": Experiment(
         null_term.measure,
         {"guidance": part("guidance", null_term.show_guidance), "noise": part("noise", null_term.show_noise)},
         null_term.plot,
     ),
-    "calibration": Experiment(calibration.measure, {"calibration": calibration.show}, sliced=True),
-    "sizes": Experiment(sizes.measure, {"sizes": sizes.show}),
+    "calibration": Experiment(calibration.measure, {"calibration": calibration.show}, cut=on_first_blocks),
+    "sizes": Experiment(
+        sizes.measure,
+        {"sizes": sizes.show},
+        cut=lambda cut: f"{replace(cut, seeds=(0,)).searched}, {sizes.UNSEEN} others to judge by",
+    ),
 }
 
 
@@ -80,12 +91,10 @@ def size(found: list | dict) -> int:
 
 def written(experiment: Experiment, found: list | dict, lab: Lab) -> dict[str, str]:
     """The tables of what was measured, each under its cut."""
-    tables, cut = {}, experiment.cut or str(lab.cut)
-    if experiment.sliced and lab.cut.blocks:
-        cut = f"The encoder's first {lab.cut.blocks} blocks alone, no pictures; {lab.slice().cut.searched}"
+    tables = {}
     for mark, show in experiment.tables.items():
         try:
-            tables[mark] = f"*{cut}*\n\n{show(found)}"
+            tables[mark] = f"*Measured with {experiment.cut(lab.cut)}.*\n\n{show(found)}"
         except (KeyError, ValueError):  # a part that was not measured
             tables[mark] = MISSING
     return tables
@@ -127,8 +136,9 @@ def page(wanted: list[str]) -> None:
             pages.fill(PAGE, dict.fromkeys(experiment.tables, MISSING))
             continue
         pages.fill(PAGE, written(experiment, found, lab))
-        if experiment.plot:
-            experiment.plot(found)
+        with contextlib.suppress(KeyError):  # a part that was not measured
+            if experiment.plot:
+                experiment.plot(found)
 
 
 if __name__ == "__main__":

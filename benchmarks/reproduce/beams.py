@@ -21,12 +21,11 @@ def row_of(lab: Lab, name: str, found: choices.Found, share: float, seed: int, e
     return {**own, "unseen": lab.error(found.order)["D"], "evaluations": evaluations, "set": sorted(found.order)}
 
 
-def of_beam(lab: Lab, width: int, merged: bool, share: float, seed: int) -> dict:
+def of_beam(lab: Lab, name: str, method: Method, share: float, seed: int) -> dict:
     """A beam's row at a level, a prefix of its list at the strongest."""
-    whole = lab.search(Method(width=width, merged=merged), seed)
+    whole = lab.search(method, seed)
     order = lab.prefix(whole.order, share)
     found = choices.Found(order, whole.trail[: len(order)], whole.evaluations)
-    name = f"beam {width}" + ("" if merged else ", not merged")
     return row_of(lab, name, found, share, seed, whole.evaluations)
 
 
@@ -46,15 +45,15 @@ def of_rival(lab: Lab, name: str, share: float, seed: int) -> dict:
 
 def measure(lab: Lab) -> list[dict]:
     """Rows, the cheapest first, on the cut's first blocks alone."""
-    lab, seeds = lab.slice(), lab.cut.seeds
-    makes = [functools.partial(of_beam, lab, 1, True, share, seed) for seed in seeds for share in SHARES]
-    for seed in seeds:
+    lab, widths, makes = lab.slice(), lab.cut.beams, []
+    ways = {"beam 1": Method(), "beam 1, per parameter": Method(per_parameter=True)}
+    for width in widths[1:]:
+        ways |= {f"beam {width}": Method(width=width), f"beam {width}, not merged": Method(width=width, merged=False)}
+    for seed in lab.cut.seeds:
         makes += [functools.partial(of_rival, lab, name, share, seed) for share in SHARES for name in RIVALS]
         makes += [
-            functools.partial(of_beam, lab, width, merged, share, seed)
-            for width in lab.cut.beams
-            if width > 1
-            for merged in (True, False)
+            functools.partial(of_beam, lab, name, method, share, seed)
+            for name, method in ways.items()
             for share in SHARES
         ]
     return known(*makes)

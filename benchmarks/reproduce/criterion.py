@@ -24,6 +24,10 @@ METHODS = {
     "cosine, projection, per parameter": Method(cosine=True, per_parameter=True),
 }
 PRINTED = "MSE, projection (as printed)"
+PUBLISHED = (
+    "16 captions to search on, all candidates, a beam of 3, three seeds, 360 pictures each (benchmarks/shapes/table.py)"
+)
+"""How the re-uses' table was measured."""
 
 
 def judged(lab: Lab, name: str, method: Method, share: float, seed: int) -> dict:
