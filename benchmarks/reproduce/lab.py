@@ -89,11 +89,12 @@ class Unknown(Exception):
 
 class Lab:
     """measuring: whether what is not there is measured. sliced: whether the encoder is the cut's first blocks alone,
-    which nothing can be painted by."""
+    which nothing can be painted by. dense_at: guidance -> the dense encoder's pictures."""
 
     def __init__(self, cut: Cut, measuring: bool = True, sliced: bool = False):
         self.cut, self.measuring, self.sliced = cut, measuring, sliced
         files = (evaluate.DENOISER, evaluate.DECODER)
+        self.dense_at = functools.cache(lambda cfg: self.studio.paint(*self.studio.embedded, cfg))
         self.basis = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
     def slice(self) -> Lab:

@@ -42,7 +42,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 def judged(lab: Lab, texts, null: torch.Tensor, cfg: float) -> dict:
     """Scores at a guidance, beside the dense encoder's pictures at the same; fid: to the rendered truth."""
     studio = lab.studio
-    dense = studio.paint(*studio.embedded, cfg)
+    dense = lab.dense_at(cfg)
     made = studio.paint(texts, null, cfg)
     truth = np.stack([scenes.render(prompt.scene) for prompt in studio.prompts])
     found = asdict(studio.verdict(texts, null, made, dense))
