@@ -2,7 +2,7 @@
 
     python -m benchmarks.reproduce [--quick | --short] [--only NAME ...] [--page]
 
-Many hours on 2 cores, two with --short, a quarter of one with --quick. Takes up where it was stopped: what was found is
+Meant to take a night on 2 free cores, two hours with --short, a quarter of one with --quick. Takes up where it was stopped: what was found is
 kept in .cache/reproduce. --page measures nothing: it writes what is there, of each experiment the cut of which most is
 there, and leaves out the rest.
 """
@@ -104,8 +104,8 @@ def main() -> None:
     """Measure, print; or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuts = parser.add_mutually_exclusive_group()
-    cuts.add_argument("--quick", action="store_const", const=QUICK, dest="cut", help="a quarter of an hour")
-    cuts.add_argument("--short", action="store_const", const=SHORT, dest="cut", help="two hours")
+    cuts.add_argument("--quick", action="store_const", const=QUICK, dest="cut", help="a cut of a quarter of an hour")
+    cuts.add_argument("--short", action="store_const", const=SHORT, dest="cut", help="a cut of two hours")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="experiments")
     parser.add_argument("--page", action="store_true", help="measure nothing, write what is there")
     options, start = parser.parse_args(), time.monotonic()
