@@ -2,9 +2,9 @@
 
     python -m benchmarks.reproduce [--quick | --short] [--only NAME ...] [--page]
 
-Meant to take a night on 2 free cores, two hours with --short, a quarter of one with --quick. Takes up where it was stopped: what was found is
-kept in .cache/reproduce. --page measures nothing: it writes what is there, of each experiment the cut of which most is
-there, and leaves out the rest.
+Meant to take a night on 2 free cores, two hours with --short, a quarter of one with --quick. Takes up where it was
+stopped: what was found is kept in .cache/reproduce. --page measures nothing: it writes what is there, of each
+experiment the cut of which most is there, and leaves out the rest.
 """
 
 from __future__ import annotations
