@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import sys
@@ -48,7 +49,9 @@ class Painter:
         self.model = comfy.sd.load_diffusion_model(str(denoiser))
         self.vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(decoder)))
 
-    def paint(self, texts: Sequence[torch.Tensor], null: torch.Tensor, seeds: Sequence[int]) -> np.ndarray:
+    def paint(
+        self, texts: Sequence[torch.Tensor], null: torch.Tensor, seeds: Sequence[int], cfg: float = CFG
+    ) -> np.ndarray:
         """A picture for each text `[tokens, 576]`, uint8 `[n, 64, 64, 3]`; null: the empty prompt's `[tokens, 576]`.
 
         Texts of one length are sampled together; the pictures are those of as many runs of KSampler.
@@ -60,11 +63,13 @@ class Painter:
         for members in groups.values():
             for start in range(0, len(members), 64):
                 chosen = members[start : start + 64]
-                found[chosen] = self._paint(torch.stack([texts[i] for i in chosen]), null, [seeds[i] for i in chosen])
+                found[chosen] = self._paint(
+                    torch.stack([texts[i] for i in chosen]), null, [seeds[i] for i in chosen], cfg
+                )
         return found
 
     @torch.inference_mode()
-    def _paint(self, texts: torch.Tensor, null: torch.Tensor, seeds: Sequence[int]) -> np.ndarray:
+    def _paint(self, texts: torch.Tensor, null: torch.Tensor, seeds: Sequence[int], cfg: float) -> np.ndarray:
         import comfy.sample
 
         latent = torch.zeros(len(seeds), 16, scenes.SIZE // 8, scenes.SIZE // 8)
@@ -72,7 +77,7 @@ class Painter:
         no_pooled = {"pooled_output": None}  # as CLIPTextEncode has it of an encoder without a pooled vector
         positive, negative = [[texts, dict(no_pooled)]], [[null.unsqueeze(0), dict(no_pooled)]]
         latent = comfy.sample.sample(
-            self.model, noise, STEPS, CFG, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True
+            self.model, noise, STEPS, cfg, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True
         )
         return (self.vae.decode(latent).clamp(0, 1) * 255).round().byte().numpy()
 
@@ -109,8 +114,20 @@ class Studio:
         self.captions = [p.caption for p in self.prompts]
         self.tracer = Tracer(self.encoder.module, self.encoder.row)
         self.distance = perceptual() if lpips else None
-        self.texts, self.null = self.embed(self.encoder.module, {})
-        self.dense = self.painter.paint(self.texts, self.null, range(SEED, SEED + len(self.texts)))
+
+    @functools.cached_property
+    def embedded(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """What the dense encoder makes of the prompts and of the empty one (see `embed`)."""
+        return self.embed(self.encoder.module, {})
+
+    @functools.cached_property
+    def dense(self) -> np.ndarray:
+        """The dense encoder's pictures."""
+        return self.paint(*self.embedded)
+
+    def paint(self, texts: Sequence[torch.Tensor], null: torch.Tensor, cfg: float = CFG) -> np.ndarray:
+        """The prompts' pictures, each with its own noise, from their embeddings and the empty prompt's."""
+        return self.painter.paint(texts, null, range(SEED, SEED + len(texts)), cfg)
 
     def meter(self, captions: Sequence[str], race: bool = False, **options) -> Meter:
         """A Meter on these captions, through the denoiser's projection unless another (or None) is given. race: in the
@@ -143,15 +160,20 @@ class Studio:
     def judge(self, removed: Assignment, module: nn.Module | None = None) -> tuple[Verdict, np.ndarray]:
         """The verdict on an assignment, and its pictures. module: of the encoder's kind, where it isn't the encoder."""
         texts, null = self.embed(module or self.encoder.module, removed)
-        made = self.painter.paint(texts, null, range(SEED, SEED + len(texts)))
-        error = ((made.astype(np.float64) - self.dense) / 255) ** 2
-        far = None if self.distance is None else self.distance(made, self.dense)
-        found = Verdict(
+        made = self.paint(texts, null)
+        return self.verdict(texts, null, made, self.dense), made
+
+    def verdict(
+        self, texts: Sequence[torch.Tensor], null: torch.Tensor, made: np.ndarray, dense: np.ndarray
+    ) -> Verdict:
+        """The verdict on pictures that were painted from these embeddings, beside the dense encoder's."""
+        error = ((made.astype(np.float64) - dense) / 255) ** 2
+        far = None if self.distance is None else self.distance(made, dense)
+        return Verdict(
             *scores(self.prompts, made), float(error.mean()), far,
-            self.error(texts, self.texts), self.error([null], [self.null]),
+            self.error(texts, self.embedded[0]), self.error([null], [self.embedded[1]]),
             float(self.projection(null).double().norm(dim=-1).mean()),
         )  # fmt: skip
-        return found, made
 
     def error(self, texts: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]) -> float:
         """Mean squared error of projected embeddings over all tokens and features."""

@@ -59,17 +59,7 @@ class Laboratory:
 
     def kept(self, what: Sequence, make: Callable[[], dict]) -> dict:
         """What `make` returns for `what`, from the disk where it is there."""
-        key = hashlib.sha256(f"{self.basis}{what!r}".encode()).hexdigest()[:24]
-        path = CACHE / f"{key}.json"
-        if not path.exists():
-            start = time.monotonic()
-            found = make()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".part")
-            partial.write_text(json.dumps({"what": repr(what)[:400], **found}), encoding="utf-8")
-            os.replace(partial, path)
-            print(f"{duration(time.monotonic() - start):>8}  {repr(what)[:90]}", flush=True)
-        return json.loads(path.read_text(encoding="utf-8"))
+        return kept(CACHE, self.basis, what, make)
 
     def plan(self, name: str, seed: int, make: Callable[[Laboratory, int], EncoderPlan]) -> EncoderPlan:
         """A method's plan for a calibration seed."""
@@ -100,6 +90,21 @@ class Laboratory:
         """The verdict on an assignment. module: a changed copy of the encoder; what: how it was changed."""
         key = ("verdict", *what, sorted((place, action.target) for place, action in removed.items()))
         return self.kept(key, lambda: asdict(self.studio.judge(removed, module)[0]))
+
+
+def kept(folder: Path, basis: str, what: Sequence, make: Callable[[], dict]) -> dict:
+    """What `make` returns for `what` on a basis, from a file in `folder` where it is there, else kept there."""
+    key = hashlib.sha256(f"{basis}{what!r}".encode()).hexdigest()[:24]
+    path = folder / f"{key}.json"
+    if not path.exists():
+        start = time.monotonic()
+        found = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps({"what": repr(what)[:400], **found}), encoding="utf-8")
+        os.replace(partial, path)
+        print(f"{duration(time.monotonic() - start):>8}  {repr(what)[:90]}", flush=True)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def skrr(lab: Laboratory, seed: int, beam: int = 3, **options) -> EncoderPlan:
