@@ -191,7 +191,8 @@ def patched(wrapper: type, name: str) -> int:
     import comfy.lora
 
     keys = comfy.lora.model_lora_keys_clip(built(wrapper, {}), {})
-    return len({key for key in keys.values() if f".{name}." in f".{key}" and ".transformer." in key})
+    own = f".{name}.transformer." if name else ".transformer."
+    return len({key for key in keys.values() if own in f".{key}"})
 
 
 def agreeing(child: nn.Module) -> tuple[dict[str, str], int]:
@@ -358,7 +359,14 @@ def page(rows: list[dict], version: str) -> str:
             lines.append(f"| `{row['name']}` | {of} | refused: {why} | | | | {row['reads']} | | |" + " |" * len(WAYS))
             continue
         unread = f"{row['unread'] / 1e9:.2f}" if row["unread"] else ""
-        cells = [f"`{row['name']}`", of, row["family"], row["blocks"], row["width"], f"{row['nbytes'] / 1e9:.2f}"]
+        cells = [
+            f"`{row['name'] or row['cls']}`",
+            of,
+            row["family"],
+            row["blocks"],
+            row["width"],
+            f"{row['nbytes'] / 1e9:.2f}",
+        ]
         cells += [row["reads"], unread, row["lora"], *(row["ways"][way] for way in WAYS)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
