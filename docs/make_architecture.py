@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 
-ENGINE = ("disk", "plan", "encoder", "measure", "standins", "search", "files", "cli")
+ENGINE = ("disk", "plan", "encoder", "measure", "standins", "search", "weights", "files", "cli")
 """The engine's rooms in their order: none imports one to its right."""
 
 NODES = ("drawing", "host", "")
