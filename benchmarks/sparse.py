@@ -52,11 +52,7 @@ WAYS = {
 }
 """Name -> method and scope."""
 TENS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-FINER = {
-    "text encoder": (0.35, 0.45, 0.475, 0.55, 0.65),
-    "denoiser": (0.35, 0.45, 0.475, 0.55, 0.65),
-    "both": (0.35, 0.45, 0.475, 0.55, 0.65),
-}
+FINER = dict.fromkeys(("text encoder", "denoiser", "both"), (0.35, 0.45, 0.475, 0.55))
 """Between the tens, where the drop is."""
 PAPER = (0.475, 0.35)
 """What the paper takes from text encoder and U-Net together."""

@@ -24,6 +24,7 @@ CHANGES = (
     ("a denoiser's text projection", "skrr_engine/measure/projection.py", "one row of RECIPES"),
     ("the calibration prompts", "skrr_engine/measure/prompts.py", "words and forms"),
     ("how removals are chosen", "skrr_engine/search/", "a file beside skip.py and reuse.py, and a line in job.py"),
+    ("which single weights go", "skrr_engine/weights/criteria.py", "a criterion, and its line in prune.py"),
     ("a plan's format", "skrr_engine/plan/model.py", "the field; then docs/plan.schema.json, see tests/test_plan.py"),
     ("which level answers a request", "skrr_engine/plan/choose.py", "the only place that picks one"),
     ("what ComfyUI's versions have", "nodes/host/versions.py", "looked for, never asked by number"),

@@ -38,7 +38,7 @@ def lowest(look: Callable[[], Iterable[torch.Tensor]], count: int) -> Iterator[t
 
 
 def _bits(scores: torch.Tensor) -> torch.Tensor:
-    return (scores.abs() if scores.numel() else scores).contiguous().view(torch.int32).flatten()
+    return scores.contiguous().view(torch.int32).flatten()
 
 
 def _nth(halves: Iterable[torch.Tensor], count: int) -> tuple[int, int, int]:
