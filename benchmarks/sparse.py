@@ -272,17 +272,25 @@ def _written(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(partial, path)
 
 
-def points(seeds: Sequence[int]) -> list[Point]:
-    """All points, what says most first."""
+COARSE = (0.4, 0.5)
+"""Where methods are compared first."""
+
+
+def points(seeds: Sequence[int], coarse: bool = False) -> list[Point]:
+    """All points, what says most first. coarse: magnitude at the tens, the others at COARSE."""
     found = []
     for seed in seeds:
-        coarse = [(part, way, share) for share in TENS for part in FINER for way in WAYS]
-        coarse.sort(key=lambda c: (c[1] != "magnitude", c[2] not in (0.3, 0.5, 0.7), c[1] == "OWL"))
-        finer = [(part, way, share) for part, shares in FINER.items() for share in shares for way in WAYS]
-        finer.sort(key=lambda c: c[1] != "magnitude")
-        found += [Point(way, *PAPER, seed) for way in ("magnitude",)]
-        found += [at(*c, seed) for c in (*coarse, *finer)]
-        found += [Point(way, *PAPER, seed) for way in WAYS if way != "magnitude"]
+        found.append(Point("magnitude", *PAPER, seed))
+        found += [at(part, "magnitude", share, seed) for share in TENS for part in FINER]
+        others = [way for way in WAYS if way != "magnitude"]
+        found += [at(part, way, share, seed) for share in COARSE for way in others for part in FINER]
+        if coarse:
+            continue
+        found += [at(part, "magnitude", share, seed) for part, shares in FINER.items() for share in shares]
+        found += [Point(way, *PAPER, seed) for way in others]
+        rest = sorted(set(TENS) - set(COARSE), key=lambda share: abs(share - 0.45))
+        found += [at(part, way, share, seed) for share in rest for way in others for part in FINER]
+        found += [at(part, way, share, seed) for part, shares in FINER.items() for share in shares for way in others]
     return found
 
 
@@ -341,21 +349,17 @@ def layers_table(found: dict) -> str:
     return "\n".join(lines)
 
 
-SIZED = (
-    ("bf16", 0.0), ("bf16", 0.475), ("fp8", 0.0), ("fp8", 0.475), ("bf16", 0.6), ("fp8", 0.3), ("bf16", 0.3),
-    ("fp8", 0.6), ("bf16", 0.5), ("fp8", 0.5), ("bf16", 0.7),
-)  # fmt: skip
+SIZED = (("bf16", 0.475), ("fp8", 0.3), ("bf16", 0.3), ("fp8", 0.475), ("bf16", 0.4), ("fp8", 0.4))
 """Precisions and sparsities of the text encoder whose bytes are counted."""
 
 
 def sized(bench: Bench) -> list[dict]:
     """Pruned text encoders, and what the other pages' tables have at their bytes."""
     found = []
-    for precision, share in SIZED:
-        for way in ("magnitude", "SparseGPT") if share else ("magnitude",):
-            row = bench.sized(precision, share, way)
-            if row:
-                found.append({**row, "name": f"{precision}, {way} {share:.1%}" if share else f"{precision}, whole"})
+    for way in ("magnitude", "SparseGPT"):
+        for precision, share in SIZED:
+            if row := bench.sized(precision, share, way):
+                found.append({**row, "name": f"{precision}, {way} {share:.1%}"})
     return found
 
 
@@ -447,8 +451,8 @@ def _pyplot():
     return pyplot
 
 
-SECTIONS = ("magnitude", "layers", "bytes", "points")
-"""What is measured, in this order: the curves of magnitude first, all others last."""
+SECTIONS = ("coarse", "layers", "bytes", "points")
+"""What is measured, in this order: the points that say most first, all others last."""
 
 
 def main() -> None:
@@ -481,9 +485,8 @@ def main() -> None:
             elif name == "bytes":
                 sized(bench)
             else:
-                for point in points(seeds):
-                    if name == "points" or point.way == "magnitude":
-                        bench.point(point)
+                for point in points(seeds, name == "coarse"):
+                    bench.point(point)
         return
     made, own, found = rows(bench, seeds), sized(bench), bench.layers()
     tables = {
