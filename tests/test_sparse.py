@@ -221,9 +221,11 @@ def test_scaled_fp8(comfy):
     assert made.dtype == torch.float8_e4m3fn and torch.allclose(made.float() * 0.01, wanted, rtol=0.07)
 
 
-def test_what_is_too_large_for_fp8_is_its_largest():
-    own = stored("a", linear([[440.0]], torch.float8_e4m3fn))
-    assert own.rounded(torch.tensor([[9000.0, -9000.0]])).tolist() == [[448, -448]]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_what_is_too_large_for_a_type_is_its_largest(dtype):
+    most = torch.finfo(dtype).max
+    found = stored("a", linear([[1.0, 1]], dtype)).rounded(torch.tensor([[1e6, -1e6]]))
+    assert found.dtype == dtype and found.float().tolist() == [[most, -most]]
 
 
 # Inputs
@@ -450,7 +452,9 @@ def test_owl_by_hand():
         round(shares[0] * 100 + shares[1] * 200) - round(shares[0] * 100),
         175 - round(shares[0] * 100 + shares[1] * 200),
     ]
-    alike = owl.counts(pairs[:1] * 1, 0.37, statistics)
+    weights = pruned(pairs, 0.5, "owl", statistics=statistics)
+    assert {name: zeros(weight) for name, weight in weights.items()} == found
+    alike = owl.counts(pairs[:1], 0.37, statistics)
     assert alike == {"blocks.0.w": 37}, "one layer alone: what was asked for"
 
 

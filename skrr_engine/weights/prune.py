@@ -73,7 +73,7 @@ def sparsify(
         raise SkrrError(f'scope: there is no "{printable(str(scope))}"; take one of {", ".join(SCOPES)}')
     if scope == "global" and method not in ("magnitude", "wanda"):
         raise SkrrError(f"scope: {method} has its own shares of the layers; take scope layer, or the method magnitude")
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise SkrrError(f"sparsity: {printable(str(sparsity))} is no share; give a number from 0 to below 1")
     if method in CALIBRATED and statistics is None:
         raise SkrrError(f"method: {method} needs calibration inputs; give some, or take the method magnitude")
