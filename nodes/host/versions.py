@@ -3,9 +3,12 @@
 import os
 from collections.abc import Collection, Iterable
 
+import comfy.model_management
+import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import nodes
+import torch
 from comfy_api.latest import io
 
 
@@ -101,3 +104,14 @@ def set_reload(patcher, factory, arguments: tuple) -> None:
 def aliases(*words: str) -> dict[str, list[str]]:
     """A schema's search aliases, as its keyword arguments: other words that artists search a node by."""
     return {"search_aliases": ["skrr", *words]} if "search_aliases" in io.Schema.__dataclass_fields__ else {}
+
+
+def patching_type(device: torch.device) -> torch.dtype:
+    """The type that LoRAs are added to weights in."""
+    chosen = getattr(comfy.model_management, "lora_compute_dtype", None)
+    return torch.float32 if chosen is None else chosen(device)
+
+
+def seed_of(key: str) -> int:
+    """What the rounding of a patched weight is seeded with."""
+    return (getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed)(key)

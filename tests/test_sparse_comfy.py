@@ -1,0 +1,232 @@
+"""Packed weights in ComfyUI's own classes: pictures and prompts as with masked dense ones, to the bit; LoRAs, clones,
+partial loads and sizes; what came in stays as it is."""
+
+import pytest
+import small_models
+import torch
+from test_comfy import encode, host, lora_for, same, with_lora  # noqa: F401 - a fixture
+from torch import nn
+
+SPARSITY = 0.475
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def derive(host):  # noqa: F811
+    return host("nodes.host.sparse.derive")
+
+
+@pytest.fixture
+def tensor(host):  # noqa: F811
+    return host("skrr_engine.weights.tensor")
+
+
+@pytest.fixture
+def both(derive, tensor):
+    """`both(found)`: a MODEL or CLIP of our own made sparse, and its twin whose weights are the same, dense."""
+
+    def packed(found, patcher, exclude=()):
+        derive.pack_weights(derive.pairs_of(patcher.model, exclude), SPARSITY, "magnitude", None, lambda share: None)
+        return found
+
+    def unpacked(patcher):
+        for layer in patcher.model.modules():
+            if isinstance(getattr(layer, "weight", None), tensor.PackedWeight):
+                layer.weight = nn.Parameter(layer.weight.dense(), requires_grad=False)
+        patcher.size = 0
+
+    def make(whole, exclude=()):
+        own = derive.own_clip if hasattr(whole, "cond_stage_model") else derive.own_model
+        sparse, masked = own(whole), own(whole)
+        for found in (sparse, masked):
+            packed(found, getattr(found, "patcher", found), exclude)
+        unpacked(getattr(masked, "patcher", masked))
+        return sparse, masked
+
+    return make
+
+
+@pytest.mark.parametrize("kind", small_models.KINDS)
+def test_pictures_are_those_of_masked_dense_weights(comfy, both, tensor, kind):
+    dense = small_models.KINDS[kind]()
+    before = small_models.noise_prediction(dense, kind)
+    state = {k: (v, v.clone()) for k, v in dense.model.state_dict().items()}
+    sparse, masked = both(dense)
+    assert len(tensor.packed_weights(sparse.model)) > 10 and not tensor.packed_weights(masked.model)
+    wanted = small_models.noise_prediction(masked, kind)
+    assert torch.equal(small_models.noise_prediction(sparse, kind), wanted) and not torch.equal(wanted, before)
+    assert torch.equal(small_models.noise_prediction(dense, kind), before), "what came in stays"
+    for key, now in dense.model.state_dict().items():
+        assert now.data_ptr() == state[key][0].data_ptr() and torch.equal(now, state[key][1])
+    assert tensor.packed_weights(sparse.model), "it is still packed when it has run"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_other_types(comfy, both, dtype):
+    dense = small_models.unet(dtype)
+    sparse, masked = both(dense)
+    assert torch.equal(small_models.noise_prediction(sparse), small_models.noise_prediction(masked))
+    assert sparse.model_size() < 0.8 * masked.model_size()
+
+
+def test_prompts(comfy, builders, both, tensor):
+    clip = builders.sdxl()
+    before = encode(clip)
+    sparse, masked = both(clip)
+    assert len(tensor.packed_weights(sparse.cond_stage_model)) > 50
+    wanted = encode(masked)
+    assert same(encode(sparse), wanted) and not same(wanted, before) and same(encode(clip), before)
+    assert not sparse.patcher.is_clone(clip.patcher)
+    assert same(encode(sparse.clone()), wanted)
+
+
+def test_sizes_count_what_is_packed(comfy, both, tensor):
+    sparse, masked = both(small_models.unet(torch.float16))
+    saved = sum(w.dense_nbytes - w.nbytes for w in tensor.packed_weights(sparse.model).values())
+    assert saved > 0 and sparse.model_size() == masked.model_size() - saved
+    assert sparse.clone().model_size() == sparse.model_size()
+    small_models.noise_prediction(sparse)
+    assert sparse.loaded_size() == sparse.model_size()
+
+
+def model_lora(comfy, model, seed: int = 0) -> dict:
+    """A LoRA for linear layers and convolutions of a MODEL."""
+    import comfy.lora
+
+    generator, lora = torch.Generator().manual_seed(seed), {}
+    state = model.model.state_dict()
+    for name, key in comfy.lora.model_lora_keys_unet(model.model, {}).items():
+        if not isinstance(key, str) or not name.startswith("diffusion_model.") or state[key].ndim < 2:
+            continue
+        rows, columns = state[key].shape[0], state[key][0].numel()
+        down = torch.randn(4, *state[key].shape[1:], generator=generator) / columns**0.5
+        up = torch.randn(rows, 4, *[1] * (state[key].ndim - 2), generator=generator) * 0.3
+        lora |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+    assert lora
+    return lora
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_loras(comfy, both, tensor, dtype):
+    """To the bit as on dense weights, on and off, and without a byte more in memory."""
+    dense = small_models.unet(dtype)
+    sparse, masked = both(dense)
+    lora = model_lora(comfy, masked)
+    plain = small_models.noise_prediction(sparse)
+    with_it, wanted = (comfy.sd.load_lora_for_models(m, None, lora, 0.7, 0.0)[0] for m in (sparse, masked))
+    assert len(with_it.patches) == len(wanted.patches) > 10
+    found = small_models.noise_prediction(with_it)
+    assert torch.equal(found, small_models.noise_prediction(wanted)) and not torch.equal(found, plain)
+    assert with_it.loaded_size() == with_it.model_size() == sparse.model_size()
+    assert torch.equal(small_models.noise_prediction(sparse), plain), "off again"
+    assert torch.equal(small_models.noise_prediction(with_it), found)
+    assert all(weight.packed for weight in tensor.packed_weights(sparse.model).values())
+
+
+def test_loras_that_came_with_the_model(comfy, both):
+    """They are not pruned, and stay on."""
+    dense = small_models.unet()
+    bare = both(dense)[1]
+    lora = model_lora(comfy, dense)
+    carrying = comfy.sd.load_lora_for_models(dense, None, lora, 1.0, 0.0)[0]
+    before = small_models.noise_prediction(carrying)  # its weights carry the LoRA while they are copied
+    sparse, masked = both(carrying)
+    wanted = small_models.noise_prediction(comfy.sd.load_lora_for_models(bare, None, lora, 1.0, 0.0)[0])
+    assert torch.equal(small_models.noise_prediction(sparse), wanted)
+    assert torch.equal(small_models.noise_prediction(masked), wanted)
+    assert torch.equal(small_models.noise_prediction(carrying), before)
+
+
+def part_of(sparse, share: float) -> None:
+    """Load about that share of a MODEL's bytes, as `--lowvram` does where there is little room."""
+    sparse.detach()
+    sparse.patch_model(torch.device("cpu"), lowvram_model_memory=max(1, int(share * sparse.model_size())))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_loads_in_part(comfy, both, share):
+    sparse, masked = both(small_models.unet())
+    lora = model_lora(comfy, masked)
+    sparse, masked = (comfy.sd.load_lora_for_models(m, None, lora, 0.7, 0.0)[0] for m in (sparse, masked))
+    found = []
+    for model in (sparse, masked):
+        comfy.model_management.unload_all_models()
+        part_of(model, share)
+        assert model.model.model_lowvram and model.loaded_size() < model.model_size()
+        x, context = torch.ones(1, 4, 8, 8), torch.ones(1, 5, 64)
+        found.append(model.model.apply_model(x, torch.tensor([1.0]), c_crossattn=context))
+    layers = {name: m for name, m in sparse.model.named_modules() if getattr(m, "weight_function", None)}
+    assert layers, "some are patched where they are used"
+    if share == 0.0:
+        assert torch.equal(*found)
+    torch.testing.assert_close(*found)
+    freed = sparse.partially_unload(torch.device("cpu"), 1 << 40)
+    assert freed >= 0 and sparse.loaded_size() >= 0
+    sparse.detach()
+
+
+def test_hooked_loras(comfy, both):
+    """ComfyUI writes scheduled LoRAs into the weights, and takes them out again."""
+    import comfy.hooks
+
+    sparse, masked = both(small_models.unet())
+    lora = model_lora(comfy, masked)
+    found = []
+    for model in (sparse, masked):
+        plain = small_models.noise_prediction(model)
+        hooks = comfy.hooks.create_hook_lora(lora, 0.7, 0.0)
+        model = model.clone()
+        model.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+        comfy.model_management.load_models_gpu([model])
+        model.patch_hooks(hooks)
+        found.append(small_models.noise_prediction(model))
+        assert not torch.equal(found[-1], plain)
+        model.unpatch_hooks()
+        assert torch.equal(small_models.noise_prediction(model), plain)
+    assert torch.equal(*found)
+
+
+def test_loras_of_encoders(comfy, builders, both):
+    sparse, masked = both(builders.sdxl())
+    lora = lora_for(comfy, masked, "fc1", "q_proj")
+    found, wanted = with_lora(comfy, sparse, lora), with_lora(comfy, masked, lora)
+    plain = encode(sparse)
+    assert len(found.patcher.patches) == len(wanted.patcher.patches) > 0
+    assert same(encode(found), encode(wanted)) and not same(encode(found), plain) and same(encode(sparse), plain)
+
+
+def test_what_is_excluded_stays(comfy, both, tensor):
+    sparse, _ = both(small_models.unet(), ["*input_blocks.*"])
+    names = tensor.packed_weights(sparse.model)
+    assert names and not [name for name in names if "input_blocks" in name]
+    assert not [name for name in names if "norm" in name or name.endswith("bias")]
+
+
+def test_object_patches_and_options_come_along(comfy, both):
+    dense = small_models.unet()
+    dense.model_options["transformer_options"]["mark"] = [1]
+    dense.add_object_patch("diffusion_model.mark", "patched")
+    small_models.noise_prediction(dense)
+    sparse, _ = both(dense)
+    assert not hasattr(sparse.model.diffusion_model, "mark") or sparse.model.diffusion_model.mark is None
+    small_models.noise_prediction(sparse)
+    assert sparse.model.diffusion_model.mark == "patched"
+    assert sparse.model_options["transformer_options"]["mark"] == [1]
+
+
+def test_a_file_saved_by_others_holds_the_masked_weights(comfy, both, tmp_path):
+    """ComfyUI's own Save nodes write dense tensors, or say that they can't; never other bytes."""
+    import comfy.utils
+
+    sparse, masked = both(small_models.unet())
+    state = {k: v.contiguous() for k, v in sparse.model.state_dict_for_saving().items()}
+    comfy.utils.save_torch_file(state, str(tmp_path / "x.safetensors"))
+    found, wanted = comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), masked.model.state_dict_for_saving()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in found)
+    with pytest.raises((RuntimeError, ValueError)):
+        comfy.utils.save_torch_file(sparse.model.state_dict_for_saving(), str(tmp_path / "y.safetensors"))
