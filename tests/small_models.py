@@ -47,7 +47,13 @@ def unet(dtype: torch.dtype = torch.float32, seed: int = 0):
 
 
 def sdxl(dtype: torch.dtype = torch.float32, seed: int = 0):
-    options = {**UNET, "model_channels": 64, "num_classes": "sequential", "adm_in_channels": 2816, "use_linear_in_transformer": True}
+    options = {
+        **UNET,
+        "model_channels": 64,
+        "num_classes": "sequential",
+        "adm_in_channels": 2816,
+        "use_linear_in_transformer": True,
+    }
     return patcher("SDXL", options, dtype, seed)
 
 
@@ -62,11 +68,12 @@ def pixart(dtype: torch.dtype = torch.float32, seed: int = 0):
 KINDS = {"unet": unet, "sdxl": sdxl, "flux": flux, "pixart": pixart}
 
 
-def noise_prediction(model, kind: str = "unet", seed: int = 0) -> torch.Tensor:
+def noise_prediction(model, kind: str = "unet", seed: int = 0, load: bool = True) -> torch.Tensor:
     """What a MODEL predicts for a seeded latent and seeded prompts, as a sampler loads and asks it."""
     import comfy.model_management
 
-    comfy.model_management.load_models_gpu([model])
+    if load:
+        comfy.model_management.load_models_gpu([model])
     generator = torch.Generator().manual_seed(seed)
     side = 40 if kind == "pixart" else 8  # PixArt's position table takes no smaller one
     x = torch.randn(2, model.model.latent_format.latent_channels, side, side, generator=generator)

@@ -1,16 +1,16 @@
 """A packed weight as a tensor: it has the dense one's shape, type and device, and is unpacked where it is used.
 
 A module's weight can be one, whatever the module: linear layers and convolutions of any class run on it. Whoever looks
-at it, moves it or asks for its bytes meets what is packed; whoever computes with it, or asks for it in a type (`to` with
-a dtype), meets the dense weight, which is made on the device where it lies and is gone after that.
+at it, moves it or asks for its bytes meets what is packed; whoever computes with it, or asks for it in a type (`to`
+with a dtype), meets the dense weight, which is made on the device where it lies and is gone after that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.utils._pytree import tree_map
 
-from .packed import Packed
+from .packed import Packed, pack, pays
 
 ATEN = torch.ops.aten
 SAME = {ATEN.detach.default, ATEN.alias.default, ATEN.lift_fresh.default}
@@ -88,6 +88,13 @@ class PackedWeight(torch.Tensor):
         """The same weight without a patch."""
         return PackedWeight(Held(self.held.stored, self.held.wrap), self.shape, self.dtype, self.device)
 
+    def cast(self, dtype: torch.dtype) -> "PackedWeight":
+        """The same weight in another type, still packed; what becomes zero there keeps its place."""
+        packed = self.packed
+        if packed is None or dtype == self.dtype:
+            return self.pristine()
+        return PackedWeight.of(Packed(packed.values.to(dtype), packed.mask, packed.shape))
+
     # What hosts count and ask. The bytes are those that it takes.
 
     @property
@@ -116,7 +123,7 @@ class PackedWeight(torch.Tensor):
 
     def to(self, *args, **kwargs):
         """Packed on another device; dense where it is asked for in a type."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **{**kwargs, "copy": False})
         copy = kwargs.get("copy", False)
         device = self.device if device is None else device
         if dtype is not None:
@@ -165,7 +172,7 @@ def unpacked(value):
 
 
 def like(func, first: PackedWeight, args: tuple, kwargs: dict):
-    """A new tensor of a weight's shape: to be filled with a packed one where nothing but another device is asked for."""
+    """A new tensor of a weight's shape: to be filled with a packed one where no more than a device is asked for."""
     device = kwargs.get("device") or first.device
     if func is ATEN.empty_like.default and kwargs.get("dtype") is None:
         return PackedWeight(Held(None), first.shape, first.dtype, torch.device(device))
@@ -190,6 +197,26 @@ def copy_onto(target: torch.Tensor, source: PackedWeight, *args, **kwargs) -> to
         source.seed.append(target)
         return target
     return target.copy_(source.to(target.device).dense(), *args, **kwargs)
+
+
+def smaller(numbers: torch.Tensor, like: torch.Tensor | None = None, wrap: Step | None = None) -> torch.Tensor:
+    """A weight in the form that takes fewer bytes in a file, packed or dense. like, wrap: see `PackedWeight.of`."""
+    packed = pack(numbers)
+    if pays(packed):
+        return PackedWeight.of(packed, like, wrap)
+    return numbers if wrap is None else wrap(numbers)
+
+
+def planted(module: torch.nn.Module, seeds: Iterable[PackedWeight]) -> None:
+    """Have packed weights in a module where others were to be written to: see PackedWeight. They take the type of what
+    they stand for."""
+    places = {id(tensor): seed for seed in seeds for tensor in seed.seed}
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            seed = places.get(id(weight))
+            if seed is not None:
+                found = seed.cast(weight.dtype).to(weight.device)
+                part._parameters[name] = torch.nn.Parameter(found, requires_grad=False)
 
 
 def packed_weights(module: torch.nn.Module) -> dict[str, PackedWeight]:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from ....skrr_engine.encoder.standin import StandInModule
-from ....skrr_engine.weights.packed import pack, pays
 from ....skrr_engine.weights.prune import prunable, sparsify
 from ....skrr_engine.weights.statistics import Pair, Statistics
-from ....skrr_engine.weights.tensor import PackedWeight
+from ....skrr_engine.weights.tensor import smaller
 from ..clip.cut import requantising
 from ..clip.guard import guard
 from ..clip.views import ATTACHMENT, Pruned, pruning, seen
@@ -62,8 +61,5 @@ def pack_weights(
 
 def put(layer: nn.Module, numbers) -> None:
     """Give a layer other numbers, in the form that its weight has; packed where that is smaller."""
-    before, packed = layer.weight, pack(numbers)
-    wrap = requantising(before) if hasattr(before, "_qdata") else None
-    dense = numbers if wrap is None else wrap(numbers)
-    found = PackedWeight.of(packed, before, wrap) if pays(packed) else dense
-    layer.weight = nn.Parameter(found, requires_grad=False)
+    wrap = requantising(layer.weight) if hasattr(layer.weight, "_qdata") else None
+    layer.weight = nn.Parameter(smaller(numbers, layer.weight, wrap), requires_grad=False)
