@@ -1,11 +1,15 @@
 """Packed weights in ComfyUI's own classes: pictures and prompts as with masked dense ones, to the bit; LoRAs, clones,
 partial loads and sizes; what came in stays as it is."""
 
+from types import SimpleNamespace
+
 import pytest
 import small_models
 import torch
 from test_comfy import encode, host, lora_for, same, with_lora  # noqa: F401 - a fixture
 from torch import nn
+
+import comfy_runtime
 
 SPARSITY = 0.475
 
@@ -51,9 +55,9 @@ def both(derive, tensor):
     return make
 
 
-@pytest.mark.parametrize("kind", small_models.KINDS)
+@pytest.mark.parametrize("kind", small_models.OPTIONS)
 def test_pictures_are_those_of_masked_dense_weights(comfy, both, tensor, kind):
-    dense = small_models.KINDS[kind]()
+    dense = small_models.small(kind)
     before = small_models.noise_prediction(dense, kind)
     state = {k: (v, v.clone()) for k, v in dense.model.state_dict().items()}
     sparse, masked = both(dense)
@@ -68,7 +72,7 @@ def test_pictures_are_those_of_masked_dense_weights(comfy, both, tensor, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_other_types(comfy, both, dtype):
-    dense = small_models.unet(dtype)
+    dense = small_models.small(dtype=dtype)
     sparse, masked = both(dense)
     assert torch.equal(small_models.noise_prediction(sparse), small_models.noise_prediction(masked))
     assert sparse.model_size() < 0.8 * masked.model_size()
@@ -86,7 +90,7 @@ def test_prompts(comfy, builders, both, tensor):
 
 
 def test_sizes_count_what_is_packed(comfy, both, tensor):
-    sparse, masked = both(small_models.unet(torch.float16))
+    sparse, masked = both(small_models.small(dtype=torch.float16))
     saved = sum(w.dense_nbytes - w.nbytes for w in tensor.packed_weights(sparse.model).values())
     assert saved > 0 and sparse.model_size() == masked.model_size() - saved
     assert sparse.clone().model_size() == sparse.model_size()
@@ -114,7 +118,7 @@ def model_lora(comfy, model, seed: int = 0) -> dict:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn], ids=str)
 def test_loras(comfy, both, tensor, dtype):
     """To the bit as on dense weights, on and off, and without a byte more in memory."""
-    dense = small_models.unet(dtype)
+    dense = small_models.small(dtype=dtype)
     sparse, masked = both(dense)
     lora = model_lora(comfy, masked)
     plain = small_models.noise_prediction(sparse)
@@ -130,7 +134,7 @@ def test_loras(comfy, both, tensor, dtype):
 
 def test_loras_that_came_with_the_model(comfy, both):
     """They are not pruned, and stay on."""
-    dense = small_models.unet()
+    dense = small_models.small()
     bare = both(dense)[1]
     lora = model_lora(comfy, dense)
     carrying = comfy.sd.load_lora_for_models(dense, None, lora, 1.0, 0.0)[0]
@@ -150,7 +154,7 @@ def part_of(sparse, share: float) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.6])
 def test_loads_in_part(comfy, both, share):
-    sparse, masked = both(small_models.unet())
+    sparse, masked = both(small_models.small())
     lora = model_lora(comfy, masked)
     sparse, masked = (comfy.sd.load_lora_for_models(m, None, lora, 0.7, 0.0)[0] for m in (sparse, masked))
     found = []
@@ -174,7 +178,7 @@ def test_hooked_loras(comfy, both):
     """ComfyUI writes scheduled LoRAs into the weights, and takes them out again."""
     import comfy.hooks
 
-    sparse, masked = both(small_models.unet())
+    sparse, masked = both(small_models.small())
     lora = model_lora(comfy, masked)
     found = []
     for model in (sparse, masked):
@@ -201,14 +205,14 @@ def test_loras_of_encoders(comfy, builders, both):
 
 
 def test_what_is_excluded_stays(comfy, both, tensor):
-    sparse, _ = both(small_models.unet(), ["*input_blocks.*"])
+    sparse, _ = both(small_models.small(), ["*input_blocks.*"])
     names = tensor.packed_weights(sparse.model)
     assert names and not [name for name in names if "input_blocks" in name]
     assert not [name for name in names if "norm" in name or name.endswith("bias")]
 
 
 def test_object_patches_and_options_come_along(comfy, both):
-    dense = small_models.unet()
+    dense = small_models.small()
     dense.model_options["transformer_options"]["mark"] = [1]
     dense.add_object_patch("diffusion_model.num_heads_upsample", "patched")
     small_models.noise_prediction(dense)
@@ -225,10 +229,122 @@ def test_a_file_saved_by_others_holds_the_masked_weights(comfy, both, tmp_path):
     """ComfyUI's own Save nodes write dense tensors, or say that they can't; never other bytes."""
     import comfy.utils
 
-    sparse, masked = both(small_models.unet())
+    sparse, masked = both(small_models.small())
     state = {k: v.contiguous() for k, v in sparse.model.state_dict_for_saving().items()}
     comfy.utils.save_torch_file(state, str(tmp_path / "x.safetensors"))
     found, wanted = comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), masked.model.state_dict_for_saving()
     assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in found)
     with pytest.raises((RuntimeError, ValueError)):
         comfy.utils.save_torch_file(sparse.model.state_dict_for_saving(), str(tmp_path / "y.safetensors"))
+
+
+# Sparsify Weights, Save Sparse, Load Sparse
+
+
+@pytest.fixture
+def models(comfy, tmp_path, monkeypatch):
+    """ComfyUI's folders of models, for one test."""
+    import folder_paths
+
+    for name in ("diffusion_models", "checkpoints", "text_encoders"):
+        (tmp_path / name).mkdir()
+        folders = ([str(tmp_path / name)], folder_paths.supported_pt_extensions)
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, folders)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path
+
+
+def node(pack, name: str):
+    return next(kind for kind in comfy_runtime.pack_module(pack, "nodes").NODES if kind.__name__ == name)
+
+
+def ran(kind, **inputs) -> tuple:
+    """The outputs of a node."""
+    kind.hidden = SimpleNamespace(unique_id=None)
+    return kind.execute(**inputs).args
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "owl", "sparsegpt"])
+def test_methods(comfy, builders, pack, tensor, monkeypatch, host, method):  # noqa: F811
+    monkeypatch.setattr(host("nodes.host.sparse.calibrate"), "SIDE", 8)
+    monkeypatch.setattr(host("nodes.host.sparse.calibrate"), "STEPS", 1)
+    clip, dense = builders.flux(), small_models.small()
+    before = encode(clip), small_models.noise_prediction(dense)
+    texts = "a cat\na red cube on a table"
+    shares = {"model_sparsity": 0.4, "clip_sparsity": 0.5, "own_prompts": texts}
+    model, small = ran(node(pack, "SkrrSparsify"), method=method, model=dense, clip=clip, **shares)
+    for patcher, share in ((model, 0.4), (small.patcher, 0.5)):
+        weights = tensor.packed_weights(patcher.model).values()
+        left = sum(len(weight.packed.values) for weight in weights)
+        assert 1 - left / sum(weight.numel() for weight in weights) == pytest.approx(share, abs=0.03)
+        assert patcher.model_size() < sum(t.numel() * t.itemsize for t in patcher.model.state_dict().values())
+    after = encode(small), small_models.noise_prediction(model)
+    assert not same(after[0], before[0]) and not torch.equal(after[1], before[1])
+    assert same(encode(clip), before[0]) and torch.equal(small_models.noise_prediction(dense), before[1])
+
+
+def test_nothing_to_do(comfy, pack):
+    dense = small_models.small()
+    given = ran(node(pack, "SkrrSparsify"), method="magnitude", model=dense, model_sparsity=0.0, clip_sparsity=0.5)
+    assert given == (dense, None)
+    with pytest.raises(ValueError, match="connect the CLIP"):
+        ran(node(pack, "SkrrSparsify"), method="wanda", model=dense, model_sparsity=0.5, clip_sparsity=0.0)
+    with pytest.raises(ValueError, match="exclude less"):
+        ran(
+            node(pack, "SkrrSparsify"),
+            method="magnitude",
+            model=dense,
+            model_sparsity=0.5,
+            clip_sparsity=0,
+            exclude="*",
+        )
+
+
+def test_an_interruption_leaves_what_came_in(comfy, pack):
+    dense = small_models.small()
+    before = small_models.noise_prediction(dense)
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        ran(node(pack, "SkrrSparsify"), method="magnitude", model=dense, model_sparsity=0.5, clip_sparsity=0.0)
+    assert torch.equal(small_models.noise_prediction(dense), before)
+
+
+@pytest.mark.parametrize("kind", small_models.OPTIONS)
+def test_diffusion_models_saved_and_loaded(comfy, both, pack, models, tensor, monkeypatch, kind):
+    small_models.recognised(monkeypatch, kind)
+    sparse, _ = both(small_models.small(kind))
+    lora = model_lora(comfy, sparse)
+    with_lora = comfy.sd.load_lora_for_models(sparse, None, lora, 0.7, 0.0)[0]
+    wanted = small_models.noise_prediction(sparse, kind), small_models.noise_prediction(with_lora, kind)
+    (name,) = ran(node(pack, "SkrrSaveSparse"), model=with_lora, file_name="x")
+    assert name == "diffusion_models/x.safetensors"
+    model, clip, vae = ran(node(pack, "SkrrLoadSparse"), file=name)
+    assert clip is None and vae is None and model.model_size() == sparse.model_size()
+    assert tensor.packed_weights(model.model).keys() == tensor.packed_weights(sparse.model).keys()
+    assert torch.equal(small_models.noise_prediction(model, kind), wanted[0])
+    model = comfy.sd.load_lora_for_models(model, None, lora, 0.7, 0.0)[0]
+    assert torch.equal(small_models.noise_prediction(model, kind), wanted[1])
+    assert ran(node(pack, "SkrrSaveSparse"), model=sparse, file_name="x") == ("diffusion_models/x_2.safetensors",)
+
+
+def test_nothing_packed_is_not_saved(comfy, pack, models):
+    with pytest.raises(ValueError, match="nothing to save"):
+        ran(node(pack, "SkrrSaveSparse"), model=small_models.small(), file_name="x")
+    with pytest.raises(ValueError, match="neither a MODEL nor a CLIP"):
+        ran(node(pack, "SkrrSaveSparse"), file_name="x")
+    assert not list(models.rglob("*.safetensors"))
+
+
+def test_an_interrupted_save_leaves_nothing(comfy, both, pack, models):
+    sparse, _ = both(small_models.small())
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        ran(node(pack, "SkrrSaveSparse"), model=sparse, file_name="x")
+    assert not [path for path in models.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", ["diffusion_models/../../x.safetensors", "vae/x.safetensors", "/etc/passwd", ""])
+def test_names_that_are_no_files(comfy, pack, models, name):
+    assert "there is no file" in node(pack, "SkrrLoadSparse").validate_inputs(name)
+    with pytest.raises(ValueError, match="there is no file"):
+        ran(node(pack, "SkrrLoadSparse"), file=name)

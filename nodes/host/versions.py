@@ -1,5 +1,6 @@
 """What one ComfyUI has and another lacks: found out by looking for it, here and nowhere else."""
 
+import inspect
 import os
 from collections.abc import Collection, Iterable
 
@@ -10,6 +11,9 @@ import folder_paths
 import nodes
 import torch
 from comfy_api.latest import io
+
+MODEL_FOLDERS = ("diffusion_models", "checkpoints", "text_encoders")
+"""Where ComfyUI has files that may hold packed weights."""
 
 
 def loader_types(node: str) -> list[str]:
@@ -60,6 +64,26 @@ def encoder_state(names: Iterable[str | None]) -> str:
     """A text that changes with text encoders' files; names that are not known yet (linked inputs) say nothing."""
     paths = [path for name in names if isinstance(name, str) and (path := encoder_path(name))]
     return str([(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)])
+
+
+def model_files() -> list[str]:
+    """The safetensors files of diffusion models, checkpoints and text encoders, as `folder/name`."""
+    known = [(folder, name) for folder in MODEL_FOLDERS for name in folder_paths.get_filename_list(folder)]
+    return [f"{folder}/{name}" for folder, name in known if name.lower().endswith((".safetensors", ".sft"))]
+
+
+def model_path(choice: str) -> str | None:
+    """The file of a name that `model_files` lists."""
+    folder, _, name = choice.replace("\\", "/").partition("/")
+    found = [folder_paths.get_full_path(folder, own) for own in spellings(name)] if folder in MODEL_FOLDERS else []
+    return next((path for path in found if path), None)
+
+
+def model_state(choice: str | None) -> str:
+    """A text that changes with the file of a name that `model_files` lists."""
+    path = model_path(choice) if isinstance(choice, str) else None
+    status = os.stat(path) if path else None
+    return f"{status.st_size} {status.st_mtime_ns}" if status else ""
 
 
 def gguf_loader(files: int):
@@ -115,3 +139,8 @@ def patching_type(device: torch.device) -> torch.dtype:
 def seed_of(key: str) -> int:
     """What the rounding of a patched weight is seeded with."""
     return (getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed)(key)
+
+
+def static(loader) -> dict[str, bool]:
+    """What tells a loader of ComfyUI's to make a model without dynamic VRAM, as its keyword arguments."""
+    return {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(loader).parameters else {}

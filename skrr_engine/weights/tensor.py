@@ -123,8 +123,8 @@ class PackedWeight(torch.Tensor):
 
     def to(self, *args, **kwargs):
         """Packed on another device; dense where it is asked for in a type."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **{**kwargs, "copy": False})
-        copy = kwargs.get("copy", False)
+        copy = kwargs.pop("copy", False)
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         device = self.device if device is None else device
         if dtype is not None:
             moved = self.held.to(device, non_blocking=non_blocking)

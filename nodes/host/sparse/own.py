@@ -56,7 +56,8 @@ def own_tree(patcher, tree: nn.Module) -> nn.Module:
         for name in (*PUT_ON, *FAULTED):
             vars(module).pop(name, None)
     for name in LOADED:
-        vars(made).pop(name, None)
+        if name != "current_patcher":  # of all these, what ComfyUI asks for before it sets it
+            vars(made).pop(name, None)
     return made
 
 

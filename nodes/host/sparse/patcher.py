@@ -9,7 +9,7 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
-from ....skrr_engine.weights.tensor import PackedWeight
+from ....skrr_engine.weights.tensor import PackedWeight, packed_weights
 from .. import versions as features
 from ..clip.cut import rounded
 
@@ -41,6 +41,14 @@ def patched(weight: torch.Tensor, patches: list, key: str, convert, set_weight) 
     if set_weight is None:
         return rounded(found, weight.dtype, seed)
     return set_weight(found, inplace_update=False, seed=seed, return_weight=True)
+
+
+def with_packed(patcher):
+    """A patcher, in place, ready for packed weights where its model has some; returns it."""
+    if packed_weights(patcher.model):
+        patcher.__class__ = sparse_class(type(patcher))
+        patcher.size = 0
+    return patcher
 
 
 @functools.cache
