@@ -76,8 +76,7 @@ def test_files_of_the_command_line(comfy, host, tensor, shelf, small_heads, file
     assert loaded.patcher.loaded_size() == loaded.patcher.model_size()
 
 
-@pytest.mark.parametrize("refit", [False, True])
-def test_a_plan_and_zeros(comfy, host, tensor, sparse, shelf, small_heads, files, pack, refit):  # noqa: F811
+def test_a_plan_and_zeros(comfy, host, tensor, sparse, shelf, small_heads, files):  # noqa: F811
     """Parts go first, weights of what is kept then; saved, checked and loaded, by both loaders."""
     plan = choice(host, plan_for()).plan.encoder("t5xxl")
     encoders = host("nodes.host.clip.views")

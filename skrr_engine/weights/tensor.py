@@ -133,6 +133,9 @@ class PackedWeight(torch.Tensor):
             return self
         return PackedWeight(self.held.to(device, non_blocking=non_blocking, copy=copy), self.shape, self.dtype, device)
 
+    def cpu(self, *args) -> "PackedWeight":
+        return self.to(torch.device("cpu"))
+
     def __tensor_flatten__(self):
         return [], (self.held, self.shape, self.dtype, self.device)
 
@@ -150,8 +153,9 @@ class PackedWeight(torch.Tensor):
             if func is ATEN.clone.default:
                 return cls(first.held.to(first.device, copy=True), first.shape, first.dtype, first.device)
             if func is ATEN._to_copy.default:
-                named = {k: v for k, v in kwargs.items() if k in ("dtype", "device", "non_blocking") and v is not None}
-                return first.to(**named, copy=True)
+                named = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking") and v is not None}
+                moved = first.to(**named, copy=True)
+                return moved if kwargs.get("dtype") in (None, first.dtype) else moved.to(kwargs["dtype"])
             if func in LIKE:
                 return like(func, first, args[1:], kwargs)
             if func is ATEN.copy_.default:

@@ -49,9 +49,13 @@ def own_tree(patcher, tree: nn.Module) -> nn.Module:
         for name, original in patcher.object_patches_backup.items():
             parent, _, attribute = name.rpartition(".")
             try:
-                setattr(made.get_submodule(parent), attribute, copy.deepcopy(original, memo))
+                theirs, source, ours = (root.get_submodule(parent) for root in (patcher.model, tree, made))
             except AttributeError:
                 continue  # of a part that the fork has not
+            if getattr(original, "__self__", None) is theirs:
+                vars(ours).pop(attribute, None)
+            elif isinstance(source, type(theirs)):  # no placeholder
+                setattr(ours, attribute, copy.deepcopy(original, memo))
     for module in made.modules():
         for name in (*PUT_ON, *FAULTED):
             vars(module).pop(name, None)
