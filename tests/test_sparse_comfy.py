@@ -260,7 +260,7 @@ def node(pack, name: str):
 
 def ran(kind, **inputs) -> tuple:
     """The outputs of a node."""
-    kind.hidden = SimpleNamespace(unique_id=None)
+    kind.hidden = SimpleNamespace(unique_id=None, extra_pnginfo=None)
     return kind.execute(**inputs).args
 
 
@@ -348,3 +348,14 @@ def test_names_that_are_no_files(comfy, pack, models, name):
     assert "there is no file" in node(pack, "SkrrLoadSparse").validate_inputs(name)
     with pytest.raises(ValueError, match="there is no file"):
         ran(node(pack, "SkrrLoadSparse"), file=name)
+
+
+def test_the_memory_report_shows_what_is_packed(comfy, builders, both, pack, tensor):
+    (sparse, _), (model, _) = both(builders.flux()), both(small_models.small())
+    text, _, saved = ran(node(pack, "SkrrMemoryReport"), clip=sparse, model=model)
+    packed = [line for line in text.splitlines() if line.startswith("  packed: ")]
+    assert len(packed) == 3 and all("47.5% of their weights gone" in line for line in packed)
+    weights = tensor.packed_weights(sparse.cond_stage_model).values()
+    assert saved == sum(weight.dense_nbytes - weight.nbytes for weight in weights) > 0
+    plain, _, none = ran(node(pack, "SkrrMemoryReport"), clip=builders.flux(), model=small_models.small())
+    assert "packed" not in plain and none == 0
