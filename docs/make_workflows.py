@@ -470,9 +470,7 @@ def sparse() -> Sketch:
     sketch.node("skrr", "SkrrSparsify", (400, 0), (430, 0), model_sparsity=0.35, clip_sparsity=0.475)
     sketch.node("save", "SkrrSaveSparse", (890, 0), (340, 0), file_name="skrr_sparse")
     sketch.node("report", "SkrrMemoryReport", (1290, 0), (430, 240))
-    sketch.node(
-        "again", "SkrrLoadSparse", (890, 310), (340, 0), "", MUTED, file="checkpoints/skrr_sparse.safetensors"
-    )
+    sketch.node("again", "SkrrLoadSparse", (890, 310), (340, 0), "", MUTED, file="checkpoints/skrr_sparse.safetensors")
     for link in (
         ("checkpoint", "MODEL", "skrr", "model"), ("checkpoint", "CLIP", "skrr", "clip"),
         ("skrr", "MODEL", "save", "model"), ("skrr", "CLIP", "save", "clip"), ("checkpoint", "VAE", "save", "vae"),

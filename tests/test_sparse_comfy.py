@@ -359,3 +359,35 @@ def test_the_memory_report_shows_what_is_packed(comfy, builders, both, pack, ten
     assert saved == sum(weight.dense_nbytes - weight.nbytes for weight in weights) > 0
     plain, _, none = ran(node(pack, "SkrrMemoryReport"), clip=builders.flux(), model=small_models.small())
     assert "packed" not in plain and none == 0
+
+
+def test_checkpoints_saved_and_loaded(comfy, builders, both, pack, models, tensor, monkeypatch):
+    """MODEL, CLIP and VAE in one file. OpenCLIP's attention is joined there, and packed again when it is loaded."""
+    import comfy.supported_models
+
+    small_models.recognised(monkeypatch, "sdxl")
+    target = SimpleNamespace(
+        clip=lambda **options: comfy.sdxl_clip.SDXLClipModel(**options), tokenizer=comfy.sdxl_clip.SDXLTokenizer,
+        params={},
+    )  # fmt: skip
+    sizes = {"clip_l_model_config": builders.SMALL_CLIP, "clip_g_model_config": builders.SMALL_CLIP}
+    original = comfy.sd.CLIP.__init__
+
+    def init(self, *args, model_options=None, **kwargs):
+        return original(self, *args, model_options={**(model_options or {}), **sizes}, **kwargs)
+
+    monkeypatch.setattr(comfy.sd.CLIP, "__init__", init)
+    clip = builders.seeded(comfy.sd.CLIP(target, model_options={"dtype": torch.float32}))
+    (model, _), (sparse, _) = both(small_models.small("sdxl")), both(clip)
+    (name,) = ran(node(pack, "SkrrSaveSparse"), model=model, clip=sparse, file_name="x")
+    assert name == "checkpoints/x.safetensors"
+    wanted = small_models.noise_prediction(model, "sdxl"), encode(sparse)
+    monkeypatch.setattr(comfy.sd, "VAE", lambda **kwargs: None)
+    loaded, encoders, _ = ran(node(pack, "SkrrLoadSparse"), file=name)
+    assert torch.equal(small_models.noise_prediction(loaded, "sdxl"), wanted[0])
+    own, theirs = tensor.packed_weights(encoders.cond_stage_model), tensor.packed_weights(sparse.cond_stage_model)
+    unread = {"clip_l.transformer.text_projection.weight"}  # ComfyUI writes none for SDXL
+    assert own.keys() == theirs.keys() - unread and any("clip_g" in key for key in own)
+    for key, weight in own.items():
+        torch.testing.assert_close(weight.dense().float(), theirs[key].dense().half().float(), rtol=0, atol=1e-3)
+    assert encode(encoders)[0].shape == wanted[1][0].shape
