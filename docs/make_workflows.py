@@ -26,6 +26,7 @@ from benchmarks.shapes.scenes import calibration
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "example_workflows"
 FILES = {
+    "checkpoints": ("skrr_sparse.safetensors", "v1-5-pruned-emaonly-fp16.safetensors"),
     "text_encoders": (
         "clip_g.safetensors",
         "clip_l.safetensors",
@@ -453,6 +454,32 @@ def save_and_reload() -> Sketch:
     return sketch
 
 
+def sparse() -> Sketch:
+    """Take single weights out of Stable Diffusion 1.5, save what is left, and load that."""
+    sketch = Sketch("skrr_sparse", api=True)
+    sketch.note(
+        (0, 0), (340, 250), "Fewer weights, and no zeros stored",
+        "1. Run this: **Sparsify Weights** takes the smallest weights out, **Save Sparse** writes the others into"
+        " `models/checkpoints`.\n"
+        "2. Press R to refresh the lists of files, and mute the upper row (Ctrl+M).\n"
+        "3. Unmute **Load Sparse**: what it loads is never dense.",
+    )  # fmt: skip
+    sketch.node(
+        "checkpoint", "CheckpointLoaderSimple", (0, 310), (340, 0), ckpt_name="v1-5-pruned-emaonly-fp16.safetensors"
+    )
+    sketch.node("skrr", "SkrrSparsify", (400, 0), (430, 0), model_sparsity=0.35, clip_sparsity=0.475)
+    sketch.node("save", "SkrrSaveSparse", (890, 0), (340, 0), file_name="skrr_sparse")
+    sketch.node("report", "SkrrMemoryReport", (1290, 0), (430, 240))
+    sketch.node("again", "SkrrLoadSparse", (890, 310), (340, 0), "", MUTED, file="checkpoints/skrr_sparse.safetensors")
+    for link in (
+        ("checkpoint", "MODEL", "skrr", "model"), ("checkpoint", "CLIP", "skrr", "clip"),
+        ("skrr", "MODEL", "save", "model"), ("skrr", "CLIP", "save", "clip"), ("checkpoint", "VAE", "save", "vae"),
+        ("skrr", "CLIP", "report", "clip"), ("skrr", "MODEL", "report", "model"),
+    ):  # fmt: skip
+        sketch.link(*link)
+    return sketch
+
+
 def edit_plan() -> Sketch:
     """Change a plan by hand and see what it comes to."""
     sketch = Sketch("skrr_edit_plan")
@@ -605,7 +632,7 @@ def shapes() -> Sketch:
 
 SKETCHES = (
     shapes, prune_flux, repair_flux, load_plan_flux, memory_report, sd35, sd35_all, pixart, wan, z_image,
-    save_and_reload, edit_plan, search, compare,
+    save_and_reload, edit_plan, search, compare, sparse,
 )  # fmt: skip
 
 

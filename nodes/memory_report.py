@@ -45,7 +45,8 @@ class SkrrMemoryReport(io.ComfyNode):
             "model": memory.model_bytes(model) if model is not None else 0,
             "VAE": memory.vae_bytes(vae) if vae is not None else 0,
         }
-        text = as_text(encoders, others, memory.loaded_bytes(clip))
+        packed = memory.packing(model.model) if model is not None else None
+        text = as_text(encoders, others, memory.loaded_bytes(clip), packed)
         saved = sum(encoder.saved for encoder in encoders)
         show("\n".join(line for line in text.splitlines() if "saved" in line), cls.hidden.unique_id)
         on_node = {**ui.PreviewText(text).as_dict(), **shown(clip, cls.hidden)}

@@ -23,7 +23,7 @@ IN_WORKFLOWS = [
     "SkrrCompare",
     "SkrrSaveEncoder",
 ]
-IN_WORKFLOWS += ["SkrrDualCLIPLoader", "SkrrTripleCLIPLoader"]
+IN_WORKFLOWS += ["SkrrDualCLIPLoader", "SkrrTripleCLIPLoader", "SkrrSparsify", "SkrrSaveSparse", "SkrrLoadSparse"]
 LOADERS = ["SkrrCLIPLoader", "SkrrDualCLIPLoader", "SkrrTripleCLIPLoader", "SkrrQuadrupleCLIPLoader"]
 PAGES = [*REPO.glob("*.md"), *(REPO / "docs").glob("*.md"), *(REPO / "web" / "docs").glob("*.md")]
 NODES = [*dict.fromkeys([*IN_WORKFLOWS, *LOADERS]), "SkrrTrimUnread"]
@@ -66,6 +66,9 @@ def test_nodes_are_in_the_menu(page):
         "SkrrMemoryReport": ("Memory Report", "Skrr"),
         "SkrrCompare": ("Skrr Compare", "Skrr"),
         "SkrrCLIPLoader": ("Load CLIP (Skrr)", "Skrr"),
+        "SkrrSparsify": ("Sparsify Weights", "Skrr"),
+        "SkrrSaveSparse": ("Save Sparse", "Skrr"),
+        "SkrrLoadSparse": ("Load Sparse", "Skrr"),
         "SkrrDualCLIPLoader": ("Load CLIP (Skrr, two files)", "Skrr"),
         "SkrrTripleCLIPLoader": ("Load CLIP (Skrr, three files)", "Skrr"),
         "SkrrQuadrupleCLIPLoader": ("Load CLIP (Skrr, four files)", "Skrr"),
@@ -267,6 +270,7 @@ PICTURED = {
     "SkrrTrimUnread": trimmed,
     "SkrrSaveEncoder": alone,
     "SkrrRepairPlan": repaired,
+    **dict.fromkeys(("SkrrSparsify", "SkrrSaveSparse", "SkrrLoadSparse"), alone),
 }
 """Nodes whose pictures are made here; other tests make the others."""
 

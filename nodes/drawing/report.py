@@ -30,25 +30,27 @@ def share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "0 %"
 
 
-def as_text(encoders, others: dict[str, int], loaded: int) -> str:
+def as_text(encoders, others: dict[str, int], loaded: int, model=None) -> str:
     """Bytes of each encoder dense, now and saved, where they are, its part of the pipeline, a map of its sub-blocks.
 
     encoders: host.memory.EncoderMemory; others: name -> bytes of the pipeline's other models (0 where not connected);
-    loaded: bytes that ComfyUI counts as loaded for the encoders.
+    loaded: bytes that ComfyUI counts as loaded for the encoders; model: host.memory.Packing of the diffusion model.
     """
     dense = sum(e.dense for e in encoders)
     now = sum(e.now for e in encoders)
     rest = sum(others.values())
     lines = []
     for e in encoders:
-        lines += [headline(e), *map_lines(e), places(e)]
+        lines += [headline(e), *map_lines(e), *packed_lines(e.packed), places(e)]
         if e.idle:
             lines.append(
                 f"  {human(e.idle)} of removed weights stay in RAM while the loader's CLIP is cached;"
                 " use Load CLIP (Skrr) to never load them"
             )
     lines.append(f"text encoders: {human(now)} of {human(dense)}, saved {human(dense - now)}; loaded: {human(loaded)}")
-    lines += [f"{name}: {human(size)}" for name, size in others.items() if size]
+    for name, count in others.items():
+        if count:
+            lines += [f"{name}: {human(count)}", *(packed_lines(model) if name == "model" and model else [])]
     if rest:
         lines.append(
             f"whole pipeline: {human(now + rest)} of {human(dense + rest)};"
@@ -62,6 +64,14 @@ def headline(e) -> str:
     """One encoder in a line."""
     saved = f"saved {human(e.saved)} ({share(e.saved, e.dense)})"
     return f"{e.name}: {human(e.now)} of {human(e.dense)}, {saved}, {e.precision}"
+
+
+def packed_lines(packing) -> list[str]:
+    """What is stored without its zeros, nothing where that is none."""
+    if not packing.layers:
+        return []
+    count, gone = packing.layers, f"{packing.sparsity:.1%}"
+    return [f"  packed: {count} layers, {gone} of their weights gone, {human(packing.saved)} less than dense"]
 
 
 def places(e) -> str:

@@ -1,12 +1,19 @@
 """What one ComfyUI has and another lacks: found out by looking for it, here and nowhere else."""
 
+import inspect
 import os
 from collections.abc import Collection, Iterable
 
+import comfy.model_management
+import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import nodes
+import torch
 from comfy_api.latest import io
+
+MODEL_FOLDERS = ("diffusion_models", "checkpoints", "text_encoders")
+"""Where ComfyUI has files that may hold packed weights."""
 
 
 def loader_types(node: str) -> list[str]:
@@ -59,6 +66,26 @@ def encoder_state(names: Iterable[str | None]) -> str:
     return str([(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)])
 
 
+def model_files() -> list[str]:
+    """The safetensors files of diffusion models, checkpoints and text encoders, as `folder/name`."""
+    known = [(folder, name) for folder in MODEL_FOLDERS for name in folder_paths.get_filename_list(folder)]
+    return [f"{folder}/{name}" for folder, name in known if name.lower().endswith((".safetensors", ".sft"))]
+
+
+def model_path(choice: str) -> str | None:
+    """The file of a name that `model_files` lists."""
+    folder, _, name = choice.replace("\\", "/").partition("/")
+    found = [folder_paths.get_full_path(folder, own) for own in spellings(name)] if folder in MODEL_FOLDERS else []
+    return next((path for path in found if path), None)
+
+
+def model_state(choice: str | None) -> str:
+    """A text that changes with the file of a name that `model_files` lists."""
+    path = model_path(choice) if isinstance(choice, str) else None
+    status = os.stat(path) if path else None
+    return f"{status.st_size} {status.st_mtime_ns}" if status else ""
+
+
 def gguf_loader(files: int):
     """ComfyUI-GGUF's loader node for so many files, or None where that pack is not installed."""
     prefix = {1: "", 2: "Dual", 3: "Triple", 4: "Quadruple"}[files]
@@ -101,3 +128,19 @@ def set_reload(patcher, factory, arguments: tuple) -> None:
 def aliases(*words: str) -> dict[str, list[str]]:
     """A schema's search aliases, as its keyword arguments: other words that artists search a node by."""
     return {"search_aliases": ["skrr", *words]} if "search_aliases" in io.Schema.__dataclass_fields__ else {}
+
+
+def patching_type(device: torch.device) -> torch.dtype:
+    """The type that LoRAs are added to weights in."""
+    chosen = getattr(comfy.model_management, "lora_compute_dtype", None)
+    return torch.float32 if chosen is None else chosen(device)
+
+
+def seed_of(key: str) -> int:
+    """What the rounding of a patched weight is seeded with."""
+    return (getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed)(key)
+
+
+def static(loader) -> dict[str, bool]:
+    """What tells a loader of ComfyUI's to make a model without dynamic VRAM, as its keyword arguments."""
+    return {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(loader).parameters else {}

@@ -374,11 +374,20 @@ def run_apply(options) -> None:
 
 
 def run_verify(options) -> None:
-    """Check a pruned encoder file: its metadata, that the right tensors are left out, and every byte of the others."""
+    """Check a pruned encoder file, or one whose zeros are not stored: its metadata, that the right tensors are left
+    out, and every byte of the others."""
     from ..files.pruned import verify
 
     found = verify(options.file)
     record = found.record
+    if found.packed:
+        weights = [found.stored(key).count for key in found.packed]
+        how = f" by {found.sparse.method}" if found.sparse and found.sparse.method else ""
+        print(f"{options.file}: whole; {len(weights)} packed weights{how}, {sum(weights):,} places in all")
+        if found.sparse is None:
+            print("another program has written it, without a hash: only its packed weights could be checked")
+    if record is None:
+        return
     print(f"{options.file}: whole; {record.encoder} of {record.source['name']} without {len(record.dropped)} tensors,")
     more = f", {len(record.narrowed)} tensors narrowed" if record.narrowed else ""
     print(f"{record.skipped} steps of its plan taken{more}, and {len(record.unread)} unread sub-blocks left out")

@@ -1,5 +1,5 @@
 """The command line, without ComfyUI: `python -m skrr_engine search | repair | show | discrepancy | encode | apply |
-verify`.
+sparsify | verify`.
 
 Exit code 0; 1 for a user's error, told in one line; 130 for Ctrl-C.
 """
@@ -12,6 +12,7 @@ from .. import __version__
 from ..errors import SkrrError, printable
 from ..search import METHODS, QUALITIES
 from .commands import run_apply, run_discrepancy, run_encode, run_repair, run_search, run_show, run_verify, spare_inputs
+from .sparse import run_sparsify
 
 TUNE = "steps in which a level's stand-ins are tuned together on D, on the way back through the encoder (default: {})"
 
@@ -155,7 +156,21 @@ def parser() -> argparse.ArgumentParser:
     apply.add_argument("--name", help="the plan's entry for this encoder (default: the one of its shape)")
     apply.set_defaults(command=run_apply)
 
-    verify = commands.add_parser("verify", help="check a pruned encoder file", description=run_verify.__doc__)
+    sparse = commands.add_parser(
+        "sparsify", parents=[encoder], help="take single weights out", description=run_sparsify.__doc__
+    )
+    sparse.add_argument(
+        "--method",
+        choices=("magnitude", "wanda", "sparsegpt", "owl"),
+        default="magnitude",
+        help="which weights go: the smallest (default); the others look at prompts",
+    )
+    sparse.add_argument("--sparsity", type=float, default=0.475, help="share of the weights (default 0.475)")
+    sparse.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="names that stay whole")
+    sparse.add_argument("--out", required=True, metavar="OUT", help=".safetensors to write")
+    sparse.set_defaults(command=run_sparsify)
+
+    verify = commands.add_parser("verify", help="check a file that Skrr has written", description=run_verify.__doc__)
     verify.add_argument("file", metavar="FILE")
     verify.set_defaults(command=run_verify)
     return top

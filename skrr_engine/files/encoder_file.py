@@ -25,6 +25,7 @@ from ..errors import SkrrError, first_line
 from ..plan.model import EncoderPlan, Plan
 from ..plan.text import PlanError
 from . import companion as standin_file
+from . import sparse
 from .companion import Fitted
 from .layout import MARKER, MAX_BLOCKS, Layout, layouts_of, matching
 from .narrow import Piece, check, narrowing
@@ -109,7 +110,8 @@ class Checkpoint:
         digest = hashlib.sha256(found.text).hexdigest()
         self.stamp = Stamp(str(self.path), status.st_size, status.st_mtime_ns, digest)
         self._header, self.metadata = found, dict(found.metadata)
-        entries = dict(found.entries)
+        self.sparse, self._packs = sparse.record_of(self.metadata, self.path.name), {}
+        entries = self._unpacked(dict(found.entries))
         self._standins = {key for key in entries if key.startswith(STANDINS)}
         entries = {key: entry for key, entry in entries.items() if key not in self._standins}
         self.record = self._read_record(entries)
@@ -127,6 +129,29 @@ class Checkpoint:
         places = range(2 * self.known_layout.blocks) if self.known_layout else ()
         if self.record and self.known_layout and not set(self.record.unread) <= set(places):
             raise self._damaged("unread names a sub-block that there is not")
+
+    def _unpacked(self, entries: dict[str, Entry]) -> dict[str, Entry]:
+        """Entries with the dense weights in place of the tensors that packed ones lie in."""
+        self._packs, found = sparse.packs(entries, self._raw, self.sparse, self.path.name), {}
+        if not self._packs:
+            return entries
+        parts = {part: name for name, pack in self._packs.items() for part in pack.keys}
+        for key, entry in entries.items():
+            name = parts.get(key, key)
+            found[name] = self._packs[name].dense if name in self._packs else entry
+        return found
+
+    @property
+    def packed(self) -> Set[str]:
+        """Names of the weights whose zeros are not stored."""
+        return self._packs.keys()
+
+    def check_packed(self) -> None:
+        """Read all packed weights, and see that they are what was written. Raises SkrrError."""
+        if self.sparse is not None:
+            sparse.verify_sparse(self._file, self._header, self.sparse, self.path.name)
+        for key in self._packs:
+            self.tensor(key)
 
     def _damaged(self, what: str) -> CheckpointError:
         where = f"{self.path.name}: its Skrr metadata is damaged"
@@ -167,10 +192,15 @@ class Checkpoint:
 
     def stored(self, key: str) -> Entry:
         """A tensor as it lies in this file: of a narrowed one, what is left of it."""
-        return self._header.entries[key]
+        return self._packs[key].dense if key in self._packs else self._header.entries[key]
 
     def tensor(self, key: str) -> torch.Tensor:
-        """A tensor of the file, read now, in memory of its own. Of a type that torch lacks: its bytes."""
+        """A tensor of the file, read now, in memory of its own. Of a type that torch lacks: its bytes. A packed weight
+        stays so. Raises PackedError where its parts do not agree."""
+        return self._packs[key].read(self._raw) if key in self._packs else self._raw(key)
+
+    def _raw(self, key: str) -> torch.Tensor:
+        """A tensor as it lies in the file."""
         entry = self._header.entries[key]
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         self._fill(raw, key, [(0, entry.nbytes)])
@@ -178,8 +208,8 @@ class Checkpoint:
 
     def piece(self, key: str, piece: Piece) -> torch.Tensor:
         """What stays of a tensor. Of rows nothing else is read, but for what lies between near ones (see GAP)."""
-        entry = self._header.entries[key]
-        if piece.dimension:
+        entry = self.stored(key)
+        if piece.dimension or key in self._packs:
             return piece.cut(self.tensor(key))
         row = entry.nbytes // entry.shape[0]
         raw = torch.empty((len(piece.index), row), dtype=torch.uint8)
@@ -216,7 +246,7 @@ class Checkpoint:
 
     def start(self, key: str) -> int:
         """Where a tensor begins in the file."""
-        return self._header.starts[key]
+        return self._header.starts[self._packs[key].keys[0] if key in self._packs else key]
 
     def data_sha256(self) -> str:
         """Of the bytes of all tensors."""
@@ -370,6 +400,16 @@ def _is_narrower(entry: Entry | None, dense: Entry) -> bool:
         return False
     odd = [i for i, (own, whole) in enumerate(zip(entry.shape, dense.shape, strict=True)) if own != whole]
     return len(odd) == 1 and odd[0] < 2 and 0 < entry.shape[odd[0]] < dense.shape[odd[0]]
+
+
+def resealed(entries: Mapping[str, Entry], metadata: Mapping[str, str], data_sha256: str) -> dict[str, str]:
+    """The metadata of a pruned file whose tensors are stored otherwise now: the hashes in its record are theirs."""
+    if RECORD not in metadata:
+        return dict(metadata)
+    record = {**json.loads(metadata[RECORD]), "data_sha256": data_sha256, "header_sha256": "0" * 64}
+    found = {**metadata, RECORD: json.dumps(record, separators=(",", ":"))}
+    record["header_sha256"] = _header_sha256(entries, found)
+    return {**found, RECORD: json.dumps(record, separators=(",", ":"))}
 
 
 def _header_sha256(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:

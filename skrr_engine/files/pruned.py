@@ -16,9 +16,10 @@ from ..disk.safetensors import NAMES, Entry, tensor_bytes
 from ..plan.model import EncoderPlan, Level, Plan
 from . import companion as standin_file
 from .companion import Fitted
-from .encoder_file import PLAN, RECORD, STANDINS, Checkpoint, CheckpointError, Record, _header_sha256
+from .encoder_file import PLAN, RECORD, STANDINS, Checkpoint, CheckpointError, Record, _header_sha256, resealed
 from .layout import Layout
 from .narrow import Piece, check, narrowing
+from .sparse import write_sparse
 
 
 class Source(Protocol):
@@ -29,6 +30,7 @@ class Source(Protocol):
     metadata: Mapping[str, str]
     entries: "Mapping[str, Entry]"
     layout: "Layout"
+    packed: "Collection[str]"
 
     def tensor(self, key: str) -> torch.Tensor: ...
     def piece(self, key: str, piece: Piece) -> torch.Tensor: ...
@@ -112,6 +114,11 @@ def write_pruned(
             return extra[key] if key in extra else own[key]
         return source.piece(key, pieces[key]) if key in pieces else source.tensor(key)
 
+    if source.packed:
+        tensors = ((key, written_as(key)) for key in kept)
+        return write_sparse(
+            out, tensors, "text encoder", metadata=metadata, check=source.check_unchanged, seal=resealed
+        )
     with replacing(out) as file:
         file.write(header.write(listed, metadata))
         digest = hashlib.sha256()
@@ -146,13 +153,17 @@ def check_refitted(own: Mapping[str, torch.Tensor], pieces: Mapping[str, Piece],
 
 
 def verify(path: str | os.PathLike[str]) -> Checkpoint:
-    """Check a pruned file: its metadata, that exactly the right tensors are left out, and every byte of the others.
+    """Check a pruned file: its metadata, that exactly the right tensors are left out, and every byte of the others; and
+    one with packed weights, whose parts must agree, too.
 
     What its header says is compared with its hash already when it is opened; files of before have none
-    (`record.header_sha256` is None). Returns it opened. Raises CheckpointError.
+    (`record.header_sha256` is None). Returns it opened. Raises SkrrError.
     """
     found = Checkpoint(path)
+    found.check_packed()
     record = found.record
+    if record is None and found.packed:
+        return found
     if record is None:
         raise CheckpointError(f"{found.path.name}: not a file that Skrr has pruned; nothing to verify")
     layout, gone = found.layout, set(record.unread)

@@ -92,9 +92,24 @@ def cut_quantised(weight, index: torch.Tensor, dimension: int) -> torch.Tensor |
     found = index_cut(data, index, dimension)
     if "orig_shape" in fresh:
         fresh["orig_shape"] = type(fresh["orig_shape"])(found.shape)
-    if params is not None:
-        return type(weight)(found, weight._layout_type, fresh)
-    return type(weight)(found, weight._layout_cls, dataclasses.replace(weight._params, **fresh))
+    return requantising(weight)(found, **fresh)
+
+
+def requantising(weight):
+    """What makes a QuantizedTensor of other numbers, as one of ComfyUI's is made of its own; it holds none of those.
+    Named arguments: params that are others."""
+    kind, layout = type(weight), getattr(weight, "_layout_type", None) or getattr(weight, "_layout_cls", None)
+    params = getattr(weight, "_layout_params", None)
+    of_class = params is None
+    named = dataclasses.fields(weight._params) if of_class else ()
+    template = weight._params if of_class else None
+    own = {field.name: getattr(template, field.name) for field in named} if of_class else dict(params)
+
+    def made(data: torch.Tensor, **others):
+        found = {k: v.to(data.device) if isinstance(v, torch.Tensor) else v for k, v in {**own, **others}.items()}
+        return kind(data, layout, dataclasses.replace(template, **found) if of_class else found)
+
+    return made
 
 
 def cut_gguf(weight, index: torch.Tensor, dimension: int) -> torch.Tensor | None:

@@ -6,7 +6,35 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ....skrr_engine.weights.tensor import packed_weights
 from .views import Pruned, dense_model, pruning, size, views
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Weights that are stored without their zeros. layers: how many; places, left: of them all, dense and without;
+    saved: bytes."""
+
+    layers: int = 0
+    places: int = 0
+    left: int = 0
+    saved: int = 0
+
+    @property
+    def sparsity(self) -> float:
+        """The share that is gone."""
+        return 1 - self.left / self.places if self.places else 0.0
+
+
+def packing(module: nn.Module) -> Packing:
+    """Of all packed weights below a module."""
+    weights = [weight for weight in packed_weights(module).values() if weight.packed is not None]
+    return Packing(
+        len(weights),
+        sum(weight.numel() for weight in weights),
+        sum(len(weight.packed.values) for weight in weights),
+        sum(weight.dense_nbytes - weight.nbytes for weight in weights),
+    )
 
 
 @dataclass(frozen=True)
@@ -15,7 +43,8 @@ class EncoderMemory:
 
     precision: what most of its bytes are stored as; ram, vram: where those that are left lie now; idle: bytes of
     left-out sub-blocks that are in RAM all the same, since the CLIP that it came from keeps them; disk: of its file, 0
-    where that is not known; seconds: of the last prompt, None where it was not one of ours that encoded it.
+    where that is not known; seconds: of the last prompt, None where it was not one of ours that encoded it; packed:
+    what is stored without its zeros.
     """
 
     name: str
@@ -30,6 +59,7 @@ class EncoderMemory:
     idle: int
     disk: int
     seconds: float | None
+    packed: Packing = Packing()  # noqa: RUF009 - frozen
 
     @property
     def saved(self) -> int:
@@ -49,11 +79,12 @@ def encoder_memory(clip, view) -> EncoderMemory:
     gone = view.shape.bytes_of(pruned.shares) - pruned.standin_bytes if pruned else 0
     ram, vram, kinds = placed(child)
     whole = sum(placed(dense_model(clip).get_submodule(view.path))[:2])
+    packed = packing(child)
     return EncoderMemory(
         name=view.name,
         family=view.shape.family,
         blocks=view.shape.blocks,
-        dense=now + gone,
+        dense=now + gone + packed.saved,
         now=now,
         pruned=pruned,
         precision=kinds.most_common(1)[0][0] if kinds else "none",
@@ -62,6 +93,7 @@ def encoder_memory(clip, view) -> EncoderMemory:
         idle=whole - ram - vram,
         disk=pruned.file.size if pruned and pruned.file and os.path.isfile(pruned.file.path) else 0,
         seconds=getattr(clip.cond_stage_model, "skrr_seconds", None),
+        packed=packed,
     )
 
 

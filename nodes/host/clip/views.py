@@ -3,13 +3,14 @@
 import functools
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import comfy.model_management
 import comfy.sd1_clip
 from torch import nn
 
+from ....skrr_engine.disk.safetensors import Entry
 from ....skrr_engine.encoder import families
 from ....skrr_engine.encoder.actions import SKIP, Action
 from ....skrr_engine.encoder.row import EncoderError, Numbers, Row
@@ -31,7 +32,8 @@ ATTACHMENT = "skrr"
 class Pruned:
     """What is left out of one encoder. plan, level: by a plan (None: no plan); unread: sub-blocks that no conditioning
     reads; shape: of the dense encoder where that was never in memory; file: that it was loaded from, where known;
-    fitted: the level's stand-ins and units, nothing where it has none or their file is missing."""
+    fitted: the level's stand-ins and units, nothing where it has none or their file is missing; gone: of a CLIP of our
+    own, whose encoder can't be looked up: name -> tensor that the whole one has besides, or at another size."""
 
     plan: EncoderPlan | None = None
     level: Level | None = None
@@ -39,6 +41,7 @@ class Pruned:
     shape: Numbers | None = None
     file: Stamp | None = None
     fitted: Fitted = Fitted()  # noqa: RUF009 - frozen
+    gone: Mapping[str, Entry] = field(default_factory=dict)
 
     @functools.cached_property
     def removed(self) -> dict[int, Action]:

@@ -3,12 +3,13 @@
 import functools
 import os
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ....skrr_engine.files.encoder_file import Checkpoint, CheckpointError
 from ....skrr_engine.files.narrow import Narrowing, narrowing
+from ....skrr_engine.weights.tensor import PackedWeight
 from .. import versions as features
 from ..clip.views import Pruned
 
@@ -38,13 +39,15 @@ class EncoderFile:
     """One file to load from, its tensors by the names that ComfyUI's encoder has for them. tensors: all that it uses,
     also those that a pruned file has left out, but for small ones only their dtypes and shapes (mapped from the file
     where ComfyUI maps); places: name -> sub-block, for those of sub-blocks; origin: name -> name in the file, for those
-    that are yet to be read; absent: names of those that a pruned file has left out."""
+    that are yet to be read; absent: names of those that a pruned file has left out; seeds: the packed weights that were
+    fetched, to be planted (see weights/tensor.py)."""
 
     checkpoint: Checkpoint
     tensors: Mapping[str, torch.Tensor]
     places: Mapping[str, int]
     origin: Mapping[str, str]
     absent: Set[str]
+    seeds: list[PackedWeight] = field(default_factory=list)
 
     @classmethod
     def open(cls, path: str) -> "EncoderFile":
@@ -57,7 +60,7 @@ class EncoderFile:
         checkpoint = Checkpoint(path)
         if checkpoint.problem is not None:
             raise CheckpointError(checkpoint.problem)
-        layout, mapped = checkpoint.known_layout, features.mapped_state_dict(path)
+        layout, mapped = checkpoint.known_layout, None if checkpoint.packed else features.mapped_state_dict(path)
         checkpoint.check_unchanged()  # what is mapped is what was opened
         used, stored, absent, keys = checkpoint.used, {}, {}, {}
         narrowed = checkpoint.record.narrowed if checkpoint.record else {}
@@ -89,7 +92,13 @@ class EncoderFile:
         if stored is None:
             return self.tensors[key] if piece is None else piece.cut(self.tensors[key])
         already = self.checkpoint.record is not None and stored in self.checkpoint.record.narrowed
-        return self.checkpoint.tensor(stored) if piece is None or already else self.checkpoint.piece(stored, piece)
+        if piece is not None and not already:
+            return self.checkpoint.piece(stored, piece)
+        found = self.checkpoint.tensor(stored)
+        if isinstance(found, PackedWeight):
+            found.seed = []
+            self.seeds.append(found)
+        return found
 
     @functools.cached_property
     def _stored_names(self) -> dict[str, str]:

@@ -21,6 +21,7 @@ import torch
 from ....skrr_engine.files.encoder_file import CheckpointError
 from ....skrr_engine.files.narrow import Narrowing
 from ....skrr_engine.memory import out_of_memory
+from ....skrr_engine.weights.tensor import planted
 from .. import versions as features
 from ..clip.cut import hollow
 from ..clip.derive import carried, prune_owned
@@ -28,6 +29,7 @@ from ..clip.trim import told
 from ..clip.views import Pruned, View, numbers_of_file, seen
 from ..plans.inputs import Choice
 from ..plans.match import match
+from ..sparse.patcher import with_packed
 from ..talk import say
 from .encoder_file import EncoderFile, Sheltered
 from .fill import cause, check_given, fill, without_lacking
@@ -72,7 +74,9 @@ def load(
     for file, home, state in placed:
         fill(clip, file, home, pruned[home.name], state, cuts[home.name])
     for file in files:
+        planted(clip.cond_stage_model, file.seeds)
         file.checkpoint.check_unchanged()
+    with_packed(clip.patcher)
     features.set_reload(clip.patcher, reload, (tuple(names), type_name, chosen, device, trim))
     say("\n".join(lines) or "loaded as it is", node_id)
     return clip
@@ -85,6 +89,7 @@ def made(names: Sequence[str], type_name: str, device: str, disable_dynamic: boo
     if any(path.lower().endswith(".gguf") for path in paths):
         return load_gguf(names, type_name, device), [], []
     files = [EncoderFile.open(path) for path in paths]
+    disable_dynamic = disable_dynamic or any(file.checkpoint.packed for file in files)
     states = [file.hollow() for file in files]
     clip = load_hollow(files, states, type_name, device, disable_dynamic)
     if not seen(clip)[0] and any(file.checkpoint.known_layout for file in files):  # known by its names alone
@@ -153,17 +158,21 @@ def load_hollow(
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     clip_type = getattr(comfy.sd.CLIPType, type_name.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
-    extra = {"disable_dynamic": True} if disable_dynamic else {}
+    loader = comfy.sd.load_text_encoder_state_dicts
+    extra = features.static(loader) if disable_dynamic else {}
     names = ", ".join(file.checkpoint.path.name for file in files)
     with quiet_about_missing(set().union(*(file.withheld for file in files))):
         try:
-            return comfy.sd.load_text_encoder_state_dicts(
+            found = loader(
                 states,
                 embedding_directory=folder_paths.get_folder_paths("embeddings"),
                 clip_type=clip_type,
                 model_options=options,
                 **extra,
             )
+            for file in files:
+                planted(found.cond_stage_model, file.seeds)
+            return found
         except (RuntimeError, KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
             if out_of_memory(error):
                 raise

@@ -9,11 +9,13 @@ import torch
 
 from ....skrr_engine.disk.atomic import claim, unnamed
 from ....skrr_engine.disk.safetensors import NAMES, Entry, tensor_bytes
+from ....skrr_engine.encoder.standin import StandInModule
 from ....skrr_engine.files.encoder_file import Checkpoint, CheckpointError
 from ....skrr_engine.files.layout import Layout, layout_of
 from ....skrr_engine.files.narrow import Piece
 from ....skrr_engine.files.pruned import write_pruned
 from ....skrr_engine.plan.model import Plan, Provenance
+from ....skrr_engine.weights.tensor import PackedWeight
 from ..clip.views import Pruned, View, dense_model
 from ..plans import folder as library
 
@@ -23,26 +25,33 @@ HEAD = "lm_head"
 
 
 class InMemory:
-    """A dense encoder of a CLIP as a source for `write_pruned`: its weights without LoRAs, and what its tokenizer needs
-    of a file (a vocabulary, for some)."""
+    """An encoder of a CLIP as a source for `write_pruned`: its weights without LoRAs, packed ones as they are, and what
+    its tokenizer needs of a file (a vocabulary, for some). pruned: what is left out of it; its tensors are there where
+    the CLIP is no copy of our own."""
 
     record = None
 
-    def __init__(self, clip, view: View):
+    def __init__(self, clip, view: View, pruned: Pruned | None = None):
         self.path = Path(f"{view.name} in memory")
         self.metadata = {"format": "pt"}
         transformer = dense_model(clip).get_submodule(view.path).transformer
         backup = clip.patcher.backup
         state = transformer.state_dict()
+        added = tuple(f"{path}." for path, m in transformer.named_modules() if isinstance(m, StandInModule))
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(added)}
         patched = {k: backup[view.prefix + k].weight for k in state if view.prefix + k in backup}
         self._tensors = {**named_as_in_files({**state, **patched}), **tokenizer_tensors(clip, view)}
-        odd = [k for k, t in self._tensors.items() if type(t) is not torch.Tensor or t.dtype not in NAMES]
+        self._tensors = {k: t.pristine() if isinstance(t, PackedWeight) else t for k, t in self._tensors.items()}
+        plain = (torch.Tensor, PackedWeight)
+        odd = [k for k, t in self._tensors.items() if type(t) not in plain or t.dtype not in NAMES]
         if odd:
             raise CheckpointError(
                 f"{view.name} is quantised in a way that can't be saved from memory: load it with Load CLIP (Skrr),"
                 " which copies from its file"
             )
-        self.entries = {k: Entry(NAMES[t.dtype], tuple(t.shape)) for k, t in self._tensors.items()}
+        self.packed = {k for k, t in self._tensors.items() if isinstance(t, PackedWeight)}
+        self._gone = pruned.gone if pruned else {}
+        self.entries = {k: Entry(NAMES[t.dtype], tuple(t.shape)) for k, t in self._tensors.items()} | self._gone
 
     @property
     def layout(self) -> Layout:
@@ -56,14 +65,15 @@ class InMemory:
 
     def piece(self, key: str, piece: Piece) -> torch.Tensor:
         """What stays of a tensor."""
-        return piece.cut(self._tensors[key].detach()).cpu()
+        own = self._tensors[key].detach()
+        return own.cpu() if key in self._gone else piece.cut(own).cpu()
 
     def check_unchanged(self) -> None:
         """Nobody writes to it while a node runs."""
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
-        for key in self.entries:
+        for key in self._tensors:
             for chunk in tensor_bytes(self.tensor(key)):
                 digest.update(chunk)
         return digest.hexdigest()
@@ -97,7 +107,7 @@ def tokenizer_tensors(clip, view: View) -> dict[str, torch.Tensor]:
 def source_of(clip, view: View, pruned: Pruned):
     """What an encoder is saved from: the file that it was loaded from, where that is known, or memory. Raises
     CheckpointError."""
-    return Checkpoint.again(pruned.file) if pruned.file else InMemory(clip, view)
+    return Checkpoint.again(pruned.file) if pruned.file else InMemory(clip, view, pruned)
 
 
 def save(
