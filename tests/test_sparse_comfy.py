@@ -264,7 +264,7 @@ def ran(kind, **inputs) -> tuple:
     return kind.execute(**inputs).args
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "owl", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_methods(comfy, builders, pack, tensor, monkeypatch, host, method):  # noqa: F811
     monkeypatch.setattr(host("nodes.host.sparse.calibrate"), "SIDE", 8)
     monkeypatch.setattr(host("nodes.host.sparse.calibrate"), "STEPS", 1)
@@ -309,7 +309,7 @@ def test_an_interruption_leaves_what_came_in(comfy, pack):
     assert torch.equal(small_models.noise_prediction(dense), before)
 
 
-@pytest.mark.parametrize("kind", small_models.OPTIONS)
+@pytest.mark.parametrize("kind", ["unet", "flux"])
 def test_diffusion_models_saved_and_loaded(comfy, both, pack, models, tensor, monkeypatch, kind):
     small_models.recognised(monkeypatch, kind)
     sparse, _ = both(small_models.small(kind))
