@@ -5,7 +5,10 @@ from comfy_api.latest import io
 from .host import versions as features
 from .types import CATEGORY, advanced, own_prompts_input
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "owl")
+AUTO = "auto"
+METHODS = (AUTO, "magnitude", "wanda", "sparsegpt", "owl")
+EACH = ("magnitude", "wanda")
+"""What AUTO takes for the diffusion model and for text encoders; docs/sparse.md has why."""
 PROMPTS = 64
 """Built-in prompts, where none are given."""
 
@@ -35,9 +38,10 @@ class SkrrSparsify(io.ComfyNode):
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
-                    default="magnitude",
-                    tooltip="Which weights go. magnitude: the smallest, at once. The others look at prompts first, and"
-                    " at a few sampling steps, which takes a while.",
+                    default=AUTO,
+                    tooltip="Which weights go. auto: magnitude for the diffusion model, wanda for text encoders."
+                    " magnitude: the smallest, at once. The others look at prompts first, and at a few sampling steps,"
+                    " which takes a while.",
                 ),
                 io.Float.Input(
                     "model_sparsity",
@@ -74,7 +78,7 @@ class SkrrSparsify(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, method="magnitude") -> bool | str:
+    def validate_inputs(cls, method=AUTO) -> bool | str:
         # None: another node gives it
         if method is None or method in METHODS:
             return True
@@ -90,7 +94,7 @@ class SkrrSparsify(io.ComfyNode):
 
         prompts = from_text(own_prompts) if own_prompts.strip() else broad(PROMPTS)
         patterns = [pattern.strip() for pattern in exclude.split(",") if pattern.strip()]
-        shares = (model_sparsity, clip_sparsity)
-        model, clip, lines = sparse(model, clip, method, shares, prompts, patterns, cls.hidden.unique_id)
+        shares, methods = (model_sparsity, clip_sparsity), EACH if method == AUTO else (method, method)
+        model, clip, lines = sparse(model, clip, methods, shares, prompts, patterns, cls.hidden.unique_id)
         say("\n".join(lines), cls.hidden.unique_id)
         return io.NodeOutput(model, clip)

@@ -283,6 +283,16 @@ def test_methods(comfy, builders, pack, tensor, monkeypatch, host, method):  # n
     assert same(encode(clip), before[0]) and torch.equal(small_models.noise_prediction(dense), before[1])
 
 
+def test_auto_is_wanda_for_text_encoders_and_magnitude_for_the_model(comfy, builders, pack, tensor):  # noqa: F811
+    """Wanda takes as many weights of each row; magnitude does not."""
+    shares = {"model_sparsity": 0.4, "clip_sparsity": 0.5, "own_prompts": "a cat\na red cube on a table"}
+    clip, dense = builders.flux(), small_models.small()
+    model, small = ran(node(pack, "SkrrSparsify"), method="auto", model=dense, clip=clip, **shares)
+    for patcher, alike in ((small.patcher, True), (model, False)):
+        counts = [weight.packed.row_counts() for weight in tensor.packed_weights(patcher.model).values()]
+        assert counts and all(int(own.max() - own.min()) <= 1 for own in counts) == alike
+
+
 def test_nothing_to_do(comfy, pack):
     dense = small_models.small()
     given = ran(node(pack, "SkrrSparsify"), method="magnitude", model=dense, model_sparsity=0.0, clip_sparsity=0.5)

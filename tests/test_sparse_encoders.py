@@ -30,7 +30,7 @@ def sparse(host):  # noqa: F811
     """`sparse(clip, sparsity)`: a CLIP of our own."""
 
     def make(clip, share=0.5):
-        return host("nodes.host.sparse.derive").sparse(None, clip, "magnitude", (0.0, share), [], [])[1]
+        return host("nodes.host.sparse.derive").sparse(None, clip, ("magnitude", "magnitude"), (0.0, share), [], [])[1]
 
     return make
 

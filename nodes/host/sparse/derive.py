@@ -84,19 +84,19 @@ def put(layer: nn.Module, numbers) -> None:
 
 
 def sparse(
-    model, clip, method: str, shares: tuple[float, float], prompts: Sequence[str], exclude: Sequence[str],
+    model, clip, methods: tuple[str, str], shares: tuple[float, float], prompts: Sequence[str], exclude: Sequence[str],
     node_id: str | None = None,
 ) -> tuple:  # fmt: skip
     """(MODEL, CLIP) with weights gone, and what is to be told. What is None, or has a share of 0, is given back as it
-    is. method: see prune.METHODS; shares: of the MODEL's and of the CLIP's weights; prompts: for methods that look at
-    what layers are given; exclude: patterns of layers' names that stay. Raises SkrrError."""
+    is. methods: see prune.METHODS, and shares: of the MODEL's and of the CLIP's weights; prompts: for methods that look
+    at what layers are given; exclude: patterns of layers' names that stay. Raises SkrrError."""
     found, lines = [model, clip], []
     wanted = [number for number, given in enumerate((model, clip)) if given is not None and shares[number] > 0]
     bar = comfy.utils.ProgressBar(1000, node_id=node_id)
     for done, number in enumerate(wanted):
         own = own_model(model) if number == 0 else own_clip(clip)
         patcher = own if number == 0 else own.patcher
-        pairs = pairs_of(patcher.model, exclude)
+        pairs, method = pairs_of(patcher.model, exclude), methods[number]
         if not pairs:
             raise SkrrError(f"{NAMES[number]}: there is no layer whose weights may go: exclude less")
         run = encoding(own, prompts) if number else sampling(own, clip, prompts) if clip is not None else None
