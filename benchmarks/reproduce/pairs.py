@@ -69,20 +69,20 @@ def chosen(rows: Sequence[dict]) -> dict[str, list[dict]]:
 
 
 def measure(lab: Lab) -> dict:
-    """{"every": all pairs, "painted": those with a verdict}."""
+    """{"every": all pairs, "chosen": those to paint, with a verdict where there is one}."""
     try:
         rows = every(lab)
     except Unknown:
         return {}
-    kinds = [(kind, row) for kind, own in chosen(rows).items() for row in own]
-    makes = [
-        functools.partial(lambda kind, row: {"kind": kind, **row, **lab.verdict(assignment(row["pair"]))}, kind, row)
-        for kind, row in kinds
-    ]
-    found = {"every": rows, "painted": known(*makes)}
+
+    def judged(kind: str, row: dict) -> dict:
+        verdicts = known(functools.partial(lab.verdict, assignment(row["pair"])))
+        return {"kind": kind, **row, **(verdicts[0] if verdicts else {})}
+
+    found = [judged(kind, row) for kind, own in chosen(rows).items() for row in own]
     if lab.measuring:
         pictures(lab, rows)
-    return found
+    return {"every": rows, "chosen": found}
 
 
 def pictures(lab: Lab, rows: Sequence[dict]) -> None:
@@ -99,19 +99,19 @@ def pictures(lab: Lab, rows: Sequence[dict]) -> None:
 
 
 def show(found: dict) -> str:
-    """The painted pairs with a high cosine, and what tells the score of all painted ones."""
+    """The chosen pairs with a high cosine."""
     head = ("pair", "cosine", "null norm, of the dense one's", "MSE on captions", "MSE on the empty prompt", "overall")
     lines = [line((*head, "all details", "LPIPS")), "|---|" + 7 * "---:|"]
-    for row in sorted((r for r in found["painted"] if r["kind"] != "any"), key=change, reverse=True):
+    for row in sorted((r for r in found["chosen"] if r["kind"] != "any"), key=change, reverse=True):
         pair = " and ".join(f"{i}" for i in row["pair"])
         cells = [f"{row['cosine']:.3f}", f"{row['null_norm']:.2f}", *(f"{row[key]:.3g}" for key in ("mse", "null"))]
-        lines.append(line([pair, *cells, *(f"{row[key]:.2f}" for key in ("overall", "exact", "lpips"))]))
+        painted = [f"{row[key]:.2f}" if key in row else "" for key in ("overall", "exact", "lpips")]
+        lines.append(line([pair, *cells, *painted]))
     return "\n".join(lines)
 
 
-def predictors(found: dict) -> dict[str, float]:
-    """Rank correlation of each number with the painted pairs' LPIPS and score."""
-    rows = list({tuple(row["pair"]): row for row in found["painted"]}.values())
+def predictors(rows: Sequence[dict]) -> dict[tuple[str, str], float]:
+    """Rank correlation of each number with the painted pairs' LPIPS and lost score."""
     values = {
         "angle, 1 - cosine": [1 - row["cosine"] for row in rows],
         "MSE on captions": [row["mse"] for row in rows],
@@ -124,21 +124,29 @@ def predictors(found: dict) -> dict[str, float]:
 
 
 def show_predictors(found: dict) -> str:
-    """The same as a table, with what holds over all pairs."""
-    told = predictors(found)
-    lines = [line(("rank correlation over painted pairs", "with LPIPS", "with the score lost")), "|---|---:|---:|"]
+    """What holds over all pairs; and what tells how painted ones look, where they are painted."""
+    near = [row for row in found["every"] if row["cosine"] >= 0.8]
+    far = [row for row in near if change(row) > 2]
+    ends = [rank_correlation([1 - row["cosine"] for row in found["every"]], [f(row) for row in found["every"]])
+            for f in (lambda row: row["mse"], change)]  # fmt: skip
+    text = (
+        f"Of {len(found['every'])} pairs, {len(near)} keep a cosine of at least 0.8; in {len(far)} of these the null"
+        f" norm changes more than twofold (at most {max(map(change, near), default=1):.2f}-fold). Rank correlation of the"
+        f" angle over all pairs: {ends[0]:.2f} with MSE on captions, {ends[1]:.2f} with the change of the null norm."
+    )
+    painted = list({tuple(row["pair"]): row for row in found["chosen"] if "overall" in row}.values())
+    if len(painted) < SHOWN:
+        return text
+    told = predictors(painted)
+    lines = [line((f"rank correlation, {len(painted)} painted pairs", "with LPIPS", "with the score lost"))]
+    lines.append("|---|---:|---:|")
     for name in dict.fromkeys(name for name, _ in told):
         lines.append(line([name, *(f"{told[name, key]:.2f}" for key in ("lpips", "overall"))]))
-    rows = found["every"]
-    near = [row for row in rows if row["cosine"] >= 0.8]
-    far = [row for row in near if change(row) > 2]
-    lines += ["", f"Of {len(rows)} pairs, {len(near)} keep a cosine of at least 0.8; in {len(far)} of these the null"]
-    lines[-1] += f" norm changes more than twofold (at most {max(map(change, near), default=1):.2f}-fold)."
-    return "\n".join(lines)
+    return "\n".join([*lines, "", text])
 
 
 def plot(found: dict) -> None:
-    """D over cosine, coloured by the null norm; the painted pairs with their scores."""
+    """D over cosine, coloured by the null norm; the chosen pairs by their numbers."""
     from matplotlib import colors, pyplot
 
     rows = found["every"]
@@ -148,8 +156,8 @@ def plot(found: dict) -> None:
         [row["cosine"] for row in rows], [row["mse"] + row["null"] for row in rows],
         c=[row["null_norm"] for row in rows], cmap="coolwarm", norm=norm, s=14,
     )  # fmt: skip
-    for row in found["painted"]:
-        axis.annotate(f"{row['overall']:.2f}", (row["cosine"], row["mse"] + row["null"]), fontsize=7)
+    for row in found["chosen"]:
+        axis.annotate(" and ".join(map(str, row["pair"])), (row["cosine"], row["mse"] + row["null"]), fontsize=7)
     axis.set(xlabel="cosine to the dense embedding, captions", ylabel="D (captions and empty prompt)", yscale="log")
     figure.colorbar(dots, label="null norm, of the dense one's")
     axis.grid(alpha=0.3)
