@@ -132,7 +132,7 @@ def show_predictors(found: dict) -> str:
     text = (
         f"Of {len(found['every'])} pairs, {len(near)} keep a cosine of at least 0.8; in {len(far)} of these the null"
         f" norm changes more than twofold (at most {max(map(change, near), default=1):.2f}-fold). Rank correlation of"
-        f" the angle over all pairs: {ends[0]:.2f} with MSE on captions, {ends[1]:.2f} with the change of the null norm."
+        f" the angle, all pairs: {ends[0]:.2f} with MSE on captions, {ends[1]:.2f} with the change of the null norm."
     )
     painted = list({tuple(row["pair"]): row for row in found["chosen"] if "overall" in row}.values())
     if len(painted) < SHOWN:
