@@ -70,7 +70,7 @@ for (const end of ["execution_success", "execution_error", "execution_interrupte
 
 def start(page, server) -> None:
     """Open the frontend and wait until its nodes are there."""
-    page.goto(server.url)
+    page.goto(server.url, timeout=120_000)
     page.wait_for_function(READY, timeout=120_000)
     page.evaluate(HELP)
 
