@@ -105,7 +105,7 @@ class SkrrPrune(io.ComfyNode):
                 ),
                 rank_input(),
                 size_gb_input(),
-                tuning_input(150, "for the size that you ask for (best quality)"),
+                tuning_input("for the size that you ask for (best quality)"),
             ],
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="The smaller text encoders."),

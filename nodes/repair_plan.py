@@ -49,7 +49,7 @@ class SkrrRepairPlan(io.ComfyNode):
                 ),
                 own_prompts_input(),
                 rank_input(),
-                tuning_input(0, "at each level"),
+                tuning_input("at each level"),
             ],
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="The smaller text encoders."),

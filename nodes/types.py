@@ -27,12 +27,12 @@ def own_prompts_input() -> io.Input:
     )
 
 
-def tuning_input(steps: int, levels: str) -> io.Input:
-    """Of linear stand-ins, together. steps: the default; levels: of which levels, for the tooltip."""
+def tuning_input(levels: str) -> io.Input:
+    """Of linear stand-ins, together. levels: of which levels, for the tooltip."""
     return advanced(
         io.Int.Input(
             "tuning",
-            default=steps,
+            default=0,
             min=0,
             max=2000,
             optional=True,

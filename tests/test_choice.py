@@ -18,8 +18,8 @@ from skrr_engine.plan.model import EncoderPlan, Level, Plan, Provenance
 NODES = [
     "SkrrPrune", "SkrrLoadPlan", "SkrrRepairPlan", "SkrrEditPlan", "SkrrCLIPLoader", "SkrrDualCLIPLoader",
     "SkrrTripleCLIPLoader", "SkrrQuadrupleCLIPLoader",
-    "SkrrSaveEncoder", "SkrrTrimUnread", "SkrrMemoryReport", "SkrrCompare", "SkrrSparsify", "SkrrSaveSparse",
-    "SkrrLoadSparse",
+    "SkrrSaveEncoder", "SkrrTrimUnread", "SkrrSparsify", "SkrrSaveSparse", "SkrrLoadSparse", "SkrrMemoryReport",
+    "SkrrCompare",
 ]  # fmt: skip
 
 

@@ -46,13 +46,10 @@ class UsageError(SkrrError):
 
 def run_search(options) -> None:
     """Search a plan for an encoder and write it."""
-    from ..standins.tune import STEPS
-
     method = method_of(options)
     check_search(options, method)
-    usual = STEPS if method == "widths" else 0
     rank = options.standins or ("16" if method in ("widths", "standins") else None)
-    fitting = parsed_standins(rank, usual if options.tune is None else options.tune)
+    fitting = parsed_standins(rank, options.tune)
     settings = settings_of(options, method, fitting)
     bench = prepare(options, fitting, method == "widths")
     job = job_of(options, bench, settings, fitting, method)
