@@ -14,7 +14,10 @@ from ..search import METHODS, QUALITIES
 from .commands import run_apply, run_discrepancy, run_encode, run_repair, run_search, run_show, run_verify, spare_inputs
 from .sparse import run_sparsify
 
-TUNE = "steps in which a level's stand-ins are tuned together on D, on the way back through the encoder (default: {})"
+TUNE = (
+    "steps in which a level's stand-ins are tuned together on D, by its gradient through the encoder (default: none;"
+    " 150 are enough)"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
         help="rank of the linear stand-ins that repair what is removed (default 16; not with paper), or auto; they go"
         " to a file beside the plan",
     )
-    search.add_argument("--tune", type=int, metavar="STEPS", help=TUNE.format("best: 150; otherwise none"))
+    search.add_argument("--tune", type=int, default=0, metavar="STEPS", help=f"best: {TUNE}")
     search.add_argument(
         "--method",
         choices=METHODS,
@@ -136,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     repair.add_argument("--widths", action="store_true", help="narrow sub-blocks to the sizes of its levels instead")
     repair.add_argument("--levels", default="", metavar="A,B", help="further sparsities to have levels for, e.g. 0.37")
     repair.add_argument("--standins", default="16", metavar="RANK", help="rank of the stand-ins (default 16)")
-    repair.add_argument("--tune", type=int, default=0, metavar="STEPS", help=TUNE.format("none"))
+    repair.add_argument("--tune", type=int, default=0, metavar="STEPS", help=TUNE)
     repair.add_argument("--quiet", action="store_true", help="no progress on stderr")
     repair.set_defaults(command=run_repair)
 
