@@ -38,7 +38,7 @@ from benchmarks import standins as before
 from skrr_engine import __version__
 from skrr_engine.encoder import families
 from skrr_engine.encoder.actions import SKIP, Action, Assignment, Narrow, assignment
-from skrr_engine.encoder.standin import StandIn
+from skrr_engine.encoder.standin import StandIn, standin_of
 from skrr_engine.encoder.trace import Tracer
 from skrr_engine.encoder.units import units_of
 from skrr_engine.files.folder import load
@@ -234,7 +234,7 @@ def write_fit(path: Path, removed: Assignment) -> None:
     """Keep an assignment's stand-ins and refitted out-projections."""
     found = {}
     for place, action in removed.items():
-        standin_ = getattr(action, "standin", action)
+        standin_ = standin_of(action)
         found |= {f"{place}.{part}": getattr(standin_, part).contiguous() for part in ("down", "up", "bias")}
         if getattr(action, "out", None) is not None:
             found[f"{place}.out"] = action.out.contiguous()

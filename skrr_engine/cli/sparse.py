@@ -46,7 +46,7 @@ def calibrated(options) -> dict:
     """Name of a layer -> its pruned weight, packed, of an encoder that is loaded for it and given prompts."""
     from ..weights.packed import pack
     from ..weights.prune import prunable, sparsify
-    from ..weights.statistics import Repeated, gathering
+    from ..weights.statistics import seen
 
     bench = prepare(options)
     module = bench.encoder.module
@@ -58,11 +58,7 @@ def calibrated(options) -> dict:
             batch.run(module)
 
     layers, found = dict(pairs), {}
-    if options.method == "sparsegpt":
-        statistics = Repeated(pairs, run, 1 << 30)
-    else:
-        with gathering(pairs) as statistics:
-            run()
+    statistics = seen(pairs, run, options.method == "sparsegpt")
     for name, weight in sparsify(pairs, options.sparsity, options.method, statistics=statistics):
         found[name] = pack(weight)
         layers[name].weight.data.copy_(weight)  # later layers see what it gives

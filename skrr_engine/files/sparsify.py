@@ -13,9 +13,8 @@ from ..weights.prune import sparsify
 from ..weights.stored import FLOATS
 from ..weights.tensor import smaller
 from .encoder_file import CHECKPOINT, Checkpoint, CheckpointError
-from .sparse import SparseError
+from .sparse import WEIGHT, SparseError
 
-WEIGHT = ".weight"
 STAY = (
     "*_embedding.weight", "*embeddings.weight", "*embed_tokens.weight", "*relative_attention_bias.weight",
     "*wte.weight", "shared.weight", "*.shared.weight", "*lm_head.weight", "first_stage_model.*", "vae.*",

@@ -11,7 +11,7 @@ import torch
 
 from ..encoder.actions import Assignment, assignment
 from ..encoder.row import describe
-from ..encoder.standin import StandIn
+from ..encoder.standin import StandIn, standin_of
 from ..encoder.units import units_of
 from ..errors import SearchError
 from ..measure.calibration import Calibration
@@ -133,4 +133,4 @@ def fit_level(
     if best is None:
         raise SearchError(NOT_FINITE)
     removed = found[measured.index(best)]
-    return {place: getattr(action, "standin", action) for place, action in removed.items()}, best.finite
+    return {place: standin_of(action) for place, action in removed.items()}, best.finite

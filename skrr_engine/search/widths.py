@@ -188,16 +188,16 @@ class Search:
         ends = sorted(ends)
         levels, standins, clock = [], {}, Clock()
         for number, end in enumerate(ends):
-            fitting = self.fitting if end in asked else replace(self.fitting, tuning=0)
+            taken, fitting = steps[:end], self.fitting if end in asked else replace(self.fitting, tuning=0)
+            places = len(allocate.left(taken))
 
-            def tick(share: float, doing: str, number=number, end=end) -> None:
-                self.line = level_line(number, len(ends), doing, len(allocate.left(steps[:end])))
+            def tick(share: float, doing: str, number=number, places=places) -> None:
+                self.line = level_line(number, len(ends), doing, places)
                 clock.worked = (number + share) / len(ends)
                 done = self.measuring + (1 - self.measuring) * clock.worked
                 left = clock.left(1 - clock.worked)
                 self.report(Progress(self.length, self.length, 0, 0, min(done, 0.999), left, self.line, NONE))
 
-            taken = steps[:end]
             standins[end], d = fit_level(
                 self.fitted, self.meter, self.bare(taken, table), fitting, tick, kept and kept(end)
             )

@@ -22,6 +22,8 @@ from torch import nn
 from ..errors import SkrrError, printable
 
 Pair = tuple[str, nn.Module]
+HESSIANS = 1 << 30
+"""Bytes that SparseGPT's hessians may take at a time."""
 
 
 class Statistics:
@@ -141,6 +143,16 @@ class Repeated(Statistics):
         sizes = itertools.accumulate(hessian_bytes(module) for _, module in self.pairs[start:])
         fits = sum(size <= self.memory for size in sizes)
         return self.pairs[start : start + max(1, fits)]
+
+
+def seen(pairs: Sequence[Pair], run: Callable[[], object], hessian: bool) -> Statistics:
+    """What modules are given while `run` runs the calibration inputs. hessian: for SparseGPT; then it runs when one is
+    asked for, again for each part of them."""
+    if hessian:
+        return Repeated(pairs, run, HESSIANS)
+    with gathering(pairs) as found:
+        run()
+    return found
 
 
 def hessian_bytes(module: nn.Module) -> int:

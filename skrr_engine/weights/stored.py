@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import SkrrError, printable
+from .packed import INTEGERS
 
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 
@@ -31,7 +32,7 @@ class Stored:
     def zeroed(self, gone: torch.Tensor) -> torch.Tensor:
         """A copy of the numbers, exactly zero where `gone` is true and to the bit what they were elsewhere."""
         made = self.data.detach().clone()
-        bits = made.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[made.itemsize])
+        bits = made.view(INTEGERS[made.itemsize])
         bits.masked_fill_(gone.to(made.device), 0)  # fp8 has no masked_fill; all of its types have zero as no bits
         return made
 

@@ -1,7 +1,6 @@
 """What layers are given while prompts are encoded, or while pictures of them are sampled for a few steps."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import comfy.model_management
 import comfy.sample
@@ -9,12 +8,10 @@ import torch
 
 from ....skrr_engine.errors import SkrrError
 from ....skrr_engine.weights.prune import CALIBRATED
-from ....skrr_engine.weights.statistics import Pair, Repeated, Statistics, gathering
+from ....skrr_engine.weights.statistics import Pair, Statistics, seen
 
 PICTURES, STEPS, SIDE = 4, 4, 64
 """Of a denoiser: how many prompts it samples, for how many steps, at what width and height of its latents."""
-HESSIANS = 1 << 30
-"""Bytes that SparseGPT's hessians may take at a time."""
 
 
 def encoding(clip, prompts: Sequence[str]) -> Callable[[], None]:
@@ -46,19 +43,12 @@ def sampling(model, clip, prompts: Sequence[str], side: int = SIDE) -> Callable[
     return run
 
 
-@contextlib.contextmanager
-def looking(method: str, pairs: Sequence[Pair], run: Callable[[], None] | None) -> Iterator[Statistics | None]:
+def looking(method: str, pairs: Sequence[Pair], run: Callable[[], None] | None) -> Statistics | None:
     """Statistics of what `run` gives these layers, where a method needs them; None where it needs none. Raises
     SkrrError."""
     if method not in CALIBRATED:
-        yield None
-        return
+        return None
     if run is None:
         raise SkrrError(f'method "{method}" looks at what the diffusion model is given: connect the CLIP whose prompts'
                         " it reads, or take the method magnitude")  # fmt: skip
-    if method == "sparsegpt":
-        yield Repeated(pairs, run, HESSIANS)
-        return
-    with gathering(pairs) as found:
-        run()
-    yield found
+    return seen(pairs, run, method == "sparsegpt")

@@ -106,8 +106,8 @@ def sparse(
             bar.update_absolute(int(1000 * (done + share) / len(wanted)), 1000)
 
         loras, patcher.patches = patcher.patches, {}  # only tensors are pruned, never what is added to them
-        with looking(method, pairs, run) as statistics:
-            pack_weights(pairs, shares[number], method, statistics, tick)
+        statistics = looking(method, pairs, run)
+        pack_weights(pairs, shares[number], method, statistics, tick)
         if statistics is not None:  # it ran, and ComfyUI counts it as it was before
             comfy.model_management.unload_all_models()
         patcher.patches, patcher.size, patcher.patches_uuid = loras, 0, uuid.uuid4()
